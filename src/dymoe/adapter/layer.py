@@ -1,0 +1,268 @@
+"""The wrapped linear: base output plus the gated output of the expert bank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from dymoe import routing
+from dymoe.adapter.config import DyMoEConfig
+from dymoe.adapter.gates import GATES, Routing
+from dymoe.adapter.ops import OPS, ExpertBlock
+from dymoe.adapter.trace import LayerRouting, RoutingTrace
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The frozen active groups, packed once: blocks of equal rank, scale folded into B, router rows normalised."""
+
+    blocks: tuple[ExpertBlock, ...]
+    directions: Tensor | None
+
+
+class DyMoELayer(nn.Module, BaseTunerLayer):
+    """A linear (anything with in_features and out_features) with a bank of expert groups.
+
+    y = W0 x + sum over active groups of (alpha / bank rank of the group) * sum_e w_e B_e A_e x
+
+    Per group g the layer holds A (experts, r, in_features), B transposed (experts, r, out_features) and, unless the gate
+    is uniform, router rows (experts, in_features), float32. At most one group trains; it is the new group and its
+    experts are the last columns. Frozen groups are packed for the compute dtype the first time they are used.
+
+    Args:
+        base_layer: the frozen linear.
+        name: the layer's name in the model.
+        trace: the model's routing trace.
+    """
+
+    adapter_layer_names = ("dymoe_A", "dymoe_B", "dymoe_router")
+    other_param_names = ("group_configs",)
+
+    def __init__(self, base_layer: nn.Module, name: str, trace: RoutingTrace) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.in_features = cast(int, base_layer.in_features)
+        self.out_features = cast(int, base_layer.out_features)
+        self.dymoe_A = nn.ParameterDict()
+        self.dymoe_B = nn.ParameterDict()
+        self.dymoe_router = nn.ParameterDict()
+        self.group_configs: dict[str, DyMoEConfig] = {}
+        self.trace = trace
+        self.training_group: str | None = None
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter = []
+        self._packs: dict[tuple[Any, ...], Pack] = {}
+
+    # ---- groups -------------------------------------------------------------------------------------------------
+
+    def add_group(self, group: str, config: DyMoEConfig) -> None:
+        """Add an expert group: A and router rows Kaiming-uniform (a = sqrt 5), B zero, all float32."""
+        device = self.get_base_layer().weight.device if hasattr(self.get_base_layer(), "weight") else None
+        experts, r = config.num_experts, config.r
+        a = torch.empty(experts * r, self.in_features, dtype=torch.float32, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.dymoe_A[group] = nn.Parameter(a.view(experts, r, self.in_features))
+        self.dymoe_B[group] = nn.Parameter(torch.zeros(experts, r, self.out_features, device=device))
+        if config.gate == "cosine":
+            rows = torch.empty(experts, self.in_features, dtype=torch.float32, device=device)
+            nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
+            self.dymoe_router[group] = nn.Parameter(rows)
+        self.group_configs[group] = config
+        self._packs.clear()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active groups. Unlike other PEFT methods this never unfreezes a group: only the training one trains.
+
+        Args:
+            adapter_names: names of the groups to route over; names this layer lacks are ignored.
+            inference_mode: freeze the training group too.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._active_adapter = names
+        self._apply_requires_grad(not inference_mode)
+        self._packs.clear()
+
+    def set_training_group(self, group: str | None) -> None:
+        """Let this group train and freeze all others; None freezes all."""
+        self.training_group = group
+        self._apply_requires_grad(True)
+        self._packs.clear()
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """PEFT's switch: the last named group becomes the training group, or stops being it."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if requires_grad:
+            self.set_training_group(names[-1] if names else None)
+        elif self.training_group in names:
+            self.set_training_group(None)
+
+    def _apply_requires_grad(self, allowed: bool) -> None:
+        for attribute in self.adapter_layer_names:
+            for group, parameter in getattr(self, attribute).items():
+                parameter.requires_grad_(allowed and group == self.training_group and group in self._active_adapter)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget a group on purpose; the others stay active."""
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in getattr(self, attribute):
+                del getattr(self, attribute)[adapter_name]
+        if self.training_group == adapter_name:
+            self.training_group = None
+        self.set_adapter([name for name in self.active_adapters if name != adapter_name])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not possible: the weight of an expert depends on the token."""
+        raise NotImplementedError("an expert bank cannot be merged into the base layer: its weights depend on the token")
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def group_order(self) -> tuple[list[str], str | None]:
+        """Return (frozen active groups in order of activation, the training group if it is active)."""
+        active = [name for name in self._active_adapter if name in self.group_configs]
+        new = self.training_group if self.training_group in active else None
+        return [name for name in active if name != new], new
+
+    # ---- frozen groups, packed ----------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DyMoELayer:
+        self._packs.clear()
+        return cast(DyMoELayer, super()._apply(fn, recurse))
+
+    def _pack(self, groups: list[str], dtype: torch.dtype) -> Pack:
+        """Return the packed frozen groups in the compute dtype; packed anew only after one of them changed."""
+        versions = () if torch.compiler.is_compiling() else tuple(self.dymoe_A[g]._version for g in groups)
+        if versions:
+            versions += tuple(self.dymoe_B[g]._version for g in groups)
+            versions += tuple(self.dymoe_router[g]._version for g in groups if g in self.dymoe_router)
+        key = (tuple(groups), dtype)
+        found = self._packs.get(key)
+        if found is not None and (not versions or found[0] == versions):
+            return found[1]
+        with torch.no_grad(), torch.autocast(self.dymoe_A[groups[0]].device.type, enabled=False):
+            pack = Pack(self._pack_blocks(groups, dtype), self._pack_directions(groups))
+        self._packs = {key: (versions, pack)}
+        return pack
+
+    def _pack_blocks(self, groups: list[str], dtype: torch.dtype) -> tuple[ExpertBlock, ...]:
+        blocks: list[ExpertBlock] = []
+        start = 0
+        while start < len(groups):
+            r = self.group_configs[groups[start]].r
+            stop = start + 1
+            while stop < len(groups) and self.group_configs[groups[stop]].r == r:
+                stop += 1
+            run = groups[start:stop]
+            a = torch.cat([self.dymoe_A[g].flatten(0, 1) for g in run]).to(dtype)
+            b = torch.cat([self.dymoe_B[g].flatten(0, 1) * self.group_configs[g].scaling for g in run]).to(dtype)
+            blocks.append(ExpertBlock(a.detach(), b.detach(), r))
+            start = stop
+        return tuple(blocks)
+
+    def _pack_directions(self, groups: list[str]) -> Tensor | None:
+        rows = [self.dymoe_router[g] for g in groups if g in self.dymoe_router]
+        return F.normalize(torch.cat(rows).float(), dim=-1, eps=1e-12).detach() if rows else None
+
+    # ---- forward ------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus bank output; x is (..., in_features), the result (..., out_features)."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters:
+            return result
+        frozen, new = self.group_order()
+        if not frozen and new is None:
+            return result
+        groups = [*frozen, new] if new is not None else frozen
+        config = self.group_configs[groups[-1]]
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dymoe_A[groups[0]].dtype
+        blocks: list[ExpertBlock] = []
+        directions: list[Tensor] = []
+        if frozen:
+            pack = self._pack(frozen, dtype)
+            blocks.extend(pack.blocks)
+            if pack.directions is not None:
+                directions.append(pack.directions)
+        if new is not None:
+            dropout = config.lora_dropout if self.training else 0.0
+            a, b = self.dymoe_A[new].flatten(0, 1), self.dymoe_B[new].flatten(0, 1)
+            blocks.append(ExpertBlock(a.to(dtype), b.to(dtype), config.r, config.scaling, dropout))
+            if config.gate == "cosine":
+                directions.append(F.normalize(self.dymoe_router[new], dim=-1, eps=1e-12))
+        num_new = config.num_experts if new is not None else 0
+        decision = self._route(x, directions, blocks, config, num_new)
+        output = OPS[config.compute](x.to(dtype), decision.weights, blocks)
+        result = result + output.to(result.dtype)
+        if self.training and num_new:
+            result = self._leave_terms(result, decision, config, num_new)
+        if self.trace.observers:
+            self._leave_routing(x, decision, groups)
+        return result
+
+    def _route(
+        self, x: Tensor, directions: list[Tensor], blocks: list[ExpertBlock], config: DyMoEConfig, num_new: int
+    ) -> Routing:
+        experts = sum(block.experts for block in blocks)
+        guide = None
+        if self.training and config.guidance != "none" and 0 < num_new < experts:
+
+            def guide(scores: Tensor) -> Tensor:
+                mask = cast(routing.Mask, config.guidance)
+                return routing.token_assignment_guidance(scores, num_new, config.tau, mask)
+
+        return GATES[config.gate](x, directions, experts, config.top_k, config.temperature, guide)
+
+    def _leave_terms(self, result: Tensor, decision: Routing, config: DyMoEConfig, num_new: int) -> Tensor:
+        """Leave the routing's loss terms in the trace and tie them to the result."""
+        trace, scores, weights = self.trace, decision.scores, decision.weights
+        regularize = config.exclusivity > 0 or config.specialization > 0
+        if scores is None or not (config.load_balance > 0 or regularize or trace.collect):
+            return result
+        mask = trace.mask_for(scores.shape[:-1])
+        zero = scores.new_zeros(())
+        balance = routing.load_balance_loss(weights, num_new, mask) if config.load_balance > 0 else zero
+        exclusivity = specialization = zero
+        if regularize and num_new < scores.shape[-1]:
+            # Before the regularization starts its terms are only reported.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and trace.rsr_active):
+                exclusivity, specialization = routing.routing_score_regularization(
+                    scores, num_new, config.top_k, config.rsr_temperature, mask
+                )
+        penalty = config.exclusivity * exclusivity + config.specialization * specialization
+        total = (config.load_balance * balance + trace.scale.to(penalty.device) * penalty) / trace.num_layers
+        statistics = self._statistics(scores, weights, config, num_new, mask) if trace.collect else None
+        trace.leave_terms(self.name, total, torch.stack([balance, exclusivity, specialization]), statistics)
+        return trace.inject(result, total) if total.requires_grad or not torch.is_grad_enabled() else result
+
+    @staticmethod
+    def _statistics(
+        scores: Tensor, weights: Tensor, config: DyMoEConfig, num_new: int, mask: Tensor | None
+    ) -> Tensor:
+        """Shares of new, ambiguous and old tokens and the mean weight on the new group, (4,)."""
+        with torch.no_grad():
+            types = routing.token_types(scores, num_new, config.tau)
+            counts = torch.ones_like(types, dtype=torch.float32) if mask is None else mask.float()
+            total = counts.sum().clamp(min=1)
+            order = (routing.TokenType.NEW, routing.TokenType.AMBIGUOUS, routing.TokenType.OLD)
+            shares = [((types == int(kind)) * counts).sum() / total for kind in order]
+            return torch.stack([*shares, (weights[..., -num_new:].sum(-1) * counts).sum() / total])
+
+    def _leave_routing(self, x: Tensor, decision: Routing, groups: list[str]) -> None:
+        sizes = tuple(self.group_configs[g].num_experts for g in groups)
+        weights = decision.weights.detach().expand(*x.shape[:-1], -1)
+        scores = None if decision.scores is None else decision.scores.detach()
+        mask = self.trace.mask_for(x.shape[:-1])
+        self.trace.leave_routing(LayerRouting(self.name, tuple(groups), sizes, scores, weights, mask))
+
+    def __repr__(self) -> str:
+        groups = ", ".join(f"{g}: {c.num_experts} x r{c.r}" for g, c in self.group_configs.items())
+        return f"dymoe.{type(self).__name__}({self.in_features} -> {self.out_features}; {groups or 'no groups'})"

@@ -1,0 +1,173 @@
+"""The tuner: wraps the linears of any transformers model and keeps the expert groups in order."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from dymoe.adapter.config import DyMoEConfig
+from dymoe.adapter.layer import DyMoELayer
+from dymoe.adapter.trace import RoutingTrace
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class DyMoEModel(BaseTuner):
+    """PEFT's tuner for the method DYMOE.
+
+    Adding a group (an adapter) freezes the earlier ones and leaves all of them active, so that the router's softmax runs
+    over all groups and only the new one trains. `set_adapter` with several names routes over those alone: stage t of a
+    run is the first t groups.
+
+    Attributes:
+        trace: the model's routing trace, shared by all wrapped layers.
+    """
+
+    prefix: str = "dymoe_"
+    tuner_layer_cls = DyMoELayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own class attribute
+    trace: RoutingTrace
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.trace = RoutingTrace()
+        # On the model itself, so that `generate` and direct calls pass here too.
+        model.register_forward_pre_hook(_Begin(self.trace), with_kwargs=True)
+        model.register_forward_hook(_AttachLoss(self.trace))
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = _language_projections(self.model)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, DyMoEConfig)
+        if isinstance(target, DyMoELayer):
+            target.add_group(adapter_name, peft_config)
+            return
+        if not isinstance(getattr(target, "in_features", None), int) or not hasattr(target, "out_features"):
+            raise ValueError(
+                f"{current_key}: a {type(target).__name__} cannot hold experts; target_modules may only name linears "
+                "(modules with in_features and out_features)"
+            )
+        layer = DyMoELayer(target, current_key, self.trace)
+        layer.add_group(adapter_name, peft_config)
+        self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add the group to every targeted layer, freeze the earlier groups and activate all of them."""
+        earlier = [name for name in self.active_adapters if name != adapter_name]
+        config = self.peft_config[adapter_name]
+        self._check_gate(adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.set_training_group(None if config.inference_mode else adapter_name)
+        self.set_adapter([*earlier, adapter_name])
+
+    def _check_gate(self, adapter_name: str) -> None:
+        gates = {name: config.gate for name, config in self.peft_config.items()}  # type: ignore[attr-defined]
+        if len(set(gates.values())) > 1:
+            other = next(name for name in gates if gates[name] != gates[adapter_name])
+            raise ValueError(
+                f"group {adapter_name!r} has gate {gates[adapter_name]!r} but group {other!r} has {gates[other]!r}: "
+                "all groups of a bank share one gate"
+            )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Route over these groups alone (see `DyMoELayer.set_adapter`); frozen groups stay frozen."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._count_layers()
+
+    def set_training_group(self, group: str | None) -> None:
+        """Let this group train and freeze all others; None freezes all."""
+        for layer in self.layers():
+            layer.set_training_group(group if group in layer.group_configs else None)
+        if group is not None:
+            config = self.peft_config[group]
+            assert isinstance(config, DyMoEConfig)
+            self.trace.rsr_start = config.rsr_start
+            self.trace.progress = None
+        self._count_layers()
+
+    def layers(self) -> list[DyMoELayer]:
+        """Return the wrapped layers in the model's order."""
+        return [module for module in self.model.modules() if isinstance(module, DyMoELayer)]
+
+    def _count_layers(self) -> None:
+        carrying = sum(layer.group_order()[1] is not None for layer in self.layers())
+        self.trace.num_layers = max(carrying, 1)
+
+
+class _Begin:
+    """Forward pre-hook: starts a pass in the trace (a class, so that models stay copyable)."""
+
+    def __init__(self, trace: RoutingTrace) -> None:
+        self.trace = trace
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.trace.begin(kwargs)
+
+
+class _AttachLoss:
+    """Forward hook: adds the layers' loss terms to a loss that the model computed while training."""
+
+    def __init__(self, trace: RoutingTrace) -> None:
+        self.trace = trace
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        loss = getattr(output, "loss", None)
+        if module.training and isinstance(loss, Tensor):
+            output["loss"] = self.trace.attach(loss)
+        return output
+
+
+def _language_projections(model: nn.Module) -> str | set[str]:
+    """Return a target for the seven projections of the language model; a vision tower's linears are left alone."""
+    inside = any("language_model." in name for name, _ in model.named_modules())
+    if not inside:
+        return set(PROJECTIONS)
+    return rf".*language_model\..*\.({'|'.join(map(re.escape, PROJECTIONS))})"
+
+
+def group_tensors(model: nn.Module, group: str) -> dict[str, Tensor]:
+    """Return a group's parameters by name, without the group's own name in the key.
+
+    Raises:
+        ValueError: the model has no such group.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, DyMoELayer):
+            for attribute in module.adapter_layer_names:
+                parameters = getattr(module, attribute)
+                if group in parameters:
+                    found[f"{name}.{attribute}"] = parameters[group].detach()
+    if not found:
+        raise ValueError(f"the model has no expert group {group!r}")
+    return found
+
+
+def group_hash(model: nn.Module, group: str) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of a group's parameters: equal exactly when nothing changed.
+
+    Raises:
+        ValueError: the model has no such group.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(group_tensors(model, group).items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

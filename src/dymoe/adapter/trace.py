@@ -1,0 +1,238 @@
+"""The routing trace: what a forward pass tells its wrapped layers, and what each layer leaves behind.
+
+One trace per model. At the start of a forward pass the model says which tokens count; every wrapped layer then leaves
+its loss terms and, if somebody observes, its routing. The loss terms act on the layer's parameters although they never
+travel through the model's outputs: each layer passes its output through `inject`, which hands the terms their gradient
+when the backward pass arrives, scaled by whatever the loss itself was scaled with (`attach`). This keeps the terms
+right under both kinds of gradient checkpointing, gradient accumulation and loss scaling, with any trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dymoe.routing import rsr_scale
+
+TERMS = ("load_balance", "exclusivity", "specialization")
+STATISTICS = ("share_new", "share_ambiguous", "share_old", "new_group_weight")
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """How one wrapped layer routed the tokens of one forward pass (all tensors detached).
+
+    Args:
+        layer: the layer's name in the model.
+        groups: names of the active groups, in the order of their columns.
+        sizes: experts of each group.
+        scores: routing scores before guidance, (..., experts), or None for a gate without scores.
+        weights: routing weights, (..., experts).
+        mask: (...), true for tokens that count, or None when all do.
+    """
+
+    layer: str
+    groups: tuple[str, ...]
+    sizes: tuple[int, ...]
+    scores: Tensor | None
+    weights: Tensor
+    mask: Tensor | None
+
+
+class RoutingTrace:
+    """State of the current forward pass, shared by all wrapped layers of a model.
+
+    Attributes:
+        rsr_start: share of a task's steps before the regularization rises (from the training group's config).
+        scale: the regularization's scale now, a 0-d float32 tensor (changed in place, so that compiled layers need no
+            new compilation); `rsr_active` says whether it is above 0.
+        collect: whether layers leave token statistics while training (cheap, but not free).
+        num_layers: wrapped layers that carry the training group; terms are means over them.
+    """
+
+    def __init__(self) -> None:
+        self.rsr_start = 0.5
+        self.scale = torch.ones(())
+        self.rsr_active = True
+        self.collect = True
+        self.num_layers = 1
+        self.token_mask: Tensor | None = None
+        self.upstream: Tensor = torch.ones(())
+        self.observers: list[Callable[[LayerRouting], None]] = []
+        self._progress: float | None = None
+        self._share: Tensor | float = 1.0
+        self._totals: dict[str, Tensor] = {}
+        self._terms: dict[str, Tensor] = {}
+        self._statistics: dict[str, Tensor] = {}
+
+    @property
+    def progress(self) -> float | None:
+        """Share of the task's optimizer steps done, in [0, 1], set by whoever trains.
+
+        None when nobody does; then the regularization runs at full scale.
+        """
+        return self._progress
+
+    @progress.setter
+    def progress(self, value: float | None) -> None:
+        self._progress = value
+        scale = 1.0 if value is None else rsr_scale(value, 1.0, self.rsr_start)
+        self.scale.fill_(scale)
+        self.rsr_active = scale > 0
+
+    def begin(self, kwargs: dict[str, Any]) -> None:
+        """Start a forward pass: read the token mask and the micro-batch's share of the loss from its arguments.
+
+        Args:
+            kwargs: the model's keyword arguments; `attention_mask` (batch, tokens), `labels` (batch, tokens) and
+                `num_items_in_batch` are read where present.
+        """
+        mask = kwargs.get("attention_mask")
+        self.token_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+        # With gradient accumulation the loss of a micro-batch is its sum over all items of the batch; a mean over the
+        # micro-batch's tokens then counts by the micro-batch's share of the items.
+        self._share = (labels[..., 1:] != -100).sum() / items if labels is not None and items is not None else 1.0
+        device = next((value.device for value in kwargs.values() if isinstance(value, Tensor)), None)
+        self.upstream = torch.ones((), device=device)
+        self._totals, self._terms, self._statistics = {}, {}, {}
+
+    def mask_for(self, tokens: torch.Size) -> Tensor | None:
+        """Return the mask of the tokens that count for a layer input of shape (*tokens, features), or None for all.
+
+        While decoding with a cache the attention mask is longer than the input: its last columns are meant.
+        """
+        mask = self.token_mask
+        if mask is None or len(tokens) == 0:
+            return None
+        if len(tokens) == 2 and tokens[0] == mask.shape[0] and tokens[1] <= mask.shape[1]:
+            return mask[:, mask.shape[1] - tokens[1] :]
+        if len(tokens) == 1 and tokens[0] == mask.numel():
+            return mask.reshape(-1)
+        return None
+
+    def leave_terms(self, layer: str, total: Tensor, terms: Tensor, statistics: Tensor | None) -> None:
+        """Record a layer's weighted loss (scalar), its unweighted terms (3,) and its token statistics (4,) or None."""
+        self._totals[layer] = total.detach()
+        self._terms[layer] = terms.detach()
+        if statistics is not None:
+            self._statistics[layer] = statistics
+
+    def leave_routing(self, routing: LayerRouting) -> None:
+        """Hand a layer's routing to every observer."""
+        for observer in self.observers:
+            observer(routing)
+
+    def inject(self, output: Tensor, total: Tensor) -> Tensor:
+        """Return `output` unchanged, tied to the layer's loss `total` (scalar) so that backward reaches it."""
+        return _Inject.apply(output, total, self.upstream)
+
+    def attach(self, loss: Tensor, share: float | Tensor | None = None) -> Tensor:
+        """Add the layers' loss terms to the loss and let them share the gradient that the loss receives.
+
+        The model's forward calls this when it computes a loss; a trainer that computes the loss itself calls it on
+        that loss, once per forward pass.
+
+        Args:
+            loss: scalar.
+            share: this micro-batch's share of the batch (1 without accumulation); read from the forward's arguments
+                when None.
+        """
+        if not self._totals:
+            return loss
+        total = torch.stack([value.to(loss.device) for value in self._totals.values()]).sum()
+        return _Attach.apply(loss, total, self.upstream, self._share if share is None else share)
+
+    def summary(self) -> dict[str, float]:
+        """Return means over the wrapped layers of the last training forward: loss terms and token statistics."""
+        result: dict[str, float] = {}
+        for names, values in ((TERMS, self._terms), (STATISTICS, self._statistics)):
+            if values:
+                means = torch.stack([value.float().cpu() for value in values.values()]).mean(0).tolist()
+                result.update(zip(names, means, strict=True))
+        return result
+
+    @contextmanager
+    def measuring(self) -> Iterator[GroupWeights]:
+        """Sum the routing weight of every group while the block runs (see `GroupWeights`)."""
+        weights = GroupWeights()
+        self.observers.append(weights)
+        try:
+            yield weights
+        finally:
+            self.observers.remove(weights)
+
+
+class GroupWeights:
+    """An observer that sums each group's routing weight by layer, in constant memory."""
+
+    def __init__(self) -> None:
+        self.groups: tuple[str, ...] = ()
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, Tensor] = {}
+
+    def __call__(self, routing: LayerRouting) -> None:
+        """Add one layer's routing of one forward pass."""
+        weights, mask = routing.weights, routing.mask
+        if mask is not None:
+            weights = weights * mask.unsqueeze(-1)
+            tokens = mask.sum()
+        else:
+            tokens = torch.tensor(weights[..., 0].numel(), device=weights.device)
+        by_expert = weights.reshape(-1, weights.shape[-1]).double().sum(0)
+        by_group = torch.stack([part.sum() for part in by_expert.split(list(routing.sizes))]).cpu()
+        self.groups = routing.groups
+        self._sums[routing.layer] = self._sums.get(routing.layer, torch.zeros_like(by_group)) + by_group
+        self._tokens[routing.layer] = self._tokens.get(routing.layer, torch.zeros(())) + tokens.cpu()
+
+    def by_name(self) -> dict[str, list[float]]:
+        """Return the mean weight per group for every wrapped layer, keyed by the layer's name."""
+        return {name: (total / self._tokens[name].clamp(min=1)).tolist() for name, total in self._sums.items()}
+
+    def by_layer(self) -> dict[int, list[float]]:
+        """Return the mean weight per group for every decoder layer, over its projections."""
+        rows: dict[int, list[Tensor]] = {}
+        for name, row in self.by_name().items():
+            numbers = [int(part) for part in name.split(".") if part.isdigit()]
+            rows.setdefault(numbers[0] if numbers else 0, []).append(torch.tensor(row, dtype=torch.float64))
+        return {layer: torch.stack(parts).mean(0).tolist() for layer, parts in sorted(rows.items())}
+
+    def by_group(self) -> list[float]:
+        """Return the mean weight per group over tokens and wrapped layers, in the order of `groups`."""
+        rows = list(self.by_name().values())
+        return torch.tensor(rows, dtype=torch.float64).mean(0).tolist() if rows else []
+
+
+class _Inject(torch.autograd.Function):
+    """Identity on the output whose backward also sends the current upstream gradient into the layer's loss."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, total: Tensor, upstream: Tensor) -> Tensor:
+        ctx.save_for_backward(upstream)
+        ctx.total_dtype = total.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (upstream,) = ctx.saved_tensors
+        return gradients[0], upstream.to(gradients[0].device, ctx.total_dtype), None
+
+
+class _Attach(torch.autograd.Function):
+    """Sum of loss and layer terms; its backward tells the layers the gradient that the sum received."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, total: Tensor, upstream: Tensor, share: Tensor | float) -> Tensor:
+        ctx.upstream, ctx.share = upstream, share
+        return loss + (total * share).to(loss.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        # Through `.data`: the layers saved this tensor for their backward, which runs after this one.
+        ctx.upstream.data.copy_((gradients[0] * ctx.share).detach())
+        return gradients[0], None, None, None
