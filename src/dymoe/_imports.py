@@ -2,9 +2,9 @@
 
 Two are in use. `import dymoe` must register its method with PEFT without loading PEFT (a command line's `--help` should
 not wait for torch). And torchvision must be importable beside a torch that its compiled operators were not built for:
-transformers, peft and timm import it, of which only parts in plain Python are used here. The torchvision of PyPI is built
-for the CUDA torch of PyPI; beside a CPU torch its library does not load, which it tolerates everywhere but in one place,
-where it registers fake (shape-only) versions of its operators without asking whether they exist.
+transformers, peft and timm import it, of which only parts in plain Python are used here. The torchvision of PyPI is
+built for the CUDA torch of PyPI; beside a CPU torch its library does not load, which it tolerates everywhere but in one
+place, where it registers fake (shape-only) versions of its operators without asking whether they exist.
 
 `tools/install.py` also copies this file into the virtual environment, where torchvision then works in any order of
 imports.

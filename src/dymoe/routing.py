@@ -171,7 +171,7 @@ def token_assignment_guidance(scores: Tensor, num_new: int, tau: float, mask: Ma
     num_old = _check_groups(scores, num_new)
     if mask == "none" or num_old == 0 or num_new == 0:
         return scores
-    is_new_token = (token_types(scores, num_new, tau) == TokenType.NEW).unsqueeze(-1)
+    is_new_token = (token_types(scores, num_new, tau) == int(TokenType.NEW)).unsqueeze(-1)
     is_new_expert = torch.arange(scores.shape[-1], device=scores.device) >= num_old
     blocked = is_new_expert & ~is_new_token if mask == "protect" else is_new_expert ^ is_new_token
     return scores.masked_fill(blocked, float("-inf"))

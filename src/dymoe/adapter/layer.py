@@ -24,6 +24,7 @@ class Pack:
 
     blocks: tuple[ExpertBlock, ...]
     directions: Tensor | None
+    versions: tuple[int, ...]
 
 
 class DyMoELayer(nn.Module, BaseTunerLayer):
@@ -31,8 +32,8 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
 
     y = W0 x + sum over active groups of (alpha / bank rank of the group) * sum_e w_e B_e A_e x
 
-    Per group g the layer holds A (experts, r, in_features), B transposed (experts, r, out_features) and, unless the gate
-    is uniform, router rows (experts, in_features), float32. At most one group trains; it is the new group and its
+    Per group g the layer holds A (experts, r, in_features), B transposed (experts, r, out_features) and, unless the
+    gate is uniform, router rows (experts, in_features), float32. At most one group trains; it is the new group and its
     experts are the last columns. Frozen groups are packed for the compute dtype the first time they are used.
 
     Args:
@@ -65,7 +66,8 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
 
     def add_group(self, group: str, config: DyMoEConfig) -> None:
         """Add an expert group: A and router rows Kaiming-uniform (a = sqrt 5), B zero, all float32."""
-        device = self.get_base_layer().weight.device if hasattr(self.get_base_layer(), "weight") else None
+        weight = getattr(self.get_base_layer(), "weight", None)
+        device = weight.device if isinstance(weight, Tensor) else None
         experts, r = config.num_experts, config.r
         a = torch.empty(experts * r, self.in_features, dtype=torch.float32, device=device)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -79,7 +81,7 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
         self._packs.clear()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active groups. Unlike other PEFT methods this never unfreezes a group: only the training one trains.
+        """Choose the active groups. Unlike in other PEFT methods this unfreezes none: only the training group trains.
 
         Args:
             adapter_names: names of the groups to route over; names this layer lacks are ignored.
@@ -120,7 +122,9 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not possible: the weight of an expert depends on the token."""
-        raise NotImplementedError("an expert bank cannot be merged into the base layer: its weights depend on the token")
+        raise NotImplementedError(
+            "an expert bank cannot be merged into the base layer: its weights depend on the token"
+        )
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""
@@ -139,18 +143,20 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
 
     def _pack(self, groups: list[str], dtype: torch.dtype) -> Pack:
         """Return the packed frozen groups in the compute dtype; packed anew only after one of them changed."""
-        versions = () if torch.compiler.is_compiling() else tuple(self.dymoe_A[g]._version for g in groups)
-        if versions:
-            versions += tuple(self.dymoe_B[g]._version for g in groups)
-            versions += tuple(self.dymoe_router[g]._version for g in groups if g in self.dymoe_router)
         key = (tuple(groups), dtype)
         found = self._packs.get(key)
-        if found is not None and (not versions or found[0] == versions):
-            return found[1]
+        versions = () if torch.compiler.is_compiling() else self._versions(groups)
+        if found is not None and (not versions or found.versions == versions):
+            return found
         with torch.no_grad(), torch.autocast(self.dymoe_A[groups[0]].device.type, enabled=False):
-            pack = Pack(self._pack_blocks(groups, dtype), self._pack_directions(groups))
-        self._packs = {key: (versions, pack)}
+            pack = Pack(self._pack_blocks(groups, dtype), self._pack_directions(groups), versions)
+        self._packs = {key: pack}
         return pack
+
+    def _versions(self, groups: list[str]) -> tuple[int, ...]:
+        """Return torch's counters of in-place changes of these groups' parameters."""
+        parameters = [getattr(self, attribute) for attribute in self.adapter_layer_names]
+        return tuple(held[g]._version for held in parameters for g in groups if g in held)
 
     def _pack_blocks(self, groups: list[str], dtype: torch.dtype) -> tuple[ExpertBlock, ...]:
         blocks: list[ExpertBlock] = []
@@ -209,7 +215,12 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
         return result
 
     def _route(
-        self, x: Tensor, directions: list[Tensor], blocks: list[ExpertBlock], config: DyMoEConfig, num_new: int
+        self,
+        x: Tensor,
+        directions: list[Tensor],
+        blocks: list[ExpertBlock],
+        config: DyMoEConfig,
+        num_new: int,
     ) -> Routing:
         experts = sum(block.experts for block in blocks)
         guide = None
@@ -231,7 +242,7 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
         zero = scores.new_zeros(())
         balance = routing.load_balance_loss(weights, num_new, mask) if config.load_balance > 0 else zero
         exclusivity = specialization = zero
-        if regularize and num_new < scores.shape[-1]:
+        if regularize and num_new < scores.shape[-1] and (trace.rsr_active or trace.collect):
             # Before the regularization starts its terms are only reported.
             with torch.set_grad_enabled(torch.is_grad_enabled() and trace.rsr_active):
                 exclusivity, specialization = routing.routing_score_regularization(
@@ -244,9 +255,7 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
         return trace.inject(result, total) if total.requires_grad or not torch.is_grad_enabled() else result
 
     @staticmethod
-    def _statistics(
-        scores: Tensor, weights: Tensor, config: DyMoEConfig, num_new: int, mask: Tensor | None
-    ) -> Tensor:
+    def _statistics(scores: Tensor, weights: Tensor, config: DyMoEConfig, num_new: int, mask: Tensor | None) -> Tensor:
         """Shares of new, ambiguous and old tokens and the mean weight on the new group, (4,)."""
         with torch.no_grad():
             types = routing.token_types(scores, num_new, config.tau)

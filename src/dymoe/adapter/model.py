@@ -18,11 +18,33 @@ from dymoe.adapter.trace import RoutingTrace
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+class GroupConfigs(dict[str, PeftConfig]):
+    """The groups' configs by name.
+
+    PEFT's model remembers the name of its first adapter and looks that config up in every forward pass, also after
+    this adapter was deleted while several others are active. A deleted name therefore answers with the first group
+    left.
+    """
+
+    def __init__(self, configs: dict[str, PeftConfig]) -> None:
+        super().__init__(configs)
+        self.deleted: set[str] = set()
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.deleted.add(name)
+
+    def __missing__(self, name: str) -> PeftConfig:
+        if name in self.deleted and self:
+            return next(iter(self.values()))
+        raise KeyError(name)
+
+
 class DyMoEModel(BaseTuner):
     """PEFT's tuner for the method DYMOE.
 
-    Adding a group (an adapter) freezes the earlier ones and leaves all of them active, so that the router's softmax runs
-    over all groups and only the new one trains. `set_adapter` with several names routes over those alone: stage t of a
+    Adding a group (an adapter) freezes the earlier ones and leaves all of them active, so that the router's softmax
+    runs over all groups and only the new one trains. `set_adapter` with several names routes over those alone: stage t of a
     run is the first t groups.
 
     Attributes:
@@ -36,11 +58,13 @@ class DyMoEModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.trace = RoutingTrace()
+        self.peft_config = GroupConfigs(self.peft_config)
         # On the model itself, so that `generate` and direct calls pass here too.
         model.register_forward_pre_hook(_Begin(self.trace), with_kwargs=True)
         model.register_forward_hook(_AttachLoss(self.trace))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        assert isinstance(peft_config, DyMoEConfig)
         if peft_config.target_modules is None:
             peft_config.target_modules = _language_projections(self.model)
         return peft_config
@@ -134,11 +158,11 @@ class _AttachLoss:
         return output
 
 
-def _language_projections(model: nn.Module) -> str | set[str]:
+def _language_projections(model: nn.Module) -> str | list[str]:
     """Return a target for the seven projections of the language model; a vision tower's linears are left alone."""
     inside = any("language_model." in name for name, _ in model.named_modules())
     if not inside:
-        return set(PROJECTIONS)
+        return list(PROJECTIONS)
     return rf".*language_model\..*\.({'|'.join(map(re.escape, PROJECTIONS))})"
 
 

@@ -1,0 +1,41 @@
+# make demo       learn three small tasks with two methods and see what was forgotten
+# make test       lint, type check and the default test suite
+# make test-slow  the tests that take minutes
+# Everything is set up in .venv; nothing global is touched.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow lint clean help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+.venv/run: pyproject.toml tools/install.py src/dymoe/_imports.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing dymoe into .venv ..."
+	@$(BIN)/python tools/install.py
+	@touch $@
+
+.venv/dev: .venv/run
+	@echo "Installing the development tools into .venv ..."
+	@$(BIN)/python tools/install.py --dev
+	@touch $@
+
+demo: .venv/run
+	@$(BIN)/dymoe demo
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -m slow --timeout 3000
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
