@@ -44,8 +44,8 @@ class DyMoEModel(BaseTuner):
     """PEFT's tuner for the method DYMOE.
 
     Adding a group (an adapter) freezes the earlier ones and leaves all of them active, so that the router's softmax
-    runs over all groups and only the new one trains. `set_adapter` with several names routes over those alone: stage t of a
-    run is the first t groups.
+    runs over all groups and only the new one trains. `set_adapter` with several names routes over those alone: stage t
+    of a run is the first t groups.
 
     Attributes:
         trace: the model's routing trace, shared by all wrapped layers.
