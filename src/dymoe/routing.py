@@ -69,20 +69,22 @@ def cosine_scores(x: Tensor, router: Tensor) -> Tensor:
     return scores_of_directions(x, F.normalize(_wide(router), dim=-1, eps=1e-12))
 
 
-def scores_of_directions(x: Tensor, directions: Tensor) -> Tensor:
+def scores_of_directions(x: Tensor, *directions: Tensor) -> Tensor:
     """`cosine_scores` for router rows that have unit length already (frozen rows are normalised only once).
 
     Args:
         x: layer inputs, (..., features), any float dtype.
-        directions: unit router rows, (experts, features), float32 or float64.
+        directions: blocks of unit router rows, (experts of the block, features) each, float32 or float64; the scores'
+            columns follow their order.
 
     Returns:
-        Scores, (..., experts), float32 or wider.
+        Scores, (..., experts of all blocks), float32 or wider.
     """
     with torch.autocast(device_type=x.device.type, enabled=False):
         x = _wide(x)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
-        return (x @ directions.to(x.dtype).t()) / length
+        parts = [F.linear(x, rows.to(x.dtype)) for rows in directions]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)) / length
 
 
 def topk_weights(scores: Tensor, top_k: int, temperature: float) -> Tensor:

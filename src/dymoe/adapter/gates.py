@@ -32,8 +32,7 @@ def cosine_gate(
         temperature: of the softmax.
         guide: maps scores to guided scores while training, or None.
     """
-    parts = [scores_of_directions(x, rows) for rows in directions]
-    scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    scores = scores_of_directions(x, *directions)
     return Routing(scores, topk_weights(scores if guide is None else guide(scores), top_k, temperature))
 
 
