@@ -19,7 +19,8 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         DymoeError: the file cannot be written (full disk, no permission); what stood at `path` is untouched.
     """
     path = Path(path)
-    payload = data.encode() if isinstance(data, str) else data
+    # A generated text may end in half a surrogate pair: it is replaced, not refused.
+    payload = data.encode(errors="replace") if isinstance(data, str) else data
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,5 @@
-""" """
+"""Answering, scoring and the accuracy matrix with its metrics."""
+
+from dymoe.evaluation.matrix import AccuracyMatrix
+
+__all__ = ["AccuracyMatrix"]

@@ -1,0 +1,174 @@
+"""Puts the page together: summary, figures, samples and plotly.js in one HTML file that needs no network."""
+
+import base64
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from dymoe.files import atomic_write
+from dymoe.report import figures
+from dymoe.report.plots import Table, colour, glyph
+from dymoe.report.runs import Run, read_runs
+from dymoe.report.samples import by_task, pick, shorten
+from dymoe.report.summary import METRICS, Method, gather, headline, number, remarks
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Write one self-contained HTML page about one or several runs of a stream and return its path.
+
+    Everything on the page is computed from the run folders' accuracy matrices, routing and predictions. Runs
+    of one method are averaged over their seeds; a run in progress is shown as far as it has come.
+
+    Args:
+        runs: run folders, each with a results.json.
+        out: the HTML file to write; replaced atomically.
+
+    Raises:
+        DymoeError: a run folder is missing something or is broken, the runs are not of one stream, or `out`
+            cannot be written. The message names the file; nothing is written then.
+    """
+    methods = gather(read_runs([Path(run) for run in runs]))
+    page = render(methods)
+    # Half a surrogate pair is legal in a model's JSON, but cannot be written as UTF-8.
+    atomic_write(out, page.encode("utf-8", "replace"))
+    return Path(out)
+
+
+def render(methods: Sequence[Method]) -> str:
+    """The page as HTML text."""
+    environment = Environment(
+        loader=PackageLoader("dymoe.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shorten"] = shorten
+    environment.filters["colour"] = colour
+    environment.filters["glyph"] = glyph
+    library = get_plotlyjs()
+    script = _source(environment, "script.js.jinja")
+    sections = [
+        figures.side_by_side(methods),
+        figures.over_stages(methods),
+        figures.matrices(methods),
+        figures.lost_per_task(methods),
+        figures.routing_drift(methods),
+        figures.routing_maps(methods),
+    ]
+    runs = [run for method in methods for run in method.runs]
+    hashes, hash_verdict = hash_table(runs)
+    return environment.get_template("page.html.jinja").render(
+        stream=methods[0].runs[0].stream,
+        headline=headline(methods),
+        remarks=remarks(methods),
+        methods=methods,
+        metrics=metrics_table(methods),
+        figures=[figure for figure in sections if figure is not None],
+        hashes=hashes,
+        hash_verdict=hash_verdict,
+        samples=by_task(pick(methods)),
+        answered_by=[(method.label, method.runs[0].seed) for method in methods],
+        runs=run_table(runs),
+        style=Markup(_source(environment, "style.css.jinja")),
+        library=Markup(library),
+        script=Markup(script),
+        policy=_policy(library, script),
+    )
+
+
+def _source(environment: Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _policy(*scripts: str) -> str:
+    """Content security policy: no network at all, and no script but those whose text is given here."""
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+
+
+def metrics_table(methods: Sequence[Method]) -> Table:
+    """MFT, MFN, MAA and BWT of each method, and which task it lost most of."""
+    rows = []
+    for method in methods:
+        values = [(method.metric(key), key.startswith("BWT")) for key in METRICS]
+        cells = ["–" if stat is None else stat.text(sign=signed) for stat, signed in values]
+        rows.append((method.label, method.seeds, *cells, "–" if method.joint else method.worst_loss()))
+    head = ("method", "runs", "MFT", "MFN", "MAA", "BWT (÷ T)", "BWT (÷ T−1)", "lost most")
+    return Table(head, tuple(rows))
+
+
+def hash_table(runs: Sequence[Run]) -> tuple[Table, str]:
+    """For every expert group of every run: its hash when learned and whether it ever changed; and the sum in words."""
+    rows = []
+    kept, differing = 0, []
+    for run in runs:
+        history: dict[str, list[tuple[int, str]]] = {}
+        for stage, groups in run.group_hashes:
+            for name, digest in groups.items():
+                history.setdefault(name, []).append((stage, digest))
+        for name, seen in history.items():
+            first, last = seen[0], seen[-1]
+            changed = sorted({stage for stage, digest in seen if digest != first[1]})
+            if changed:
+                verdict = f"differs at stage {', '.join(map(str, changed))}: not frozen"
+                differing.append(f"{name} of {run.name}")
+            elif last[0] == first[0]:
+                verdict = "new at this stage"
+            else:
+                verdict = f"identical through stage {last[0]}"
+                kept += 1
+            rows.append((run.name, name, str(first[0]), first[1], verdict))
+    words = [f"{kept} expert groups were checked at a later stage and are identical."] if kept else []
+    if differing:
+        words.append(f"{len(differing)} changed after they were learned: {', '.join(differing)}.")
+    if not words:
+        words.append("No group has been followed by a later stage yet.")
+    head = ("run", "group", "learned at stage", "hash when learned", "since then")
+    return Table(head, tuple(rows)), " ".join(words)
+
+
+def run_table(runs: Sequence[Run]) -> Table:
+    """Where the numbers come from: folder, seed, base model, steps, time, machine and versions."""
+    rows = []
+    for run in runs:
+        seconds = run.facts.get("seconds")
+        timing = seconds if isinstance(seconds, dict) else {}
+        rows.append(
+            (
+                run.name,
+                run.method,
+                str(run.seed),
+                run.base,
+                str(run.facts.get("steps_per_task", "–")),
+                str(run.facts.get("trainable_parameters", "–")),
+                _minutes(timing.get("train")),
+                _minutes(timing.get("evaluate")),
+                ", ".join(_flat(run.facts.get("machine"))) or "–",
+                ", ".join(_flat(run.facts.get("versions"))) or "–",
+            )
+        )
+    head = ("run", "method", "seed", "base model", "steps a task", "trained parameters", "training")
+    return Table((*head, "evaluation", "machine", "versions"), tuple(rows))
+
+
+def _minutes(seconds: Any) -> str:
+    """The sum of a list of seconds (or one number of seconds) in minutes."""
+    values = seconds if isinstance(seconds, list) else [seconds]
+    known = [float(value) for value in values if isinstance(value, int | float)]
+    return f"{number(sum(known) / 60)} min" if known else "–"
+
+
+def _flat(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield f"{key} {item}"
+    elif value is not None:
+        yield str(value)

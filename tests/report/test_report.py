@@ -1,0 +1,422 @@
+"""What the page says, and which run folders it refuses."""
+
+import base64
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+from run_folders import make_joint, make_run, picture, write_results
+
+from dymoe.errors import DymoeError
+from dymoe.evaluation import AccuracyMatrix
+from dymoe.files import atomic_json, atomic_write, read_json
+from dymoe.report import write_report
+from dymoe.report.figures import over_stages, routing_drift
+from dymoe.report.plots import build
+from dymoe.report.runs import read_run, read_runs
+from dymoe.report.samples import pick
+from dymoe.report.summary import Method, Stat, gather, headline, number, remarks
+
+THREE = ("scienceqa", "textvqa", "imagenet")
+
+
+class Text(HTMLParser):
+    """The page as a browser would read it: text by the id of the section around it, and all start tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.sections: dict[str, str] = {"": ""}
+        self._section, self._skip = "", False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._skip = tag in ("script", "style")
+        if tag == "section":
+            self._section = dict(attrs)["id"] or ""
+            self.sections[self._section] = ""
+
+    def handle_endtag(self, tag: str) -> None:
+        self._skip = False
+        if tag == "section":
+            self._section = ""
+
+    def handle_data(self, data: str) -> None:
+        if not self._skip:
+            self.sections[self._section] += " " + " ".join(data.split())
+
+
+def page(tmp_path: Path, *runs: Path) -> Text:
+    out = write_report(runs, tmp_path / "report.html")
+    assert out == tmp_path / "report.html"
+    return Text(out.read_text(encoding="utf-8"))
+
+
+def matrix_run(folder: Path, method: str, rows: list[list[float]], seed: int = 0, **more: Any) -> Path:
+    """A run folder with just these numbers."""
+    write_results(folder, method=method, seed=seed, tasks=list(THREE), matrix=rows, **more)
+    return folder
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def test_the_numbers_are_those_of_the_matrices(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"{m}{s}", m, s, THREE) for m in ("lora", "dymoe") for s in (0, 1)]
+    parsed = page(tmp_path, *runs)
+    for method in ("lora", "dymoe"):
+        metrics = [
+            AccuracyMatrix(read_json(tmp_path / f"{method}{s}" / "results.json")["matrix"]).to_dict() for s in (0, 1)
+        ]
+        for key in ("MFT", "MFN", "MAA", "BWT", "BWT_T-1"):
+            mean = statistics.mean(m[key] for m in metrics)
+            spread = statistics.stdev(m[key] for m in metrics)
+            shown = f"{mean:+.1f}" if "BWT" in key else f"{mean:.1f}"
+            assert f"{shown} ± {spread:.1f}".replace("-", "−") in parsed.sections["metrics"]
+
+
+def test_metrics_written_in_results_json_are_not_trusted(tmp_path: Path) -> None:
+    run = matrix_run(tmp_path / "a", "lora", [[80], [60, 70]], metrics={"MFT": 12.3})
+    assert "75.0" in page(tmp_path, run).sections["metrics"]
+
+
+def test_the_headline_names_who_forgot_least(tmp_path: Path) -> None:
+    lora = matrix_run(tmp_path / "lora", "lora", [[80], [50, 80], [20, 50, 80]])
+    dymoe = matrix_run(tmp_path / "dymoe", "dymoe", [[70], [70, 60], [64, 60, 62]])
+    expected = "dymoe forgot least: backward transfer of −2.0 points against −30.0 for lora."
+    assert headline(gather(read_runs([lora, dymoe]))) == expected
+    parsed = page(tmp_path, lora, dymoe)
+    assert expected in parsed.sections[""]
+    assert "scienceqa (60.0 points, mostly while learning" in parsed.sections["metrics"]
+    assert "single seed" in parsed.sections[""]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[80], [50, 80]], r"lora went from 80.0 % .* to 65.0 % .*−15.0 points \(after 2 of 3 tasks\)\."),
+        ([[80]], "Only scienceqa has been learned so far, so nothing could be forgotten yet."),
+        ([[80], [90, 80], [90, 80, 70]], r"backward transfer of \+3.3 points\."),
+    ],
+)
+def test_the_headline_of_one_method(tmp_path: Path, rows: list[list[float]], expected: str) -> None:
+    assert re.search(expected, headline(gather(read_runs([matrix_run(tmp_path / "a", "lora", rows)]))))
+
+
+def test_the_headline_of_many_methods_stays_one_line(tmp_path: Path) -> None:
+    runs = [matrix_run(tmp_path / f"m{i}", f"m{i}", [[80], [80 - i, 80]]) for i in range(6)]
+    expected = "m0 forgot least: backward transfer of +0.0 points against −0.5 for m1 down to −2.5 for m5 (after 2 of 3"
+    assert headline(gather(read_runs(runs))).startswith(expected)
+
+
+def test_a_difference_within_the_spread_is_said_to_be_so(tmp_path: Path) -> None:
+    def runs(gap: float) -> list[Method]:
+        paths = []
+        for method, offset in (("lora", 0.0), ("dymoe", gap)):
+            for seed in (0, 1):
+                rows = [[80], [50 + offset + 9 * seed, 80], [50 + offset + 9 * seed, 80, 80]]
+                paths.append(matrix_run(tmp_path / f"{gap}{method}{seed}", method, rows, seed))
+        return gather(read_runs(paths))
+
+    assert any("no more than the larger spread" in note for note in remarks(runs(3)))
+    assert any("more than the larger spread" in n and "no more" not in n for n in remarks(runs(20)))
+
+
+def test_a_run_in_progress_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
+    done = make_run(tmp_path / "lora", "lora", 0, THREE)
+    partial = make_run(tmp_path / "dymoe", "dymoe", 0, THREE, stages=2)
+    parsed = page(tmp_path, done, partial)
+    assert "dymoe is shown as far as its runs have come: 2 of 3 tasks" in parsed.sections[""]
+    assert "lora went from" in parsed.sections[""]  # the unfinished run is not compared
+    rows = {row[0]: row for row in over_stages(gather(read_runs([done, partial]))).table.rows}
+    assert rows["scienceqa: dymoe"][3] == "–"
+    assert rows["scienceqa: lora"][3] != "–"
+
+
+def test_joint_is_an_upper_bound_without_stages(tmp_path: Path) -> None:
+    parsed = page(tmp_path, make_run(tmp_path / "a", tasks=THREE), joint := make_joint(tmp_path / "j", 0, THREE))
+    mean = statistics.mean(read_json(joint / "results.json")["joint"])
+    assert f"joint seed 0 – {mean:.1f} – – – –" in " ".join(parsed.sections["metrics"].split())
+    assert "joint answer" in parsed.sections["samples"]
+    alone = page(tmp_path, joint)
+    assert f"All tasks were learned at once: {mean:.1f} %" in alone.sections[""]
+    assert "matrices" not in alone.sections
+
+
+def test_routing_drift_is_the_weight_on_newer_groups(tmp_path: Path) -> None:
+    run = matrix_run(tmp_path / "a", "dymoe", [[80], [70, 70], [70, 60, 50]])
+    stages = {
+        2: {"scienceqa": [0.7, 0.3], "textvqa": [0.1, 0.9]},
+        3: {"scienceqa": [0.5, 0.3, 0.2], "textvqa": [0.2, 0.7, 0.1], "imagenet": [0, 0, 1]},
+    }
+    for stage, weights in stages.items():
+        tasks = {task: {"weight": weight} for task, weight in weights.items()}
+        file = run / "stages" / f"{stage:02d}-{THREE[stage - 1]}" / "routing.json"
+        atomic_json(file, {"groups": list(THREE[:stage]), "tasks": tasks})
+    methods = gather(read_runs([run]))
+    assert methods[0].drift(2, 0) == pytest.approx(30)
+    assert methods[0].drift(3, 0) == pytest.approx(50)
+    assert methods[0].drift(3, 1) == pytest.approx(10)
+    assert methods[0].mean_drift(3) == pytest.approx(30)
+    assert methods[0].mean_drift(1) is None
+    figure = routing_drift(methods)
+    assert figure is not None
+    assert figure.table.rows[0] == ("dymoe: mean of old tasks", "30.0", "30.0")
+    assert figure.table.rows[2] == ("dymoe: textvqa", "–", "10.0")
+
+
+def test_without_routing_there_are_no_routing_figures(tmp_path: Path) -> None:
+    parsed = page(tmp_path, make_run(tmp_path / "a", "lora", 0, THREE, routed=False))
+    assert "routing-drift" not in parsed.sections
+    assert "routing-maps" not in parsed.sections
+
+
+def test_hashes_say_what_changed(tmp_path: Path) -> None:
+    entries = [
+        {"stage": 1, "groups": {"scienceqa": "aa"}},
+        {"stage": 2, "groups": {"scienceqa": "aa", "textvqa": "bb"}},
+        {"stage": 3, "groups": {"scienceqa": "aa", "textvqa": "b2", "imagenet": "cc"}},
+    ]
+    run = matrix_run(tmp_path / "a", "dymoe", [[80], [70, 70], [70, 60, 50]], group_hashes=entries)
+    text = page(tmp_path, run).sections["hashes"]
+    assert "1 expert groups were checked at a later stage and are identical." in text
+    assert "1 changed after they were learned: textvqa of a." in text
+    assert "a scienceqa 1 aa identical through stage 3" in " ".join(text.split())
+    assert "a textvqa 2 bb differs at stage 3: not frozen" in " ".join(text.split())
+    assert "a imagenet 3 cc new at this stage" in " ".join(text.split())
+
+
+def test_runs_of_one_method_and_seed_are_not_averaged(tmp_path: Path) -> None:
+    first = matrix_run(tmp_path / "tag", "dymoe", [[80], [70, 70]])
+    second = matrix_run(tmp_path / "no-tag", "dymoe", [[80], [60, 70]])
+    assert [m.label for m in gather(read_runs([first, second]))] == ["dymoe (tag)", "dymoe (no-tag)"]
+
+
+def test_unlike_settings_are_remarked(tmp_path: Path) -> None:
+    first = matrix_run(tmp_path / "a", "lora", [[80], [70, 70]], steps_per_task=60)
+    second = matrix_run(tmp_path / "b", "dymoe", [[80], [70, 70]], steps_per_task=90, base="llava", split="validation")
+    text = page(tmp_path, first, second).sections[""]
+    assert "differ in their steps per task (60, 90)" in text
+    assert "differ in their evaluation split (None, validation)" in text
+    assert "differ in their base model (llava, pocket)" in text
+
+
+def test_numbers_are_shown_with_a_real_minus_and_no_minus_zero() -> None:
+    assert [number(-1.25, sign=True), number(-0.01, sign=True), number(None)] == ["−1.2", "+0.0", "–"]
+    assert Stat.of([1.0, 3.0]).text() == "2.0 ± 1.4"
+    assert Stat.of([2.0]).text() == "2.0"
+
+
+# ---------------------------------------------------------------- samples
+
+
+def sampled(tmp_path: Path, name: str, answers: dict[str, list[float]]) -> Path:
+    """A run over two stages whose samples have these scores at stage 1 and 2."""
+    run = matrix_run(tmp_path / name, name, [[80], [70, 70]])
+    for stage in (1, 2):
+        lines = [
+            {"id": i, "prediction": f"{name} {i} {stage}", "score": scores[stage - 1], "lenient": 1.0}
+            for i, scores in answers.items()
+        ]
+        file = run / "stages" / f"0{stage}-{THREE[stage - 1]}" / "predictions" / "scienceqa.jsonl"
+        atomic_write(file, "".join(json.dumps(line) + "\n" for line in lines))
+    records = [{"task": "scienceqa", "id": i, "question": f"q {i}", "answer": "x"} for i in answers]
+    atomic_json(run / "samples.json", records)
+    return run
+
+
+def test_samples_that_one_method_lost_and_another_kept_come_first(tmp_path: Path) -> None:
+    lora = sampled(tmp_path, "lora", {"same": [1, 1], "never": [0, 0], "both": [1, 0], "told": [1, 0], "found": [0, 1]})
+    dymoe = sampled(
+        tmp_path, "dymoe", {"same": [1, 1], "never": [0, 0], "both": [1, 0], "told": [1, 1], "found": [0, 1]}
+    )
+    chosen = pick(gather(read_runs([lora, dymoe])))
+    assert [shown.question.id for shown in chosen[:2]] == ["told", "both"]
+    assert chosen[0].lost_by == ["lora"]
+    assert chosen[1].lost_by == ["lora", "dymoe"]
+    text = page(tmp_path, lora, dymoe).sections["samples"]
+    assert "lora told 1" in text
+    assert "dymoe told 2" in text
+    assert "lost by lora" in text
+
+
+def test_without_samples_json_the_section_says_so(tmp_path: Path) -> None:
+    text = page(tmp_path, make_run(tmp_path / "a", tasks=THREE, samples=0)).sections["samples"]
+    assert "None of these runs wrote a samples.json" in text
+
+
+def test_images_stay_within_the_page_budget(tmp_path: Path) -> None:
+    run = sampled(tmp_path, "lora", {str(i): [1, 0] for i in range(3)})
+    big = base64.b64encode(picture(0) + bytes(1_500_000)).decode()
+    records = read_json(run / "samples.json")
+    atomic_json(run / "samples.json", [r | {"image_base64": big, "mime": "image/jpeg"} for r in records])
+    out = write_report([run], tmp_path / "r.html")
+    assert out.read_bytes().count(big.encode()) == 1
+    assert out.stat().st_size < 10_000_000
+
+
+# ---------------------------------------------------------------- safety of the page
+
+
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / m, m) for m in ("lora", "dymoe")]
+    html = write_report(runs, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert html.count("* plotly.js v") == 1
+    assert len(html.encode()) < 10_000_000
+    for tag, attributes in Text(html).tags:
+        assert not (tag in ("script", "link", "iframe", "object") and {"src", "href"} & set(attributes)), tag
+        if tag == "img":
+            assert (attributes["src"] or "").startswith("data:image/")
+        if tag == "a":
+            assert (attributes["href"] or "").startswith("#")
+    policy = next(a["content"] for t, a in Text(html).tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy.split("script-src")[1]
+
+
+HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"onload=" {{7*7}} &amp;'
+
+
+def test_text_from_models_and_data_is_escaped(tmp_path: Path) -> None:
+    tasks = ("<img src=x onerror=window.hacked=1>", '{{ 7*7 }}"onload="', "<b>bold<b>")
+    runs = [make_run(tmp_path / "a", HOSTILE, 0, tasks, text=HOSTILE)]
+    for key, value in {"name": HOSTILE, "base": HOSTILE, "machine": {HOSTILE: HOSTILE}}.items():
+        file = runs[0] / "results.json"
+        atomic_json(file, read_json(file) | {key: value})
+    parsed = page(tmp_path, *runs)
+    assert [a for t, a in parsed.tags if t == "script" and a.get("type") != "application/json"] == [{}, {}]
+    images = [a for t, a in parsed.tags if t == "img"]
+    assert images
+    assert all((a["src"] or "").startswith("data:") for a in images)
+    assert not [a for _, a in parsed.tags for name in a if name.startswith("on")]
+    assert HOSTILE in parsed.sections["samples"]
+    assert HOSTILE in parsed.sections["runs"]
+    assert tasks[1] in parsed.sections["matrices"]
+
+
+def test_a_figure_cannot_end_the_script_element_it_stands_in() -> None:
+    spec = build("", "", [go.Scatter(x=[1], y=[2], name=HOSTILE)], 100).spec
+    assert not set("<>&") & set(spec)
+    assert json.loads(spec)["data"][0]["name"] == HOSTILE
+
+
+def test_half_a_surrogate_pair_and_long_answers_are_written(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", tasks=THREE, text="\ud800" + "long " * 500)
+    text = page(tmp_path, run).sections["samples"]
+    assert "?long long" in text
+    assert "more characters)" in text
+    assert "long " * 200 not in text
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def edit(key: str, value: object) -> Callable[[Path], None]:
+    return lambda run: atomic_json(run / "results.json", read_json(run / "results.json") | {key: value})
+
+
+def drop(key: str) -> Callable[[Path], None]:
+    def change(run: Path) -> None:
+        data = read_json(run / "results.json")
+        del data[key]
+        atomic_json(run / "results.json", data)
+
+    return change
+
+
+def text(name: str, content: str) -> Callable[[Path], None]:
+    return lambda run: atomic_write(run / name, content)
+
+
+STAGE = "stages/01-scienceqa"
+SAMPLE = {"task": "scienceqa", "id": "1", "question": "q", "answer": "a"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: (run / "results.json").unlink(), r"results\.json: no such file; a run folder"),
+        (shutil.rmtree, r"results\.json: no such file"),
+        (text("results.json", '{"name": '), r"results\.json: not valid JSON \(line 1"),
+        (text("results.json", "[]"), r"results\.json: holds a list; an object"),
+        (drop("matrix"), r'results\.json: "matrix" is missing'),
+        (drop("seed"), r'results\.json: "seed" is missing; a int'),
+        (edit("seed", True), r'results\.json: "seed" is True'),
+        (edit("tasks", []), r'results\.json: "tasks" is \[\]'),
+        (edit("tasks", ["a", "a"]), r'results\.json: "tasks" is .*different task names'),
+        (edit("tasks", [1]), r'results\.json: "tasks" is \[1\]; a list of strings'),
+        (edit("matrix", []), "has finished no stage yet"),
+        (edit("matrix", [[1]] * 2), r'results\.json: "matrix": accuracy matrix: row 2 has 1 columns'),
+        (edit("matrix", [[1], [2, float("nan")]]), "row 2, column 2 is nan"),
+        (edit("matrix", [[1] * t for t in range(1, 6)]), '"matrix" has 5 rows for 3 tasks'),
+        (edit("joint", [1]), '"joint" is .*one percentage for each of the 3 tasks'),
+        (edit("format_drift", {"a": "b"}), '"format_drift" is'),
+        (edit("group_hashes", [{"stage": 1}]), '"group_hashes" holds'),
+        (edit("group_hashes", 5), '"group_hashes" holds 5'),
+        (text(f"{STAGE}/routing.json", "{"), r"01-scienceqa/routing\.json: not valid JSON"),
+        (text(f"{STAGE}/routing.json", '{"groups": ["a"], "tasks": {"x": {"weight": [0.4]}}}'), "task 'x'.*1 in sum"),
+        (text(f"{STAGE}/routing.json", '{"groups": ["a"], "tasks": {"x": []}}'), r"routing\.json: task 'x'"),
+        (text("samples.json", "{}"), r"samples\.json: holds a dict"),
+        (text("samples.json", "[3]"), r"samples\.json: sample 1 is 3"),
+        (text("samples.json", json.dumps([SAMPLE, SAMPLE | {"id": 4}])), r'sample 2: "id" is 4'),
+        (text("samples.json", json.dumps([SAMPLE | {"task": "x"}])), r'sample 1: "task" is .x.; one of'),
+        (text("samples.json", json.dumps([SAMPLE | {"image_base64": "aa", "mime": "image/svg+xml"}])), '"mime" is'),
+        (text("samples.json", json.dumps([SAMPLE | {"image_base64": "%", "mime": "image/png"}])), "no base64"),
+        (text("samples.json", json.dumps([SAMPLE | {"image_base64": "aaaa", "mime": "image/png"}])), "no image/png"),
+        (text(f"{STAGE}/predictions/scienceqa.jsonl", '{"id": 1}\n'), r"scienceqa\.jsonl: line 1 is no prediction"),
+        (text(f"{STAGE}/predictions/scienceqa.jsonl", "{\n"), "line 1 is no prediction"),
+    ],
+)
+def test_a_broken_run_folder_is_refused(tmp_path: Path, change: Callable[[Path], None], message: str) -> None:
+    run = make_run(tmp_path / "run", tasks=THREE)
+    change(run)
+    out = tmp_path / "report.html"
+    with pytest.raises(DymoeError, match=message) as error:
+        write_report([run], out)
+    assert str(run) in str(error.value)
+    assert not out.exists()
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", tasks=THREE)
+    other = make_run(tmp_path / "b", "lora", tasks=THREE[::-1])
+    with pytest.raises(DymoeError, match=r'b/results\.json: "tasks" is .*a/results\.json has .*same order'):
+        write_report([run, other], tmp_path / "r.html")
+    edit("tasks", list(THREE))(other)
+    edit("stream", "coin")(other)
+    with pytest.raises(DymoeError, match=r"\"stream\" is 'coin'"):
+        write_report([run, other], tmp_path / "r.html")
+    with pytest.raises(DymoeError, match="more than once"):
+        write_report([run, tmp_path / "x" / ".." / "a"], tmp_path / "r.html")
+    with pytest.raises(DymoeError, match="no run folder given"):
+        write_report([], tmp_path / "r.html")
+
+
+def test_an_unwritable_place_is_one_error_and_keeps_what_stood_there(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", tasks=THREE)
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(DymoeError, match="cannot be written"):
+        write_report([run], tmp_path / "file" / "report.html")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_reading_a_run_gives_its_matrix(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "a", tasks=THREE))
+    assert run.matrix().names == THREE
+    assert run.matrix(2).rows == run.rows[:2]
+
+
+def test_importing_the_report_does_not_import_torch() -> None:
+    code = "import sys, dymoe.report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
