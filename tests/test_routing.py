@@ -131,6 +131,25 @@ def test_cosine_scores(tokens, experts, dtype):
     )
 
 
+@pytest.mark.parametrize("tokens", [(), (5,), (2, 3), (0,)])
+def test_cosine_scores_have_the_gradient_of_their_formula(tokens):
+    torch.manual_seed(0)
+    x = torch.randn(*tokens, 6, dtype=torch.float64, requires_grad=True)
+    router = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    pull = torch.randn(*tokens, 4, dtype=torch.float64)
+    plain = (x / x.norm(dim=-1, keepdim=True)) @ (router / router.norm(dim=-1, keepdim=True)).t()
+    expected = torch.autograd.grad((plain * pull).sum(), (x, router))
+    got = torch.autograd.grad((routing.cosine_scores(x, router) * pull).sum(), (x, router))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_zero_token_gets_no_gradient_that_is_not_finite():
+    x = torch.zeros(2, 6, requires_grad=True)
+    routing.cosine_scores(x, torch.randn(3, 6)).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
 def test_cosine_scores_do_not_lose_precision_under_autocast():
     torch.manual_seed(0)
     x, router = torch.randn(4, 64), torch.randn(3, 64)
