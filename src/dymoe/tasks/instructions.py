@@ -1,0 +1,53 @@
+"""The instruction that ends (or, for boxes, opens) every question, in the CoIN benchmark's three types.
+
+The sentences are those of CoIN as tabulated in DyMoE's supplement (Table 16); `instructions.json` keeps them as
+published, slips included, with notes on the slips.
+"""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dymoe.errors import DymoeError
+from dymoe.files import read_json
+from dymoe.tasks.naming import unknown
+
+TYPES = ("original", "diverse", "10type")
+PATH = Path(__file__).parent / "instructions.json"
+
+
+@cache
+def _templates() -> dict[str, dict[str, Any]]:
+    templates: dict[str, dict[str, Any]] = read_json(PATH)["templates"]
+    return templates
+
+
+def instruction(task: str, kind: str, sample_id: str, seed: int = 0) -> str:
+    """Return a sample's instruction; under "10type" a hash of seed and sample id picks one of the task's list.
+
+    Raises:
+        DymoeError: unknown task or instruction type; the message names the nearest one.
+    """
+    if kind not in TYPES:
+        raise DymoeError(unknown("instruction type", kind, TYPES))
+    if task not in _templates():
+        raise DymoeError(unknown("task", task, _templates()))
+    choice = _templates()[task][kind]
+    if isinstance(choice, str):
+        return choice
+    digest = hashlib.sha256(f"{seed}/{sample_id}".encode()).digest()
+    picked: str = choice[int.from_bytes(digest[:8], "big") % len(choice)]
+    return picked
+
+
+def apply(task: str, question: str, kind: str, sample_id: str, seed: int = 0) -> str:
+    """Return question and instruction as one text, laid out as CoIN lays them out.
+
+    The instruction is the last line; for Grounding it comes first, with the expression behind a colon.
+
+    Raises:
+        DymoeError: unknown task or instruction type; the message names the nearest one.
+    """
+    text = instruction(task, kind, sample_id, seed)
+    return f"{text}: {question}" if task == "Grounding" else f"{question}\n{text}"

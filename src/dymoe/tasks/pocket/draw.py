@@ -1,0 +1,102 @@
+"""Drawing for the pocket benchmark: canvases, pasted pictures, words, wear and tear, encoding.
+
+Sizes are pixels; boxes are (x0, y0, x1, y1) in pixels. Every random choice comes from the caller's generator.
+Text is set in the font that Pillow carries, so that the same pictures come out on every machine.
+"""
+
+import colorsys
+import io
+import random
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+Box = tuple[int, int, int, int]
+Color = tuple[int, int, int]
+
+COLORS: dict[str, Color] = {
+    "red": (214, 40, 40),
+    "green": (44, 160, 60),
+    "blue": (40, 80, 210),
+    "yellow": (245, 212, 30),
+    "purple": (140, 60, 170),
+    "black": (25, 25, 25),
+}
+
+
+def pastel(rng: random.Random) -> Color:
+    """A light, weakly saturated colour, so that what is drawn on it stands out."""
+    red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.05, 0.3), rng.uniform(0.85, 1.0))
+    return int(red * 255), int(green * 255), int(blue * 255)
+
+
+def canvas(size: tuple[int, int], color: Color) -> Image.Image:
+    """A plain RGB picture of `size` (width, height)."""
+    return Image.new("RGB", size, color)
+
+
+def enlarge(photo: Image.Image, side: int) -> Image.Image:
+    """A small photo as RGB, scaled to `side` x `side`."""
+    return photo.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+
+
+def paste_cutout(target: Image.Image, cutout: Image.Image, box: Box) -> None:
+    """Paste an RGBA picture, cropped to what is not transparent, so that it fills `box`."""
+    cropped = cutout.crop(cutout.getchannel("A").getbbox() or (0, 0, *cutout.size))
+    fitted = cropped.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS)
+    target.paste(fitted, box[:2], fitted)
+
+
+def paste_inside(target: Image.Image, cutout: Image.Image, box: Box) -> None:
+    """Paste an RGBA picture centred in `box`, its proportions kept."""
+    cropped = cutout.crop(cutout.getchannel("A").getbbox() or (0, 0, *cutout.size))
+    width, height = box[2] - box[0], box[3] - box[1]
+    scale = min(width / cropped.width, height / cropped.height)
+    size = max(1, round(cropped.width * scale)), max(1, round(cropped.height * scale))
+    left, top = box[0] + (width - size[0]) // 2, box[1] + (height - size[1]) // 2
+    paste_cutout(target, cropped, (left, top, left + size[0], top + size[1]))
+
+
+def draw_words(target: Image.Image, text: str, box: Box, color: Color) -> None:
+    """Write one line of text as large as `box` allows, centred in it."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    reference = ImageFont.load_default(100)
+    left, top, right, bottom = reference.getbbox(text)
+    size = max(6.0, 100 * min(width / max(1, right - left), height / max(1, bottom - top)))
+    font = ImageFont.load_default(size)
+    middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    left, top, right, bottom = font.getbbox(text)
+    origin = middle[0] - (left + right) / 2, middle[1] - (top + bottom) / 2
+    ImageDraw.Draw(target).text(origin, text, fill=color, font=font)
+
+
+def add_noise(image: Image.Image, rng: random.Random, spread: float) -> Image.Image:
+    """Add Gaussian noise of standard deviation `spread` (grey levels, 0 to 255)."""
+    noise = np.random.default_rng(rng.getrandbits(64)).normal(0, spread, (image.height, image.width, 3))
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) + noise
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+def blur(image: Image.Image, radius: float) -> Image.Image:
+    """Gaussian blur of `radius` pixels."""
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def darken(image: Image.Image, factor: float) -> Image.Image:
+    """Multiply every pixel by `factor` (0 black, 1 unchanged)."""
+    return image.point([round(value * factor) for value in range(256)] * len(image.getbands()))
+
+
+def crop_shift(image: Image.Image, rng: random.Random, share: float) -> Image.Image:
+    """Move the picture by up to `share` of its size in both directions; what comes in from outside is black."""
+    reach = int(image.width * share), int(image.height * share)
+    moved = Image.new("RGB", image.size)
+    moved.paste(image, (rng.randint(-reach[0], reach[0]), rng.randint(-reach[1], reach[1])))
+    return moved
+
+
+def encode(image: Image.Image, quality: int = 75) -> bytes:
+    """Encode as lossy WebP."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, method=4)
+    return buffer.getvalue()

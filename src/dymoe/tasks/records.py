@@ -1,0 +1,114 @@
+"""Reading the records of a parquet file, each one checked; an error names the file and the record."""
+
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from dymoe.errors import DymoeError
+from dymoe.tasks.base import Sample
+from dymoe.tasks.scoring import Scorer, scorer
+
+COLUMNS = ("id", "image", "question", "answer", "reference", "split")
+_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def read_table(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a parquet file with the columns `COLUMNS`.
+
+    Raises:
+        DymoeError: the file is missing, is no parquet file, lacks a column, or has no rows.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    if not path.is_file():
+        raise DymoeError(f"{path}: no such file")
+    try:
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
+            if missing:
+                raise DymoeError(f"{path}: column {missing[0]!r} is missing; needed are {', '.join(COLUMNS)}")
+            rows: list[dict[str, Any]] = file.read(columns=list(COLUMNS)).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DymoeError(f"{path}: cannot be read as parquet ({reason})") from error
+    if not rows:
+        raise DymoeError(f"{path}: the task is empty; it must hold at least one record")
+    return rows
+
+
+def samples(
+    path: str | Path,
+    rows: Iterable[Mapping[str, Any]],
+    rule: str,
+    question: Callable[[str, str], str] = lambda text, _: text,
+) -> dict[str, list[Sample]]:
+    """Check rows and return them as samples by split.
+
+    Args:
+        path: the file that the rows come from, for messages.
+        rows: rows with the columns `COLUMNS`.
+        rule: the task's scoring rule; every reference must be readable to it.
+        question: makes a sample's question from (question, id); adds the instruction.
+
+    Raises:
+        DymoeError: names the file and the first record that cannot be used, and what is wrong with it.
+    """
+    score = scorer(rule)
+    splits: dict[str, list[Sample]] = {}
+    seen: set[str] = set()
+    for number, row in enumerate(rows, start=1):
+        name = f"record {row['id']}" if row["id"] else f"record number {number}"
+        try:
+            sample = _sample(row, score, question)
+        except DymoeError as error:
+            raise DymoeError(f"{path}: {name}: {error}") from error
+        if sample.id in seen:
+            raise DymoeError(f"{path}: {name}: the id is there twice; ids must be unique")
+        seen.add(sample.id)
+        splits.setdefault(row["split"], []).append(sample)
+    return splits
+
+
+def _sample(row: Mapping[str, Any], score: Scorer, question: Callable[[str, str], str]) -> Sample:
+    for key in ("id", "question", "answer", "split"):
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise DymoeError(f"{key!r} is empty; it must be a text")
+    reference = _reference(row["reference"])
+    check_image(row["image"])
+    score(row["answer"], reference)
+    return Sample(row["id"], row["image"], question(row["question"], row["id"]), row["answer"], reference)
+
+
+def _reference(text: object) -> dict[str, Any]:
+    try:
+        reference = json.loads(text) if isinstance(text, str) else None
+    except json.JSONDecodeError as error:
+        raise DymoeError(f"'reference' is not valid JSON ({error.msg})") from error
+    if not isinstance(reference, dict):
+        raise DymoeError("'reference' must be a JSON object")
+    return reference
+
+
+def check_image(data: bytes | None) -> None:
+    """Refuse a picture that cannot be decoded; None (a question of text alone) is fine.
+
+    Raises:
+        DymoeError: no bytes, another format than PNG, JPEG or WebP, or a picture that is cut off.
+    """
+    if data is None:
+        return
+    if not data:
+        raise DymoeError("'image' has no bytes; it must be a PNG, JPEG or WebP picture, or null")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            image.load()
+    except UnidentifiedImageError as error:
+        raise DymoeError("'image' is not a PNG, JPEG or WebP picture") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DymoeError(f"'image' cannot be decoded ({error})") from error

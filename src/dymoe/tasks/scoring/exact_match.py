@@ -1,0 +1,50 @@
+"""Exact match: the answer itself, but for case, space around it and a trailing period."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dymoe.errors import DymoeError
+from dymoe.tasks.scoring.text import contains_words, process_answer
+
+_OPPOSITE = {"yes": "no", "no": "yes"}
+
+
+def strict(prediction: str, reference: Mapping[str, Any]) -> float:
+    """1.0 when the prediction is `reference["answer"]`, case and one trailing period aside.
+
+    Raises:
+        DymoeError: the reference has no answer.
+    """
+    return float(_plain(prediction) == _plain(read_answer(reference)))
+
+
+def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
+    """1.0 also when the answer stands among other words, or in another spelling (`text.process_answer`).
+
+    A prediction that holds both yes and no is neither.
+
+    Raises:
+        DymoeError: the reference has no answer.
+    """
+    if strict(prediction, reference):
+        return 1.0
+    answer, said = process_answer(read_answer(reference)), process_answer(prediction)
+    if answer in _OPPOSITE and contains_words(said, _OPPOSITE[answer]):
+        return 0.0
+    return float(contains_words(said, answer))
+
+
+def read_answer(reference: Mapping[str, Any]) -> str:
+    """Return the reference's answer.
+
+    Raises:
+        DymoeError: it is missing, empty or not text.
+    """
+    answer = reference.get("answer")
+    if not isinstance(answer, str) or not answer.strip():
+        raise DymoeError(f"reference: 'answer' must be a text that is not empty, not {answer!r}")
+    return answer
+
+
+def _plain(text: str) -> str:
+    return text.strip().removesuffix(".").strip().lower()

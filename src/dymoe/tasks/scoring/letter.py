@@ -1,0 +1,81 @@
+"""Multiple choice: the letter of the right choice, A to E."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dymoe.errors import DymoeError
+from dymoe.tasks.scoring.text import contains_words, process_answer
+
+LETTERS = "ABCDE"
+_ALONE = re.compile(r"\(?([A-Ea-e])[.):]?")
+_LEADING = re.compile(r"\(?([A-E])[.):]\s.*", re.DOTALL)
+_NAMED = re.compile(r"\b(?:answer|option|choice|letter)(?: is)?:? *\(?([A-Ea-e])\b")
+# "A" among other words is mostly the article; it counts in brackets and as the last word.
+_STANDING = re.compile(r"(?<![\w'])(?:([B-E])(?![\w'])|\(([A-E])\)|(A)[.)]?$)")
+
+
+def strict(prediction: str, reference: Mapping[str, Any]) -> float:
+    """1.0 when the prediction is the right letter ("B", "b", "B.", "(B)") or starts with it ("B. bird").
+
+    Raises:
+        DymoeError: the reference's letter or choices cannot be read.
+    """
+    answer, choices = _read(reference)
+    text = prediction.strip()
+    found = _ALONE.fullmatch(text) or _LEADING.fullmatch(text)
+    return float(found is not None and _valid(found[1], choices) == answer)
+
+
+def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
+    """1.0 also for "The answer is B", for one letter among other words, or for the right choice's text.
+
+    When the prediction names several choices, it is wrong.
+
+    Raises:
+        DymoeError: the reference's letter or choices cannot be read.
+    """
+    answer, choices = _read(reference)
+    if strict(prediction, reference):
+        return 1.0
+    text = prediction.strip()
+    if _ALONE.fullmatch(text) or _LEADING.fullmatch(text):
+        return 0.0
+    named = {found.upper() for found in _NAMED.findall(text)}
+    if not named:
+        named = {"".join(groups) for groups in _STANDING.findall(text)}
+    if not named:
+        named = _by_text(process_answer(text), choices)
+    return float(len(named) == 1 and _valid(named.pop(), choices) == answer)
+
+
+def _by_text(said: str, choices: list[str]) -> set[str]:
+    hits = {
+        LETTERS[index]: process_answer(choice)
+        for index, choice in enumerate(choices)
+        if contains_words(said, process_answer(choice))
+    }
+    # "on land" in "fish on land" is one hit, not two: a choice inside a longer named choice does not count.
+    return {
+        letter
+        for letter, text in hits.items()
+        if not any(other != text and contains_words(other, text) for other in hits.values())
+    }
+
+
+def _valid(letter: str, choices: list[str]) -> str | None:
+    upper = letter.upper()
+    return upper if not choices or LETTERS.index(upper) < len(choices) else None
+
+
+def _read(reference: Mapping[str, Any]) -> tuple[str, list[str]]:
+    answer, choices = reference.get("answer"), reference.get("choices", [])
+    if not isinstance(answer, str) or len(answer) != 1 or answer not in LETTERS:
+        raise DymoeError(f"reference: 'answer' must be one letter of A to E, not {answer!r}")
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
+        raise DymoeError(f"reference: 'choices' must be a list of texts, not {choices!r}")
+    if len(choices) > len(LETTERS):
+        raise DymoeError(f"reference: {len(choices)} choices, at most {len(LETTERS)} have a letter")
+    if choices and LETTERS.index(answer) >= len(choices):
+        raise DymoeError(f"reference: the answer is {answer}, but there are only {len(choices)} choices")
+    return answer, list(choices)

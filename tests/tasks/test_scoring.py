@@ -1,0 +1,271 @@
+import itertools
+import math
+import string
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dymoe.errors import DymoeError
+from dymoe.tasks.scoring import lenient, names, scorer
+from dymoe.tasks.scoring.iou import iou
+from dymoe.tasks.scoring.text import contains_words, process_answer
+
+REFERENCES = {
+    "letter": {"answer": "B", "choices": ["bird", "machine", "mammal"]},
+    "soft_accuracy": {"answer": "stop", "answers": ["stop"] * 6 + ["stop sign"] * 3 + ["yes"]},
+    "exact_match": {"answer": "yes"},
+    "iou": {"answer": "[0.25,0.25,0.75,0.75]", "bbox": [0.25, 0.25, 0.75, 0.75]},
+}
+ODD = st.one_of(
+    st.text(max_size=60),
+    st.text(alphabet="ABCDEabcde.()[], \n-0123456789", max_size=40),
+    st.sampled_from(["", " ", "nan", "[nan,nan,nan,nan]", "[inf,0,1,1]", "[-0.0,-0,1,1]", "[" * 50, "\x00"]),
+    st.lists(st.floats(), min_size=3, max_size=5).map(str),
+)
+
+
+@pytest.mark.parametrize("name", names())
+@given(prediction=ODD)
+@example(prediction="9" * 5000)
+@example(prediction="٠.٢٥ ②")
+@example(prediction="[0.25,0.25,0.75,0.75]" * 300)
+def test_any_prediction_scores_between_0_and_1_and_lenient_never_less(name: str, prediction: str) -> None:
+    strict = scorer(name)(prediction, REFERENCES[name])
+    tolerant = lenient(name)(prediction, REFERENCES[name])
+    assert 0.0 <= strict <= tolerant <= 1.0
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_empty_prediction_is_wrong(name: str) -> None:
+    for prediction in ("", "  \n", "."):
+        assert scorer(name)(prediction, REFERENCES[name]) == 0
+        assert lenient(name)(prediction, REFERENCES[name]) == 0
+
+
+@pytest.mark.parametrize("name", names())
+@given(
+    reference=st.dictionaries(
+        st.sampled_from(["answer", "answers", "choices", "bbox"]),
+        st.one_of(
+            st.none(),
+            st.text(max_size=3),
+            st.floats(),
+            st.lists(st.floats(), max_size=5),
+            st.lists(st.text(max_size=2)),
+        ),
+    )
+)
+def test_any_reference_scores_or_raises_the_one_error(name: str, reference: dict[str, object]) -> None:
+    for rule in (scorer(name), lenient(name)):
+        try:
+            outcome: object = rule("B", reference)
+        except DymoeError as error:
+            outcome = str(error)
+        readable = isinstance(outcome, float) and 0.0 <= outcome <= 1.0
+        assert readable or str(outcome).startswith("reference: ")
+
+
+def test_an_unknown_rule_names_the_nearest() -> None:
+    for find in (scorer, lenient):
+        with pytest.raises(DymoeError, match="unknown scoring rule 'exact-match': did you mean 'exact_match'"):
+            find("exact-match")
+
+
+# --- letter ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "strict", "tolerant"),
+    [
+        ("B", 1, 1), (" b ", 1, 1), ("B.", 1, 1), ("(B)", 1, 1), ("B. machine", 1, 1), ("B) it is", 1, 1),
+        ("machine", 0, 1), ("Machine.", 0, 1), ("The answer is B", 0, 1), ("answer: b", 0, 1), ("It is (B).", 0, 1),
+        ("A", 0, 0), ("A. machine", 0, 0), ("bird", 0, 0), ("a machine", 0, 1), ("a bird", 0, 0), ("D", 0, 0),
+        ("machine or bird", 0, 0), ("B or C", 0, 0), ("B or (C)", 0, 0), ("It is A", 0, 0), ("B. or A.", 1, 1),
+        ("Because", 0, 0),
+        ("I'd B", 0, 1),
+        ("machinery", 0, 0),
+    ],
+)  # fmt: skip
+def test_letter(prediction: str, strict: int, tolerant: int) -> None:
+    assert scorer("letter")(prediction, REFERENCES["letter"]) == strict
+    assert lenient("letter")(prediction, REFERENCES["letter"]) == tolerant
+
+
+def test_letter_needs_no_choices_and_a_choice_within_another_is_one_hit() -> None:
+    assert scorer("letter")("E", {"answer": "E"}) == 1
+    assert lenient("letter")("sea horse", {"answer": "B", "choices": ["horse", "sea horse"]}) == 1
+    assert lenient("letter")("sea horse", {"answer": "A", "choices": ["horse", "sea horse"]}) == 0
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ({}, "must be one letter of A to E, not None"),
+        ({"answer": "F"}, "not 'F'"),
+        ({"answer": "b"}, "not 'b'"),
+        ({"answer": "C", "choices": ["x", "y"]}, "the answer is C, but there are only 2 choices"),
+        ({"answer": "A", "choices": "xy"}, "must be a list of texts"),
+        ({"answer": "A", "choices": list("abcdef")}, "6 choices, at most 5"),
+    ],
+)
+def test_letter_refuses_references(reference: dict[str, object], message: str) -> None:
+    with pytest.raises(DymoeError, match=message):
+        scorer("letter")("A", reference)
+
+
+# --- soft accuracy -----------------------------------------------------------------------------------------
+
+
+def leave_one_out(said: str, answers: list[str]) -> float:
+    """The definition, word for word."""
+    scores = []
+    for left_out in range(len(answers)):
+        others = [answer for index, answer in enumerate(answers) if index != left_out]
+        scores.append(min(1.0, sum(other == said for other in others) / 3))
+    return sum(scores) / len(scores)
+
+
+@given(st.lists(st.sampled_from(["cat", "dog", "7"]), min_size=10, max_size=10), st.sampled_from(["cat", "7", "x"]))
+def test_soft_accuracy_is_the_mean_over_leaving_one_out(answers: list[str], said: str) -> None:
+    assert scorer("soft_accuracy")(said, {"answers": answers}) == pytest.approx(leave_one_out(said, answers))
+
+
+@pytest.mark.parametrize(("matches", "expected"), enumerate([0, 0.3, 0.6, 0.9, 1, 1, 1, 1, 1, 1, 1]))
+def test_soft_accuracy_by_number_of_matches(matches: int, expected: float) -> None:
+    answers = ["cat"] * matches + [f"other{number}" for number in range(10 - matches)]
+    assert scorer("soft_accuracy")("cat", {"answers": answers}) == pytest.approx(expected)
+
+
+def test_soft_accuracy_lenient_takes_the_answer_out_of_a_sentence() -> None:
+    reference = {"answers": ["stop"] * 8 + ["halt"] * 2}
+    assert scorer("soft_accuracy")("The sign says STOP!", reference) == 0
+    assert lenient("soft_accuracy")("The sign says STOP!", reference) == 1
+    assert lenient("soft_accuracy")("it says halt", reference) == pytest.approx(0.6)
+    assert lenient("soft_accuracy")("stopping", reference) == 0
+    assert lenient("soft_accuracy")("stop " + "word " * 60, reference) == 0
+    assert lenient("soft_accuracy")("yes or no", {"answers": ["yes"] * 10}) == 0
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [({}, "must be a list of 10 texts"), ({"answers": ["a"] * 3}, "must hold 10 texts, it holds 3"),
+     ({"answers": [1] * 10}, "must be a list of 10 texts")],
+)  # fmt: skip
+def test_soft_accuracy_refuses_references(reference: dict[str, object], message: str) -> None:
+    with pytest.raises(DymoeError, match=message):
+        scorer("soft_accuracy")("a", reference)
+
+
+# --- answer processing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "processed"),
+    [
+        ("The Dog.", "dog"), ("two", "2"), ("None", "0"), ("ten", "10"), ("dont", "don't"), ("1,000", "1000"),
+        ("what?", "what"), ("dog's", "dog 's"), ("red/blue", "red blue"), ("red / blue", "red blue"),
+        ("a\nb\tc", "b c"), ("3.5", "3.5"), ("u.s.", "us"), ("", ""), ("an apple", "apple"), ("x-ray", "x ray"),
+    ],
+)  # fmt: skip
+def test_process_answer(raw: str, processed: str) -> None:
+    assert process_answer(raw) == processed
+
+
+@given(st.text(max_size=40))
+def test_processed_answers_are_lower_case_words_without_articles(text: str) -> None:
+    words = process_answer(text).split(" ")
+    assert not {"a", "an", "the"} & set(words)
+    assert process_answer(text) == " ".join(process_answer(text).split())
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=8), st.lists(st.sampled_from("abc"), max_size=3))
+def test_contains_words_is_containment_of_padded_text(text: list[str], phrase: list[str]) -> None:
+    expected = bool(phrase) and f" {' '.join(phrase)} " in f" {' '.join(text)} "
+    assert contains_words(" ".join(text), " ".join(phrase)) == expected
+
+
+# --- exact match -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "strict", "tolerant"),
+    [("yes", 1, 1), ("Yes.", 1, 1), (" YES ", 1, 1), ("yes, it is", 0, 1), ("yes and no", 0, 0), ("no", 0, 0),
+     ("yesterday", 0, 0), ("yes..", 0, 1)],
+)  # fmt: skip
+def test_exact_match(prediction: str, strict: int, tolerant: int) -> None:
+    assert scorer("exact_match")(prediction, {"answer": "yes"}) == strict
+    assert lenient("exact_match")(prediction, {"answer": "yes"}) == tolerant
+
+
+@given(st.text(alphabet=string.ascii_letters + " .", min_size=1, max_size=12), st.text(max_size=12))
+def test_exact_match_oracle(answer: str, prediction: str) -> None:
+    def plain(text: str) -> str:
+        text = text.strip()
+        return (text[:-1] if text.endswith(".") else text).strip().lower()
+
+    if answer.strip():
+        assert scorer("exact_match")(prediction, {"answer": answer}) == (plain(prediction) == plain(answer))
+        assert scorer("exact_match")(answer.swapcase(), {"answer": answer}) == 1
+
+
+@pytest.mark.parametrize("answer", [None, "", "  ", 3])
+def test_exact_match_refuses_references(answer: object) -> None:
+    with pytest.raises(DymoeError, match="'answer' must be a text that is not empty"):
+        scorer("exact_match")("a", {"answer": answer})
+
+
+# --- boxes -------------------------------------------------------------------------------------------------
+
+
+def counted_iou(first: tuple[int, ...], second: tuple[int, ...]) -> float:
+    """IoU of integer boxes by counting unit cells."""
+    cells = [{(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])} for box in (first, second)]
+    union = cells[0] | cells[1]
+    return len(cells[0] & cells[1]) / len(union) if cells[0] and cells[1] else 0.0
+
+
+def test_iou_equals_counting_cells_on_every_small_pair() -> None:
+    edges = [(low, high) for low in range(4) for high in range(4)]
+    boxes = [(x0, y0, x1, y1) for (x0, x1), (y0, y1) in itertools.product(edges, edges)]
+    for first in boxes[::3]:
+        for second in boxes[::2]:
+            assert iou(first, second) == pytest.approx(counted_iou(first, second))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "strict", "tolerant"),
+    [
+        ("[0.25,0.25,0.75,0.75]", 1, 1), ("[ .25, 0.25 ,0.75, 0.8 ]", 1, 1), ("0.25,0.25,0.75,0.75", 0, 1),
+        ("(0.25; 0.25; 0.75; 0.75)", 0, 1), ("[25, 25, 75, 75]", 0, 1), ("[0.75,0.75,0.25,0.25]", 0, 1),
+        ("The box is [0.25,0.25,0.75,0.75].", 0, 1), ("[0.25,0.25,0.75]", 0, 0), ("[0.5,0.25,1.0,0.75]", 0, 0),
+        ("[0.25,0.25,0.75,0.5]", 0, 0), ("[0.25,0.25,0.75,0.50001]", 1, 1), ("[nan,0,1,1]", 0, 0),
+        ("[0,0,inf,1]", 0, 0), ("[0.25,0.25,0.75,0.75", 0, 1), ("[[0.25,0.25,0.75,0.75]]", 0, 1),
+        ("[-0,-0.0,1,1]", 0, 0), ("[" + "9" * 400 + ",0,1,1]", 0, 0),
+    ],
+)  # fmt: skip
+def test_box(prediction: str, strict: int, tolerant: int) -> None:
+    assert scorer("iou")(prediction, REFERENCES["iou"]) == strict
+    assert lenient("iou")(prediction, REFERENCES["iou"]) == tolerant
+
+
+def test_half_is_not_enough() -> None:
+    reference = {"bbox": [0, 0, 1, 1]}
+    assert iou((0, 0, 1, 0.5), (0, 0, 1, 1)) == 0.5
+    assert scorer("iou")("[0,0,1,0.5]", reference) == 0
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=4, max_size=4))
+def test_iou_is_symmetric_and_bounded_for_any_floats(values: list[float]) -> None:
+    box = (values[0], values[1], values[2], values[3])
+    truth = (0.0, 0.0, 1.0, 1.0)
+    result = iou(box, truth)
+    assert result == iou(truth, box)
+    assert 0.0 <= result <= 1.0
+    assert math.isfinite(result)
+
+
+@pytest.mark.parametrize("box", [None, "0,0,1,1", [0, 0, 1], [0, 0, 1, 2], [0.5, 0, 0.5, 1], [0, 0, math.nan, 1]])
+def test_box_refuses_references(box: object) -> None:
+    with pytest.raises(DymoeError, match="'bbox' must be four numbers"):
+        scorer("iou")("[0,0,1,1]", {"bbox": box})
