@@ -1,1 +1,53 @@
-""" """
+"""The command line: `dymoe COMMAND ...`; one module per command, imported when it is called."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "run": "learn a stream of tasks as a recipe says",
+    "report": "write one HTML page about one run or several side by side",
+    "show": "print a run's accuracy matrix and metrics",
+    "list": "list methods, streams or recipes",
+    "demo": "learn three pocket tasks with IncMoELoRA and DyMoE and compare what they forget",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0 done, 2 unusable input (told in one line), 130 interrupted."""
+    from dymoe.errors import DymoeError
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from dymoe import __version__
+
+        print(f"dymoe {__version__}")
+        return 0
+    try:
+        if words[0] not in COMMANDS:
+            from dymoe.methods.settings import nearest
+
+            raise DymoeError(f"{words[0]}: unknown command; {nearest(words[0], COMMANDS)}")
+        return int(import_module(f"dymoe.cli.{words[0]}").main(words[1:]))
+    except DymoeError as error:
+        print(f"dymoe: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output left (`dymoe show RUN | head`); keep Python from telling so at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("dymoe: interrupted", file=sys.stderr)
+        return 130
+
+
+def usage() -> str:
+    """What `dymoe --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+    head = "usage: dymoe COMMAND ...\n\nContinual learning for vision-language models with LoRA experts.\n\ncommands:"
+    return "\n".join([head, *lines, "", "`dymoe COMMAND --help` says more; `dymoe --version` the version."])

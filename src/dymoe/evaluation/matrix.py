@@ -58,8 +58,7 @@ class AccuracyMatrix:
         raw = [_cells(row, f"row {t}") for t, row in enumerate(_cells(rows, "the matrix"), start=1)]
         _check_shape(raw)
         checked = tuple(
-            tuple(_percent(cell, t, i) for i, cell in enumerate(row, start=1))
-            for t, row in enumerate(raw, start=1)
+            tuple(_percent(cell, t, i) for i, cell in enumerate(row, start=1)) for t, row in enumerate(raw, start=1)
         )
         object.__setattr__(self, "rows", checked)
         object.__setattr__(self, "names", _check_names(names, len(checked)))
@@ -140,9 +139,7 @@ def _check_shape(rows: list[list[Any]]) -> None:
         )
     for t, row in enumerate(rows, start=1):
         if len(row) != t:
-            raise DymoeError(
-                f"accuracy matrix: row {t} has {len(row)} columns, {t} needed: one for each task 1..{t}"
-            )
+            raise DymoeError(f"accuracy matrix: row {t} has {len(row)} columns, {t} needed: one for each task 1..{t}")
 
 
 def _check_names(names: Sequence[str] | None, tasks: int) -> tuple[str, ...]:

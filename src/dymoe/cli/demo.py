@@ -1,0 +1,101 @@
+"""`dymoe demo`: three pocket tasks, IncMoELoRA and DyMoE, what each forgot."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dymoe.errors import DymoeError
+
+HELP = """usage: dymoe demo [--output FOLDER] [--steps N]
+
+Learn three tasks of the pocket stream one after another, with IncMoELoRA and with DyMoE, and compare them.
+
+  --output FOLDER  where the two runs go (runs/demo); finished runs there are kept, an interrupted one goes on
+  --steps N        optimizer steps per task (24)"""
+
+METHODS = ("incmoelora", "dymoe")
+TASKS = ["ScienceQA", "ImageNet", "VQAv2"]
+STEPS = 24
+BATCH = 8
+QUESTIONS = 40  # per task and stage
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run both methods, print their matrices, say in one sentence what they show, write the report."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    output, steps = _options(argv)
+    try:
+        runs = [_run(method, output / method, steps) for method in METHODS]
+    except KeyboardInterrupt:
+        print("dymoe: interrupted; go on with: dymoe demo", *argv, file=sys.stderr)
+        return 130
+    from dymoe.cli.show import show
+    from dymoe.files import read_json
+    from dymoe.report import write_report
+
+    for run in runs:
+        show(run)
+    print(sentence(*(read_json(run / "results.json") for run in runs)))
+    page = write_report(runs, output / "report.html")
+    print(f"Report: {page}")
+    return 0
+
+
+def _options(argv: Sequence[str]) -> tuple[Path, int]:
+    """The output folder and the steps per task."""
+    from dymoe.methods.settings import nearest
+
+    found = {"--output": "runs/demo", "--steps": str(STEPS)}
+    words = list(argv)
+    while words:
+        key, equals, value = words.pop(0).partition("=")
+        if key not in found:
+            raise DymoeError(f"demo: {key}: unknown option; {nearest(key, found)}")
+        if not equals and not words:
+            raise DymoeError(f"demo: {key}: expected a value after it")
+        found[key] = value if equals else words.pop(0)
+    if not found["--steps"].isdigit() or int(found["--steps"]) < 1:
+        raise DymoeError(f"demo: --steps: expected a whole number of at least 1, got {found['--steps']!r}")
+    return Path(found["--output"]), int(found["--steps"])
+
+
+def _run(method: str, output: Path, steps: int) -> Path:
+    """One method on the three tasks; a run that is there already goes on or is kept."""
+    from dymoe.learning.recipe import Evaluation, Recipe, Training
+    from dymoe.learning.run import run
+
+    recipe = Recipe(
+        tasks=TASKS,
+        method=method,
+        settings={"lora_dropout": 0.0},
+        training=Training(steps_per_task=steps, batch_size=BATCH, limit=steps * BATCH),
+        evaluation=Evaluation(limit=QUESTIONS, batch_size=QUESTIONS),
+        output=str(output),
+    )
+    return run(recipe, resume=True)
+
+
+def sentence(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """What the two results show, computed from their matrices.
+
+    Args:
+        first: results.json of the baseline.
+        second: results.json of the method compared with it.
+    """
+    one, two = first["metrics"], second["metrics"]
+    names = {"incmoelora": "IncMoELoRA", "dymoe": "DyMoE"}
+    a, b = (names.get(results["method"], results["method"]) for results in (first, second))
+    lost_a, lost_b = -one["BWT_T-1"], -two["BWT_T-1"]
+    forgets = "less" if lost_b < lost_a else "more" if lost_b > lost_a else "as much"
+    learns = "less" if two["MFT"] < one["MFT"] else "more" if two["MFT"] > one["MFT"] else "as much"
+    ends = "higher" if two["MFN"] > one["MFN"] else "lower" if two["MFN"] < one["MFN"] else "level"
+    than = "as" if forgets == "as much" else "than"
+    return (
+        f"{b} forgot {forgets} {than} {a} (an earlier task lost {lost_b:.1f} against {lost_a:.1f} points on average), "
+        f"learned {learns} of each new task ({two['MFT']:.1f} against {one['MFT']:.1f} % when just trained) "
+        f"and ended {ends} ({two['MFN']:.1f} against {one['MFN']:.1f} % over all tasks; "
+        f"one seed, {sum(first['steps'])} steps, {min(first['samples'].values())} questions a task)."
+    )

@@ -1,0 +1,49 @@
+"""`dymoe list methods|streams|recipes`: what there is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dymoe.errors import DymoeError
+
+WHAT = ("methods", "streams", "recipes")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print one line per thing: its name and what it is."""
+    if len(argv) != 1 or argv[0] in ("-h", "--help"):
+        print("usage: dymoe list methods|streams|recipes")
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    if argv[0] not in WHAT:
+        from dymoe.methods.settings import nearest
+
+        raise DymoeError(f"list: {argv[0]}: unknown; {nearest(argv[0], WHAT)}")
+    rows = {"methods": methods, "streams": streams, "recipes": recipes}[argv[0]]()
+    width = max((len(name) for name in rows), default=0)
+    for name, text in rows.items():
+        print(f"{name:<{width}}  {text}".rstrip())
+    return 0
+
+
+def methods() -> dict[str, str]:
+    """Methods by name."""
+    from dymoe.methods import available
+
+    return available()
+
+
+def streams() -> dict[str, str]:
+    """Streams by name."""
+    from dymoe.tasks import available, task_names
+
+    return {name: ", ".join(task_names(name)) for name in available()}
+
+
+def recipes() -> dict[str, str]:
+    """Recipe files below ``recipes/``, each with the comment on its first line."""
+    found = {}
+    for path in sorted(Path("recipes").rglob("*.yaml")):
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        found[str(path)] = first.lstrip("# ").strip() if first.startswith("#") else ""
+    if not found:
+        raise DymoeError("list: recipes/: no recipe here; call it in a copy of the repository")
+    return found

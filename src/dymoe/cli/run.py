@@ -1,0 +1,55 @@
+"""`dymoe run RECIPE`: learn a stream of tasks."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from dymoe.errors import DymoeError
+
+HELP = """usage: dymoe run RECIPE [--resume] [--KEY VALUE ...]
+
+Learn the recipe's stream and write a run folder (runs/NAME unless the recipe or --output says otherwise).
+
+  RECIPE      a YAML file, for example recipes/pocket/dymoe.yaml
+  --resume    go on with the run in this folder from its last complete checkpoint
+  --KEY VALUE set a key of the recipe, for example --training.steps_per_task 20 --seed 1
+
+keys and their defaults:"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse the command line, check the recipe in full, then learn."""
+    from dymoe.learning.recipe import load_recipe
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if argv else 2
+    if argv[0].startswith("-"):
+        raise DymoeError(f"run: expected a recipe before {argv[0]!r}, for example recipes/pocket/dymoe.yaml")
+    overrides = [word for word in argv[1:] if word != "--resume"]
+    recipe = load_recipe(argv[0], overrides)
+    try:
+        # Here the heavy imports begin: the recipe is known to be right.
+        from dymoe.learning.run import run
+
+        folder = run(recipe, resume="--resume" in argv[1:])
+    except KeyboardInterrupt:
+        command = shlex.join(["dymoe", "run", argv[0], *overrides, "--resume"])
+        print(f"dymoe: interrupted; go on with: {command}", file=sys.stderr)
+        return 130
+    from dymoe.cli.show import show
+
+    show(folder)
+    print(f"Report: dymoe report {shlex.quote(str(folder))}")
+    return 0
+
+
+def help_text() -> str:
+    """The usage with every key of a recipe, its type and default."""
+    from dymoe.learning.recipe import Recipe
+    from dymoe.methods.settings import describe
+
+    rows = [(f"--{key}", kind, default) for key, kind, default in describe(Recipe)]
+    width = max(len(key) for key, _, _ in rows)
+    lines = [f"  {key:<{width}}  {kind}{f' ({default})' if default else ''}" for key, kind, default in rows]
+    return "\n".join([HELP, *lines])

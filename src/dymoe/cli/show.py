@@ -1,0 +1,66 @@
+"""`dymoe show RUN`: the accuracy matrix and the metrics in the terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dymoe.errors import DymoeError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print one run after the other."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: dymoe show RUN [RUN ...]")
+        return 0 if argv else 2
+    for path in argv:
+        show(Path(path))
+    return 0
+
+
+def show(path: Path) -> None:
+    """Print the matrix and the metrics of the run in `path`.
+
+    Raises:
+        DymoeError: the folder holds no results.
+    """
+    from rich.console import Console
+
+    from dymoe.files import read_json
+
+    if not (path / "results.json").is_file():
+        raise DymoeError(f"{path}: no results.json here; give a run folder with at least one finished stage")
+    results = read_json(path / "results.json")
+    console = Console(highlight=False)
+    console.print(matrix_table(results))
+    console.print(metrics_line(results), markup=False, soft_wrap=True)
+
+
+def matrix_table(results: dict[str, Any]) -> Any:
+    """The accuracy matrix as a rich table: a row per stage, a column per task, percent."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    tasks = results["tasks"]
+    title = f"{results['method']} on {results['stream']}, seed {results['seed']} (accuracy in percent)"
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("after")
+    for task in tasks:
+        table.add_column(escape(task), justify="right")
+    if results.get("zero_shot"):
+        table.add_row("no task", *(f"{value:.1f}" for value in results["zero_shot"]))
+    if results.get("joint"):
+        table.add_row("all at once", *(f"{value:.1f}" for value in results["joint"]))
+    for number, row in enumerate(results["matrix"]):
+        cells = [f"{value:.1f}" for value in row]
+        cells[number] = f"[bold]{cells[number]}[/bold]"
+        table.add_row(escape(tasks[number]), *cells, *[""] * (len(tasks) - len(row)))
+    return table
+
+
+def metrics_line(results: dict[str, Any]) -> str:
+    """The metrics in one line, those there are."""
+    told = [f"{name} {value:.2f}" for name, value in results.get("metrics", {}).items()]
+    drift = results.get("format_drift") or {}
+    if drift:
+        told.append(f"format drift {sum(drift.values()) / len(drift):.2f}")
+    return "  ".join(told) or "no stage is done yet"

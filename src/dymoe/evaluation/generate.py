@@ -1,0 +1,183 @@
+"""Answers by batched greedy generation, scored by each task's own rule, with the routing they caused."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dymoe.errors import DymoeError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from dymoe.lvlm import Collator, Lvlm
+    from dymoe.tasks import Sample, Task
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered sample; `score` by the strict rule, `lenient` by the format-tolerant one, both 0 to 1."""
+
+    id: str
+    question: str
+    answer: str
+    prediction: str
+    score: float
+    lenient: float
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task's predictions and where its tokens were routed.
+
+    Attributes:
+        task: the task's name.
+        predictions: one per sample, in the order of the split.
+        groups: names of the expert groups, empty for the base model.
+        weight: mean routing weight per group over tokens and layers.
+        by_layer: the same for every decoder layer.
+    """
+
+    task: str
+    predictions: tuple[Prediction, ...]
+    groups: tuple[str, ...] = ()
+    weight: tuple[float, ...] = ()
+    by_layer: dict[int, list[float]] | None = None
+
+    @property
+    def strict(self) -> float:
+        """Accuracy in percent under the strict rule."""
+        return 100.0 * sum(p.score for p in self.predictions) / len(self.predictions)
+
+    @property
+    def lenient(self) -> float:
+        """Accuracy in percent under the lenient rule."""
+        return 100.0 * sum(p.lenient for p in self.predictions) / len(self.predictions)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The predictions as they stand in predictions/<task>.jsonl."""
+        return [asdict(prediction) for prediction in self.predictions]
+
+
+def generate(
+    lvlm: "Lvlm",
+    collator: "Collator",
+    samples: Sequence["Sample"],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    dtype: str = "bfloat16",
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Greedy answers, in the order of `samples`.
+
+    Samples of like length are answered together, the longest first; a row ends at the end token.
+
+    Args:
+        lvlm: the model, with or without experts; it is left in evaluation mode.
+        collator: makes the left-padded prompts.
+        samples: questions with or without an image.
+        max_new_tokens: longest answer in tokens.
+        batch_size: questions answered together.
+        dtype: of autocast, as in training; ``float32`` switches autocast off.
+        progress: called with the number of answers done after each batch.
+    """
+    model: Any = lvlm.model
+    tokenizer: Any = lvlm.processor.tokenizer  # type: ignore[attr-defined]
+    eos = tokenizer.eos_token_id
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.eval()
+    order = sorted(range(len(samples)), key=lambda i: (-len(samples[i].question), i))
+    answers = [""] * len(samples)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = to_device(collator.prompts([samples[i] for i in rows]), model.device)
+        with torch.inference_mode(), autocast(model.device.type, dtype):
+            tokens = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=eos,
+                pad_token_id=pad,
+            )
+        texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text.strip()
+        if progress is not None:
+            progress(start + len(rows))
+    return answers
+
+
+def evaluate(
+    lvlm: "Lvlm",
+    collator: "Collator",
+    task: "Task",
+    *,
+    peft_model: "PeftModel | None" = None,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int = 32,
+    dtype: str = "bfloat16",
+    progress: Callable[[int], None] | None = None,
+) -> TaskResult:
+    """Ask the task's samples, score the answers and measure the routing of their tokens.
+
+    Args:
+        peft_model: the model with its expert groups, None for the base model alone.
+        split: ``test`` or ``validation``.
+        limit: only the first samples of the split.
+
+    Raises:
+        DymoeError: the split is empty, or a reference cannot be read (the sample is named).
+    """
+    from dymoe.tasks.scoring import lenient, scorer
+
+    samples = evaluated(task, split, limit)
+    measuring = nullcontext() if peft_model is None else peft_model.base_model.trace.measuring()
+    with measuring as weights:
+        answers = generate(lvlm, collator, samples, task.max_new_tokens, batch_size, dtype, progress)
+    strict_rule, lenient_rule = scorer(task.scorer), lenient(task.scorer)
+    predictions = []
+    for sample, answer in zip(samples, answers, strict=True):
+        try:
+            scores = strict_rule(answer, sample.reference), lenient_rule(answer, sample.reference)
+        except DymoeError as error:
+            raise DymoeError(f"task {task.name!r}: sample {sample.id!r}: {error}") from error
+        predictions.append(Prediction(sample.id, sample.question, sample.answer, answer, *scores))
+    if weights is None:
+        return TaskResult(task.name, tuple(predictions))
+    groups, by_layer = tuple(weights.groups), weights.by_layer()
+    return TaskResult(task.name, tuple(predictions), groups, tuple(weights.by_group()), by_layer)
+
+
+def evaluated(task: "Task", split: str, limit: int | None) -> Sequence["Sample"]:
+    """The samples of `task` that are asked: the first `limit` of the split.
+
+    Raises:
+        DymoeError: there is none.
+    """
+    samples = task.validation if split == "validation" else task.test
+    if not samples:
+        raise DymoeError(f"task {task.name!r}: its {split} split is empty, so there is nothing to evaluate")
+    return samples[:limit]
+
+
+def autocast(device: str, dtype: str) -> Any:
+    """Autocast in `dtype`, or nothing for float32."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device, dtype=getattr(torch, dtype))
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors in nested mappings (model outputs included) to `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    if isinstance(value, dict):
+        moved = {key: to_device(item, device) for key, item in value.items()}
+        return moved if type(value) is dict else type(value)(**moved)
+    return value

@@ -1,0 +1,90 @@
+"""What a run shows while it works: bars in a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """Progress over stages, steps and evaluated samples.
+
+    Args:
+        title: what the run is called.
+        stages: how many stages there are.
+        console: where to write; standard error by default.
+    """
+
+    def __init__(self, title: str, stages: int, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.title = title
+        self.stages = stages
+        self._bars: Progress | None = None
+        self._all: TaskID | None = None
+        self._now: TaskID | None = None
+        self._told = 0.0
+        self._stage = ""
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._bars.start()
+            self._all = self._bars.add_task(self.title, total=self.stages, note="tasks")
+            self._now = self._bars.add_task("", total=None, note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def note(self, text: str) -> None:
+        """Say one line."""
+        if self._bars is not None:
+            self._bars.console.print(text, markup=False)
+        else:
+            self.console.print(f"{self.title}: {text}", markup=False, soft_wrap=True)
+
+    def stage(self, index: int, name: str) -> None:
+        """Stage `index` (from 1) begins."""
+        self._stage = f"task {index}/{self.stages} {name}"
+        self._told = 0.0
+        if self._bars is not None and self._all is not None:
+            self._bars.update(self._all, completed=index - 1)
+
+    def step(self, step: int, steps: int, logs: Mapping[str, float]) -> None:
+        """Optimizer step `step` of `steps` is done."""
+        loss = f"loss {logs['loss']:.3f}" if "loss" in logs else ""
+        share = f" new {logs['share_new']:.0%}" if "share_new" in logs else ""
+        self._show("learning", step, steps, loss + share)
+
+    def evaluating(self, task: str, done: int, samples: int) -> None:
+        """`done` of `samples` of `task` are answered."""
+        self._show(f"asking {task}", done, samples, "")
+
+    def finish(self) -> None:
+        """All stages are done."""
+        if self._bars is not None and self._all is not None and self._now is not None:
+            self._bars.update(self._all, completed=self.stages)
+            self._bars.update(self._now, visible=False)
+
+    def _show(self, what: str, done: int, total: int, note: str) -> None:
+        if self._bars is not None and self._now is not None:
+            bar = self._bars.tasks[1]
+            label = f"{self._stage}: {what}"
+            if bar.description != label:
+                self._bars.reset(self._now, total=total, description=label, note=note)
+            self._bars.update(self._now, completed=done, total=total, note=note)
+        elif done == total or time.monotonic() - self._told > 15:
+            self._told = time.monotonic()
+            self.note(f"{self._stage}: {what} {done}/{total} {note}".rstrip())

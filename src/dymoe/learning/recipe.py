@@ -1,0 +1,257 @@
+"""Recipes: one YAML file per experiment, typed, checked in full before any work starts."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dymoe.errors import DymoeError
+from dymoe.methods import Method, available, settings_of
+from dymoe.methods.base import require
+from dymoe.methods.settings import build, keys, nearest
+
+
+@dataclass
+class Training:
+    """How each task is trained; the optimizer is a fresh AdamW per task.
+
+    Attributes:
+        steps_per_task: optimizer steps per task; exactly one of this and `epochs`.
+        epochs: passes over the task's training samples.
+        batch_size: samples per device and forward pass.
+        gradient_accumulation: forward passes per optimizer step.
+        lr: peak learning rate; 2e-3 suits the pocket model's short tasks (CoIN's 7B recipe has 2e-4).
+        scheduler: shape of the learning rate after warmup, one of transformers' names.
+        warmup: share of the steps in which the learning rate rises.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: gradients are clipped to this norm; 0 switches clipping off.
+        dtype: of the frozen model and of autocast; the experts stay in float32.
+        gradient_checkpointing: recompute activations in the backward pass.
+        threads: CPU threads of torch, none for torch's own choice.
+        save_steps: optimizer steps between two checkpoints inside a task.
+        log_steps: optimizer steps between two lines in events.jsonl.
+        report_to: logging integrations of transformers (trackio, tensorboard, wandb).
+        limit: at most this many training samples per task, none for all.
+    """
+
+    steps_per_task: int | None = None
+    epochs: float | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    lr: float = 2e-3
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    gradient_checkpointing: bool = False
+    threads: int | None = None
+    save_steps: int = 50
+    log_steps: int = 1
+    report_to: list[str] = field(default_factory=list)
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range and a step budget given twice or not at all."""
+        one = (self.steps_per_task is None) != (self.epochs is None)
+        require(one, "steps_per_task", "exactly one of steps_per_task and epochs", self.steps_per_task)
+        for key in ("steps_per_task", "threads", "limit"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, "1 or more", value)
+        for key in ("batch_size", "gradient_accumulation", "save_steps", "log_steps"):
+            require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
+        require(self.epochs is None or self.epochs > 0, "epochs", "a number above 0", self.epochs)
+        require(self.lr > 0, "lr", "a number above 0", self.lr)
+        require(0 <= self.warmup < 1, "warmup", "a share in [0, 1)", self.warmup)
+        for key in ("weight_decay", "max_grad_norm"):
+            require(getattr(self, key) >= 0, key, "0 or more", getattr(self, key))
+
+
+@dataclass
+class Evaluation:
+    """How each stage is evaluated on every task seen so far.
+
+    Attributes:
+        batch_size: questions answered together.
+        limit: at most this many samples per task, the first ones of the split; none for all.
+        split: the samples that are asked; choices are made on validation, results stated on test.
+        zero_shot: also evaluate the base model on every task, once, before it learns.
+    """
+
+    batch_size: int = 32
+    limit: int | None = None
+    split: Literal["test", "validation"] = "test"
+    zero_shot: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse empty batches and limits."""
+        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
+        require(self.limit is None or self.limit >= 1, "limit", "1 or more", self.limit)
+
+
+@dataclass
+class Recipe:
+    """One experiment, complete: what is learned, by which method, how it is trained and measured.
+
+    Attributes:
+        model: ``pocket``, or a folder or Hub id of an image-text model of transformers.
+        stream: the stream of tasks by name.
+        order: order of the stream's tasks.
+        instructions: which instruction templates the questions carry.
+        tasks: only these tasks of the stream, none for all.
+        method: the method's name, see ``dymoe list methods``.
+        settings: the method's own settings, see `dymoe.methods`.
+        training: how each task is trained.
+        evaluation: how each stage is evaluated.
+        seed: of the initial experts, the order of the samples and dropout.
+        output: the run's folder.
+    """
+
+    model: str = "pocket"
+    stream: str = "pocket-coin"
+    order: Literal["origin", "reverse", "alphabet"] = "origin"
+    instructions: Literal["original", "diverse", "10type"] = "original"
+    tasks: list[str] | None = None
+    method: str = "dymoe"
+    settings: dict[str, Any] = field(default_factory=dict)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    seed: int = 0
+    output: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown method, an empty choice of tasks and a negative seed."""
+        if self.method not in available():
+            raise DymoeError(f"method: unknown method {self.method!r}; {nearest(self.method, available())}")
+        require(self.tasks is None or len(self.tasks) > 0, "tasks", "at least one task", self.tasks)
+        require(0 <= self.seed < 2**32, "seed", "a whole number from 0 below 2^32", self.seed)
+
+    def build_method(self) -> Method:
+        """The method with this recipe's settings."""
+        return build(settings_of(self.method), self.settings, f"method {self.method}", "settings.")
+
+    def resolved(self) -> dict[str, Any]:
+        """All keys with their values, the method's defaults included; what a run folder keeps."""
+        return {**asdict(self), "settings": asdict(self.build_method())}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, its base recipes (`inherit`) and the command line's overrides.
+
+    Args:
+        path: YAML file; its key ``inherit`` names a recipe beside it whose keys hold unless set here.
+        overrides: command-line words, ``--training.lr 1e-3`` or ``--training.lr=1e-3``.
+
+    Raises:
+        DymoeError: a missing or unreadable file, an unknown key, a wrong type or range; one line each.
+    """
+    path = Path(path)
+    values = _read(path, ())
+    given = parse_overrides(overrides)
+    for key, value in given.items():
+        _set(values, key, value)
+    where = str(path)
+    if given:
+        # A mistake on the command line is told as such: the file alone is checked first.
+        _check(_read(path, ()), where)
+        where = "command line"
+    recipe = _check(values, where)
+    if not recipe.output:
+        recipe.output = os.fspath(Path("runs") / f"{path.stem}-seed{recipe.seed}")
+    return recipe
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Dotted keys and values of ``--key value`` and ``--key=value`` words; values are read as YAML.
+
+    Raises:
+        DymoeError: a word that is no key, a key without a value, a value that is not YAML.
+    """
+    import yaml
+
+    options = [*keys(Recipe), "resume"]
+    found: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise DymoeError(f"command line: {word!r}: expected --key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                known = key in options or key.startswith("settings.")
+                hint = "expected a value after it" if known else f"unknown key; {nearest(key, options)}"
+                raise DymoeError(f"command line: --{key}: {hint}")
+            text = rest.pop(0)
+        try:
+            found[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise DymoeError(f"command line: --{key}: {text!r} is not a YAML value") from None
+    return found
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's keys over those of the recipes it inherits from."""
+    import yaml
+
+    if path.resolve() in seen:
+        raise DymoeError(f"{path}: inherit: a recipe cannot inherit from itself")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DymoeError(f"{path}: no such recipe; {_beside(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DymoeError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1}: {getattr(error, 'problem', '')})" if mark else ""
+        raise DymoeError(f"{path}: not valid YAML{line}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise DymoeError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    base = values.pop("inherit", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise DymoeError(f"{path}: inherit: expected the name of a recipe file, got {base!r}")
+    return _merge(_read(path.parent / base, (*seen, path.resolve())), values)
+
+
+def _beside(path: Path) -> str:
+    """What stands beside a missing recipe, for the error message."""
+    files = sorted(str(file) for file in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    return nearest(str(path), files or [str(file) for file in sorted(Path("recipes").glob("**/*.yaml"))])
+
+
+def _merge(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in values.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted `key`, making the mappings on its way."""
+    *path, last = key.split(".")
+    for part in path:
+        inner = values.get(part)
+        values[part] = inner if isinstance(inner, dict) else {}
+        values = values[part]
+    values[last] = value
+
+
+def _check(values: dict[str, Any], where: str) -> Recipe:
+    """The typed recipe, its method's settings checked as well."""
+    from dymoe.tasks import task_names
+
+    recipe = build(Recipe, values, where)
+    build(settings_of(recipe.method), recipe.settings, where, "settings.")
+    try:
+        task_names(recipe.stream, recipe.order, recipe.tasks)
+    except DymoeError as error:
+        raise DymoeError(f"{where}: {error}") from None
+    if recipe.model.startswith((".", "/", "~")) and not Path(recipe.model).expanduser().is_dir():
+        raise DymoeError(f"{where}: model: no such folder {recipe.model}; give pocket, a folder or a Hub id")
+    return recipe

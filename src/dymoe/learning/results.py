@@ -1,0 +1,152 @@
+"""results.json: the run's numbers, put together from its finished stages."""
+
+import base64
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from dymoe.evaluation.matrix import AccuracyMatrix
+from dymoe.learning.folder import RunFolder, StageFolder
+from dymoe.learning.recipe import Recipe
+
+if TYPE_CHECKING:
+    from dymoe.tasks import Stream, Task
+
+PACKAGES = ("dymoe", "torch", "transformers", "peft", "accelerate", "safetensors")
+SHOWN_SAMPLES = 6  # per task in samples.json
+
+
+def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stages: Sequence[StageFolder]) -> None:
+    """Write results.json from the stages that are done, and from the zero-shot answers if there are any.
+
+    Args:
+        folder: the run.
+        recipe: what ran.
+        tasks: all tasks' names in learned order.
+        stages: the stages in order, done or not.
+    """
+    done = [(stage, marker) for stage in stages if (marker := stage.done) is not None]
+    scores = [stage.read("scores.json") for stage, _ in done]
+    strict = [[row[task]["strict"] for task in row] for row in scores]
+    lenient = [[row[task]["lenient"] for task in row] for row in scores]
+    joint = len(stages) == 1 and len(tasks) > 1
+    results: dict[str, Any] = {
+        "name": folder.path.name,
+        "method": recipe.method,
+        "stream": recipe.stream,
+        "order": recipe.order,
+        "instructions": recipe.instructions,
+        "tasks": list(tasks),
+        "seed": recipe.seed,
+        "base": recipe.model,
+        "steps_per_task": recipe.training.steps_per_task,
+        "split": recipe.evaluation.split,
+        "samples": {task: row[task]["samples"] for row in scores for task in row},
+        "matrix": [] if joint else strict,
+        "lenient_matrix": [] if joint else lenient,
+    }
+    if joint:
+        results["joint"], results["lenient_joint"] = (strict[0], lenient[0]) if done else (None, None)
+        results["metrics"] = {"MFN": sum(strict[0]) / len(strict[0])} if done else {}
+        results["forgetting"], results["format_drift"] = {}, {}
+    elif done:
+        matrix = AccuracyMatrix(strict, tasks[: len(strict)])
+        results["metrics"] = matrix.to_dict()
+        results["forgetting"] = matrix.forgetting_by_task()
+        results["format_drift"] = format_drift(strict, lenient, tasks)
+    zero_shot = StageFolder(folder.path / "zero-shot").read("scores.json")
+    if zero_shot:
+        results["zero_shot"] = [zero_shot[task]["strict"] for task in tasks]
+    results["group_hashes"] = [
+        {"stage": number, "groups": marker["hashes"], "before": marker["hashes_before"]}
+        for number, (_, marker) in enumerate(done, start=1)
+    ]
+    results["trainable_parameters"] = done[-1][1]["trainable_parameters"] if done else 0
+    results["steps"] = [marker["steps"] for _, marker in done]
+    results["seconds"] = {key: [marker["seconds"][key] for _, marker in done] for key in ("train", "evaluate")}
+    results["machine"], results["versions"] = machine(), versions()
+    from dymoe.files import atomic_json
+
+    atomic_json(folder.path / "results.json", results)
+
+
+def format_drift(
+    strict: Sequence[Sequence[float]], lenient: Sequence[Sequence[float]], tasks: Sequence[str]
+) -> dict[str, float]:
+    """Points of a task's loss since it was learned that are format alone, by task.
+
+    The loss under the strict rule minus the loss under the lenient one: what the model still knows but says
+    in another task's form. Strict loss = format drift + lenient loss, exactly, so it may be below 0 (the form
+    got better while the content got worse).
+
+    Args:
+        strict: accuracy matrix in percent, row t over tasks 1..t.
+        lenient: the same under the format-tolerant rules.
+        tasks: names in learned order.
+    """
+    last = len(strict) - 1
+
+    def lost(rows: Sequence[Sequence[float]], task: int) -> float:
+        return rows[task][task] - rows[last][task]
+
+    return {tasks[i]: lost(strict, i) - lost(lenient, i) for i in range(last + 1)}
+
+
+def shown_samples(tasks: "Sequence[Task]", split: str) -> list[dict[str, Any]]:
+    """The first samples of every task with their images, for samples.json and the report."""
+    records = []
+    for task in tasks:
+        for sample in (task.validation if split == "validation" else task.test)[:SHOWN_SAMPLES]:
+            record = {
+                "task": task.name,
+                "id": sample.id,
+                "question": sample.question,
+                "answer": sample.answer,
+            }
+            if sample.image is not None:
+                record["image_base64"] = base64.b64encode(sample.image).decode()
+                record["mime"] = _mime(sample.image)
+            records.append(record)
+    return records
+
+
+def _mime(image: bytes) -> str:
+    if image.startswith(b"\x89PNG"):
+        return "image/png"
+    return "image/webp" if image.startswith(b"RIFF") else "image/jpeg"
+
+
+def data_description(stream: "Stream") -> dict[str, Any]:
+    """Sizes of the tasks and a fingerprint over every sample's text, answer and image."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    sizes = {}
+    for task in stream.tasks:
+        sizes[task.name] = {split: len(getattr(task, split)) for split in ("train", "validation", "test")}
+        for split in ("train", "validation", "test"):
+            for sample in getattr(task, split):
+                for part in (task.name, split, sample.id, sample.question, sample.answer):
+                    digest.update(part.encode() + b"\0")
+                digest.update(hashlib.sha256(sample.image or b"").digest())
+    return {"samples": sizes, "fingerprint": digest.hexdigest()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that compute."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def machine() -> dict[str, Any]:
+    """What the run was computed on."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }

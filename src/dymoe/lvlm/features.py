@@ -1,0 +1,120 @@
+"""What a frozen vision tower and projector make of an image, computed once per image."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from dymoe.errors import DymoeError
+from dymoe.lvlm.images import decode
+
+if TYPE_CHECKING:
+    from dymoe.lvlm.model import Lvlm
+    from dymoe.tasks import Sample
+
+
+class ImageFeatures:
+    """Image tokens (tower and projector) by image, in the model's dtype, kept in main memory.
+
+    Images are told apart by the sha256 of their bytes. At most `max_bytes` are kept; the least recently used go
+    first and are computed again when they are asked for. The tower always sees `batch_size` images (a short batch
+    is filled up with copies), because the kernels of another batch size round otherwise: an image has the same
+    features, to the bit, whatever it was computed with.
+    """
+
+    def __init__(self, lvlm: "Lvlm", batch_size: int = 64, max_bytes: int = 4 << 30) -> None:
+        if batch_size < 1:
+            raise DymoeError(f"batch_size: {batch_size} is not a positive number of images")
+        self._lvlm = lvlm
+        self._batch_size = batch_size
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        """Number of images kept."""
+        return len(self._kept)
+
+    def add(self, images: Iterable[bytes]) -> None:
+        """Compute what is not there yet.
+
+        Raises:
+            DymoeError: an image is broken; the message says which one of `images`, counted from 0.
+        """
+        self._add((f"image {index}: ", image) for index, image in enumerate(images))
+
+    def add_samples(self, samples: "Iterable[Sample]") -> None:
+        """Compute the images of `samples` (those without one are passed over).
+
+        Raises:
+            DymoeError: an image is broken; the message names its sample.
+        """
+        self._add((f"sample {sample.id!r}: ", sample.image) for sample in samples if sample.image is not None)
+
+    def get(self, image: bytes) -> torch.Tensor:
+        """The image's tokens, (image_tokens, hidden), on the CPU; computed now if they are not there.
+
+        Raises:
+            DymoeError: the image is broken.
+        """
+        key = hashlib.sha256(image).digest()
+        if key not in self._kept:
+            self._compute({key: ("", image)})
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _encode(self, pictures: Sequence[Any]) -> Sequence[torch.Tensor]:
+        return encode(self._lvlm, pictures)
+
+    def _add(self, named: Iterable[tuple[str, bytes]]) -> None:
+        waiting: dict[bytes, tuple[str, bytes]] = {}
+        for name, image in named:
+            key = hashlib.sha256(image).digest()
+            if key not in self._kept:
+                waiting[key] = (name, image)
+            if len(waiting) == self._batch_size:
+                self._compute(waiting)
+                waiting = {}
+        if waiting:
+            self._compute(waiting)
+
+    def _compute(self, waiting: dict[bytes, tuple[str, bytes]]) -> None:
+        """Encode at most one batch of images, each with what an error about it starts with."""
+        pictures = []
+        for name, image in waiting.values():
+            try:
+                pictures.append(decode(image))
+            except DymoeError as error:
+                raise DymoeError(f"{name}{error}") from error
+        pictures += [pictures[-1]] * (self._batch_size - len(pictures))
+        tokens = self._encode(pictures)[: len(waiting)]
+        for key, value in zip(waiting, tokens, strict=True):
+            value = value.cpu().clone()
+            self._kept[key] = value
+            self._bytes += value.nbytes
+        while self._bytes > self._max_bytes and len(self._kept) > 1:
+            _, old = self._kept.popitem(last=False)
+            self._bytes -= old.nbytes
+
+
+def encode(lvlm: "Lvlm", pictures: Sequence[Any]) -> list[torch.Tensor]:
+    """Tower and projector on RGB pictures: one (image_tokens, hidden) tensor each.
+
+    Raises:
+        DymoeError: the model's class takes no precomputed image features.
+    """
+    import inspect
+
+    model = cast(Any, lvlm.model)
+    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+        raise DymoeError(f"{type(model).__name__}: takes no precomputed image features; use it without")
+    inputs = cast(Any, lvlm.processor).image_processor(images=list(pictures), return_tensors="pt")
+    inputs = {
+        key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()
+    }
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    with torch.no_grad():
+        tokens = model.get_image_features(**inputs, return_dict=True).pooler_output
+    return list(tokens)

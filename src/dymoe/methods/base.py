@@ -1,0 +1,110 @@
+"""What a method is: the four choices growth, gate, loss terms and data, and nothing else.
+
+The loop (`dymoe.learning.run`) and the trainer (`dymoe.learning.trainer`) know only this class. A method
+keeps its settings as dataclass fields; what it has to remember between tasks (a Fisher matrix, a buffer) it
+writes below `Stage.memory` in `after_task` and reads from `Stage.earlier` in `before_task`, so that a
+resumed run finds it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dymoe.errors import DymoeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dymoe.adapter import DyMoEConfig
+    from dymoe.tasks import Sample, Task
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One round of learning: which tasks it learns and where it may keep what it must remember.
+
+    Attributes:
+        index: 1 for the first stage.
+        name: the task's name, or the method's when it learns all tasks at once.
+        tasks: the tasks learned in this stage, one for every continual method.
+        memory: folder of this stage for the method's own files; it exists only once the method makes it.
+        earlier: the `memory` folders of the stages before, in order.
+    """
+
+    index: int
+    name: str
+    tasks: tuple[Task, ...]
+    memory: Path
+    earlier: tuple[Path, ...] = ()
+
+
+@dataclass
+class Method:
+    """Base of every method: a LoRA scale, where the experts sit, and the four choices as methods.
+
+    Attributes:
+        lora_alpha: alpha of the scale alpha / (experts x rank); 128 gives the scale 2 for a bank of rank 64,
+            the fallback of the authors' code as a third-party port reports it.
+        lora_dropout: dropout on the experts' input, 0.05 as CoIN trains its LoRA.
+        target_modules: names of the linear layers that get experts; none for the seven projections (q, k, v,
+            o, gate, up, down) of the language model.
+        compute: how the bank is computed, ``stacked`` (fast) or ``reference`` (a loop over experts).
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    lora_alpha: float = 128.0
+    lora_dropout: float = 0.05
+    target_modules: list[str] | None = None
+    compute: str = "stacked"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no layer can be built from."""
+        require(self.lora_alpha > 0, "lora_alpha", "a number above 0", self.lora_alpha)
+        require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
+        require(self.target_modules != [], "target_modules", "at least one layer name", self.target_modules)
+        require(self.compute in ("stacked", "reference"), "compute", "stacked or reference", self.compute)
+
+    # growth
+    def rounds(self, tasks: Sequence[Task]) -> list[tuple[str, tuple[Task, ...]]]:
+        """Name and tasks of every stage; one stage per task unless a method says otherwise."""
+        return [(task.name, (task,)) for task in tasks]
+
+    def group(self, stage: Stage) -> str:
+        """Name of the expert group that `stage` trains; a name of an earlier stage trains that group on."""
+        return stage.name
+
+    # gate
+    def config(self, stage: Stage) -> DyMoEConfig:
+        """The adapter config of the group that `stage` adds: its experts, their gate, its routing terms."""
+        raise NotImplementedError
+
+    # loss terms
+    def before_task(self, model: Any, stage: Stage) -> None:
+        """Hook before a stage trains; `model` already holds the group that will train."""
+
+    def loss_terms(self, model: Any, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
+        """Model-level terms added to the next-token loss of one batch, weights applied; name -> scalar."""
+        return {}
+
+    def after_task(self, model: Any, stage: Stage) -> None:
+        """Hook after a stage has trained, before it is evaluated."""
+
+    # data
+    def training_samples(self, stage: Stage) -> list[Sample]:
+        """The samples that `stage` trains on."""
+        return [sample for task in stage.tasks for sample in task.train]
+
+
+def require(holds: bool, key: str, expected: str, value: Any) -> None:
+    """Raise the one-line error of a setting out of range unless `holds`.
+
+    Raises:
+        DymoeError: naming `key`, what was expected and the value given.
+    """
+    if not holds:
+        raise DymoeError(f"{key}: expected {expected}, got {value!r}")

@@ -1,0 +1,64 @@
+"""`dymoe`: LLaVA-DyMoE; guided token assignment and routing-score regularization over `incmoelora`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from dymoe.methods.base import Stage, require
+from dymoe.methods.incmoelora import IncMoELoRA
+
+if TYPE_CHECKING:
+    from dymoe.adapter import DyMoEConfig
+
+
+@dataclass
+class DyMoE(IncMoELoRA):
+    """DyMoE (arXiv 2603.27481): new tokens learn in the new group, all others stay with the old ones.
+
+    Loss terms: load balance of the new group, exclusivity and specialization of the routing scores. Each part
+    is switched off on its own: ``guidance: none`` (no TAG), ``exclusivity: 0`` and ``specialization: 0`` (no
+    RSR), ``load_balance: 0``.
+
+    Attributes:
+        guidance: TAG's mask; ``exclusive`` hides the old groups from new tokens too (the authors' code, as
+            reported), ``protect`` hides only the new group from the other tokens (the paper, as summarised).
+        tau: relative score difference up to which a token is ambiguous (0.2, the paper's).
+        load_balance: weight of the load-balancing term on the new group.
+        exclusivity: weight of the exclusivity term.
+        specialization: weight of the specialization term.
+        rsr_temperature: temperature of the unguided routing weights that both RSR terms see.
+        rsr_start: share of a task's steps after which the RSR terms begin to rise.
+    """
+
+    name: ClassVar[str] = "dymoe"
+    summary: ClassVar[str] = "incmoelora with token assignment guidance and routing score regularization"
+
+    guidance: Literal["exclusive", "protect", "none"] = "exclusive"
+    tau: float = 0.2
+    load_balance: float = 1e-3
+    exclusivity: float = 1e-3
+    specialization: float = 1e-3
+    rsr_temperature: float = 0.1
+    rsr_start: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse negative weights and shares outside [0, 1]."""
+        super().__post_init__()
+        for key in ("tau", "load_balance", "exclusivity", "specialization"):
+            require(getattr(self, key) >= 0, key, "0 or more", getattr(self, key))
+        require(self.rsr_temperature > 0, "rsr_temperature", "a number above 0", self.rsr_temperature)
+        require(0 <= self.rsr_start < 1, "rsr_start", "a share in [0, 1)", self.rsr_start)
+
+    def config(self, stage: Stage) -> DyMoEConfig:
+        """IncMoELoRA's group with guidance and the three routing terms."""
+        return replace(
+            super().config(stage),
+            guidance=self.guidance,
+            tau=self.tau,
+            load_balance=self.load_balance,
+            exclusivity=self.exclusivity,
+            specialization=self.specialization,
+            rsr_temperature=self.rsr_temperature,
+            rsr_start=self.rsr_start,
+        )

@@ -1,0 +1,55 @@
+"""`lora`: one LoRA, trained on through all tasks; what forgets most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from dymoe.methods.base import Method, Stage, require
+
+if TYPE_CHECKING:
+    from dymoe.adapter import DyMoEConfig
+
+
+@dataclass
+class LoRA(Method):
+    """Sequential fine-tuning of a single LoRA.
+
+    Growth: one group of one expert at the first task, trained on afterwards. Gate: always 1.
+
+    Attributes:
+        rank: rank of the LoRA; 64 is that of one task's bank of 16 experts of rank 4.
+    """
+
+    name: ClassVar[str] = "lora"
+    summary: ClassVar[str] = "one LoRA, fine-tuned on every task in turn"
+
+    rank: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse a rank below 1."""
+        super().__post_init__()
+        require(self.rank >= 1, "rank", "1 or more", self.rank)
+
+    def group(self, stage: Stage) -> str:
+        """The same group at every stage."""
+        return "shared"
+
+    def config(self, stage: Stage) -> DyMoEConfig:
+        """One expert of full rank whose weight is 1 for every token."""
+        from dymoe.adapter import DyMoEConfig
+
+        return DyMoEConfig(
+            num_experts=1,
+            r=self.rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            top_k=1,
+            gate="uniform",
+            guidance="none",
+            load_balance=0.0,
+            exclusivity=0.0,
+            specialization=0.0,
+            target_modules=self.target_modules,
+            compute=self.compute,
+        )
