@@ -129,7 +129,7 @@ def test_the_last_logits_alone_are_the_same_and_need_no_copies(tiny):
     """With a slice of the positions torch would copy the vocabulary matrix for every sample."""
     seen: list[torch.Tensor] = []
     model = freeze(copy.deepcopy(tiny.model))
-    batch = Collator(tiny)([sample("red", png("red")), sample("blue", png("blue"))])
+    batch = Collator(tiny).prompts([sample("red", png("red")), sample("blue", png("blue"))])
     watch = model.get_output_embeddings().register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
     with torch.no_grad():
         last, whole = model(**batch, logits_to_keep=3).logits, model(**batch).logits
