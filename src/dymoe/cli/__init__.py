@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dymoe.methods.settings import nearest
 
             raise DymoeError(f"{words[0]}: unknown command; {nearest(words[0], COMMANDS)}")
-        return int(import_module(f"dymoe.cli.{words[0]}").main(words[1:]))
+        # Importing a submodule named `list` would hide the builtin in this package.
+        module = "listing" if words[0] == "list" else words[0]
+        return int(import_module(f"dymoe.cli.{module}").main(words[1:]))
     except DymoeError as error:
         print(f"dymoe: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

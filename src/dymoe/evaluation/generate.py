@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -135,7 +135,8 @@ def evaluate(
     from dymoe.tasks.scoring import lenient, scorer
 
     samples = evaluated(task, split, limit)
-    measuring = nullcontext() if peft_model is None else peft_model.base_model.trace.measuring()
+    trace = None if peft_model is None else cast(Any, peft_model.base_model).trace
+    measuring = nullcontext() if trace is None else trace.measuring()
     with measuring as weights:
         answers = generate(lvlm, collator, samples, task.max_new_tokens, batch_size, dtype, progress)
     strict_rule, lenient_rule = scorer(task.scorer), lenient(task.scorer)

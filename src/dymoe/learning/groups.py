@@ -3,13 +3,13 @@
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 
-from dymoe.adapter import DyMoEConfig, group_hash
+from dymoe.adapter import DyMoEConfig, DyMoEModel, RoutingTrace, group_hash
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_dir
 
@@ -38,6 +38,11 @@ def train_group(base: nn.Module, model: PeftModel | None, name: str, config: DyM
 def freeze_all(model: PeftModel) -> None:
     """Freeze every group, so that all are packed and the bank answers fastest."""
     model.base_model.set_training_group(None)  # type: ignore[operator]
+
+
+def trace_of(model: PeftModel) -> RoutingTrace:
+    """The model's routing trace."""
+    return cast(DyMoEModel, model.base_model).trace
 
 
 def hashes(model: PeftModel | None) -> dict[str, str]:

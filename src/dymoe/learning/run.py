@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json
@@ -111,7 +111,7 @@ class _Learner:
         display.note(f"loading the model {recipe.model}")
         lvlm = load(recipe.model, recipe.training.dtype)
         if torch.cuda.is_available():
-            lvlm.model.to("cuda")
+            cast(Any, lvlm.model).to("cuda")
         features = ImageFeatures(lvlm) if _takes_features(lvlm.model) else None
         collator = Collator(lvlm, features)
         learner = cls(recipe, method, stream, folder, stages, display, lvlm, collator, features)
@@ -213,6 +213,8 @@ class _Learner:
 
     def _see(self, samples: "Sequence[Sample]") -> None:
         """Compute the image features of `samples` that are not there yet."""
+        # A tower in training mode would normalise by the batch and change its running statistics.
+        self.lvlm.model.eval()
         if self.features is not None:
             self.features.add_samples(samples)
 

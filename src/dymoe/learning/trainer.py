@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json
-from dymoe.learning.groups import write_group
+from dymoe.learning.groups import trace_of, write_group
 from dymoe.learning.recipe import Training
 from dymoe.methods import Method
 
@@ -128,11 +128,12 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.group = group
         self.method = method
-        self.trace = model.base_model.trace
+        self.trace = trace_of(model)
         # compute_loss divides by the step's items itself, so nothing is left to scale for accumulation.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._terms: dict[str, Tensor] = {}
+        self._frozen_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def compute_loss(
         self,
@@ -146,6 +147,9 @@ class StageTrainer(Trainer):
         The next-token loss is exact under accumulation (a sum over the step's items); the routing terms are
         means over a micro-batch's tokens and count by its share of the items.
         """
+        # The base is frozen: its batch normalisation must neither see the batch nor move its statistics.
+        for norm in self._frozen_norms:
+            norm.eval()
         labels = inputs["labels"]
         batch = {key: value for key, value in inputs.items() if key != "labels"}
         outputs = model(**batch, logits_to_keep=answer_logits(labels), use_cache=False)
@@ -212,7 +216,7 @@ class _StageCallback(TrainerCallback):
     """Tells the routing trace how far the task is, and leaves out the checkpoint after the last step."""
 
     def __init__(self, model: PeftModel) -> None:
-        self.trace = model.base_model.trace
+        self.trace = trace_of(model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

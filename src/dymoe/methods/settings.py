@@ -135,7 +135,7 @@ def _explain(cls: type, values: Mapping[str, Any], message: str, prefix: str) ->
     kind: Any = cls
     value: Any = values
     for part in match[1].split("."):
-        kind = _fields(kind).get(part) if dataclasses.is_dataclass(kind) else None
+        kind = _fields(typing.cast(type, kind)).get(part) if dataclasses.is_dataclass(kind) else None
         value = value.get(part) if isinstance(value, Mapping) else value
     return f"{prefix}{match[1]}: expected {_type_name(kind)}, got {value!r}"
 

@@ -1,0 +1,123 @@
+"""The command line: fast to start, one line per mistake, what it prints is what the run folder holds."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from dymoe.cli import COMMANDS, main
+from dymoe.cli.demo import sentence
+from tests.learning.test_resume import COMMAND
+from tests.learning.tiny import save_tiny, write_recipe
+
+
+def test_help_starts_in_half_a_second():
+    best = 9.0
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - start)
+    assert all(name in done.stdout for name in COMMANDS)
+    assert best < 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"usage: dymoe {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["rnu"], "rnu: unknown command; did you mean run?"),
+        (["list", "method"], "list: method: unknown; did you mean methods?"),
+        (["show", "nowhere"], "nowhere: no results.json here"),
+        (["report", "nowhere"], "nowhere"),
+        (["report", "x", "--out"], "report: --out: unknown option; there is --output"),
+        (["report", "x", "--output"], "report: --output: expected a file after it"),
+        (["demo", "--step", "3"], "demo: --step: unknown option; did you mean --steps?"),
+        (["demo", "--steps", "0"], "demo: --steps: expected a whole number of at least 1, got '0'"),
+        (["run", "--seed", "1"], "run: expected a recipe before '--seed'"),
+    ],
+)
+def test_a_mistake_is_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert message in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lists(capsys):
+    for what, word in (("methods", "incmoelora"), ("streams", "pocket-coin"), ("recipes", "recipes/pocket/dymoe.yaml")):
+        assert main(["list", what]) == 0
+        assert word in capsys.readouterr().out
+
+
+def results(**changes):
+    matrix = [[60.0], [40.0, 70.0]]
+    found = {
+        "method": "lora",
+        "stream": "pocket-coin",
+        "seed": 0,
+        "tasks": ["[red]A", "B"],
+        "matrix": matrix,
+        "metrics": {"MFT": 65.0, "MFN": 55.0, "MAA": 57.5, "BWT": -10.0, "BWT_T-1": -20.0},
+        "format_drift": {"[red]A": 5.0, "B": 0.0},
+        "steps": [8, 8],
+        "samples": {"[red]A": 40, "B": 40},
+    }
+    return {**found, **changes}
+
+
+def test_show_prints_the_matrix_and_escapes_names(tmp_path, capsys):
+    (tmp_path / "results.json").write_text(json.dumps(results()))
+    assert main(["show", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    for word in ("[red]A", "60.0", "40.0", "70.0", "MFN 55.00", "BWT_T-1 -20.00", "format drift 2.50"):
+        assert word in told
+
+
+@pytest.mark.parametrize(
+    "mfn, bwt, mft, words",
+    [
+        (60.0, -5.0, 63.0, ("forgot less than", "learned less", "ended higher", "5.0 against 20.0 points")),
+        (50.0, -30.0, 70.0, ("forgot more than", "learned more", "ended lower")),
+        (55.0, -20.0, 65.0, ("forgot as much as", "learned as much", "ended level")),
+    ],
+)
+def test_the_demo_sentence_follows_the_numbers(mfn, bwt, mft, words):
+    second = results(method="dymoe", metrics={"MFT": mft, "MFN": mfn, "BWT_T-1": bwt})
+    told = sentence(results(method="incmoelora"), second)
+    assert told.startswith("DyMoE forgot")
+    assert all(word in told for word in words), told
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path):
+    recipe = write_recipe(tmp_path / "run.yaml", save_tiny(tmp_path / "model"))
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(recipe), "--seed", "5"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "run" / "events.jsonl").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert told.strip().splitlines()[-1] == f"dymoe: interrupted; go on with: dymoe run {recipe} --seed 5 --resume"
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("dymoe ")

@@ -1,0 +1,159 @@
+"""A run that is killed and goes on ends with the same adapters, bit for bit."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dymoe.cli import main
+from dymoe.learning.trainer import last_checkpoint
+from tests.learning.tiny import write_recipe
+
+COMMAND = [sys.executable, "-c", "import sys; from dymoe.cli import main; sys.exit(main(sys.argv[1:]))"]
+
+
+def events(run: Path) -> list[dict]:
+    file = run / "events.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def at_least(run: Path, stage: int, step: int) -> bool:
+    return any(e["stage"] == stage and e.get("step", 0) >= step for e in events(run))
+
+
+def outcome(run: Path) -> dict:
+    """Everything that must not depend on where a run was interrupted."""
+    files = [*run.glob("stages/*/adapter/*"), *run.glob("stages/*/predictions/*"), *run.glob("stages/*/routing.json")]
+    kept = {str(file.relative_to(run)): file.read_bytes() for file in files}
+    results = json.loads((run / "results.json").read_text())
+    kept["matrix"], kept["hashes"] = results["matrix"], results["group_hashes"]
+    steps = [
+        {key: value for key, value in event.items() if key != "time"}
+        for event in events(run)
+        if event["event"] == "step"
+    ]
+    return {**kept, "steps": steps}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole")
+    recipe = write_recipe(path / "run.yaml", tiny_folder)
+    assert main(["run", str(recipe)]) == 0
+    return path / "run"
+
+
+def kill_when(recipe: Path, run: Path, stage: int, step: int) -> None:
+    process = subprocess.Popen([*COMMAND, "run", str(recipe), "--resume"], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not at_least(run, stage, step):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_mid_task_twice_ends_bit_for_bit_the_same(whole, tiny_folder, tmp_path):
+    recipe, run = write_recipe(tmp_path / "run.yaml", tiny_folder), tmp_path / "run"
+    kill_when(recipe, run, stage=1, step=5)
+    kill_when(recipe, run, stage=2, step=4)
+    assert not (run / "stages" / "02-VQAv2" / "done.json").exists()
+    assert main(["run", str(recipe), "--resume"]) == 0
+    assert json.loads((run / "stages" / "02-VQAv2" / "done.json").read_text())["resumed_at"] >= 3
+    assert outcome(run) == outcome(whole)
+    assert not list(run.glob("stages/*/trainer"))
+
+
+def test_killed_between_training_and_done_asks_only_what_is_missing(whole, tiny_folder, tmp_path):
+    recipe, run = write_recipe(tmp_path / "run.yaml", tiny_folder), tmp_path / "run"
+    subprocess.run(["cp", "-r", str(whole), str(run)], check=True)
+    before = outcome(run)
+    stage = run / "stages" / "02-VQAv2"
+    (stage / "done.json").unlink()
+    scores = json.loads((stage / "scores.json").read_text())
+    del scores["VQAv2"]
+    (stage / "scores.json").write_text(json.dumps(scores))
+    (stage / "predictions" / "VQAv2.jsonl").unlink()
+    kept = (stage / "predictions" / "ImageNet.jsonl").stat().st_mtime_ns
+    (stage / ".half.json.abc").write_text("{")
+    assert main(["run", str(recipe), "--resume"]) == 0
+    assert outcome(run) == before
+    assert (stage / "predictions" / "ImageNet.jsonl").stat().st_mtime_ns == kept
+    assert not (stage / ".half.json.abc").exists()
+
+
+def test_a_partial_checkpoint_is_passed_over(tmp_path):
+    def checkpoint(step: int) -> Path:
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"x" * 100)
+        (folder / "complete.json").write_text(json.dumps({"optimizer.pt": 100}))
+        return folder
+
+    assert last_checkpoint(tmp_path) is None
+    first, second = checkpoint(3), checkpoint(12)
+    assert last_checkpoint(tmp_path) == second
+    (second / "optimizer.pt").write_bytes(b"x" * 40)
+    assert last_checkpoint(tmp_path) == first
+    (second / "optimizer.pt").unlink()
+    assert last_checkpoint(tmp_path) == first
+    (first / "complete.json").write_text('{"optimizer.pt": 1')
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tiny_folder, tmp_path):
+    recipe = write_recipe(tmp_path / "run.yaml", tiny_folder, tasks=["ImageNet"], training={"steps_per_task": 4})
+    run = tmp_path / "run"
+    full = subprocess.run(
+        [*COMMAND, "run", str(recipe)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+    )
+    assert full.returncode == 2
+    assert "Traceback" not in full.stderr
+    last = full.stderr.strip().splitlines()[-1]
+    assert "cannot be written" in last
+    assert str(run) in last
+    assert not (run / "stages" / "01-ImageNet" / "adapter").exists()
+    assert main(["run", str(recipe), "--resume"]) == 0
+    assert (run / "results.json").exists()
+
+
+def test_refusals_name_what_differs(whole, tiny_folder, tmp_path, capsys):
+    recipe = whole.with_suffix(".yaml")
+    assert main(["run", str(recipe)]) == 2
+    assert "give --resume to go on" in capsys.readouterr().err
+    assert main(["run", str(recipe), "--resume", "--seed", "3", "--settings.tau", "0.5"]) == 2
+    told = capsys.readouterr().err
+    assert "seed is 0 there, 3 here" in told
+    assert "settings.tau is 0.2 there, 0.5 here" in told
+    assert main(["run", str(recipe), "--resume", "--training.threads", "2"]) == 0
+    capsys.readouterr()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("mine")
+    assert main(["run", str(recipe), "--output", str(other)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert [file.name for file in other.iterdir()] == ["thesis.tex"]
+
+
+def test_a_changed_adapter_is_noticed(whole, tiny_folder, tmp_path, capsys):
+    recipe, run = write_recipe(tmp_path / "run.yaml", tiny_folder), tmp_path / "run"
+    subprocess.run(["cp", "-r", str(whole), str(run)], check=True)
+    (run / "stages" / "02-VQAv2" / "done.json").unlink()
+    weights = run / "stages" / "01-ImageNet" / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert main(["run", str(recipe), "--resume"]) == 2
+    assert "hash differs" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""Methods make their four choices as stated, with the stated parameters."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from peft import get_peft_model
+
+from dymoe import methods
+from dymoe.errors import DymoeError
+from dymoe.methods import Stage
+from tests.adapter.conftest import tiny_llama
+
+TASKS = [SimpleNamespace(name=name, train=[f"{name}{i}" for i in range(3)]) for name in ("a", "b", "c")]
+
+
+def stages(method):
+    rounds = method.rounds(TASKS)
+    return [Stage(i, name, tasks, Path("m")) for i, (name, tasks) in enumerate(rounds, start=1)]
+
+
+def test_names():
+    assert list(methods.available()) == ["lora", "incmoelora", "dymoe", "joint"]
+    assert all(methods.available().values())
+
+
+@pytest.mark.parametrize(
+    "name, groups",
+    [("lora", ["shared"] * 3), ("incmoelora", list("abc")), ("dymoe", list("abc")), ("joint", ["joint"])],
+)
+def test_growth_and_data(name, groups):
+    method = methods.create(name)
+    found = stages(method)
+    assert [method.group(stage) for stage in found] == groups
+    seen = [sample for stage in found for sample in method.training_samples(stage)]
+    assert seen == [sample for task in TASKS for sample in task.train]
+
+
+@pytest.mark.parametrize("name", ["lora", "incmoelora", "dymoe", "joint"])
+def test_every_bank_has_the_same_rank_and_scale(name):
+    config = methods.create(name).config(stages(methods.create(name))[0])
+    assert config.num_experts * config.r == 64
+    assert config.scaling == 2.0
+    silent = (config.load_balance, config.exclusivity, config.specialization)
+    assert silent == ((1e-3,) * 3 if name == "dymoe" else (0.0,) * 3)
+    assert config.guidance == ("exclusive" if name == "dymoe" else "none")
+    assert config.gate == ("uniform" if name == "lora" else "cosine")
+
+
+@pytest.mark.parametrize("name", ["lora", "incmoelora", "dymoe", "joint"])
+def test_parameters_added_are_those_claimed(name):
+    method = methods.create(name, **({"rank": 8} if name == "lora" else {"num_experts": 4, "rank": 2}))
+    model = get_peft_model(tiny_llama(), method.config(stages(method)[0]), adapter_name="a")
+    shapes = [(layer.in_features, layer.out_features) for layer in model.base_model.layers()]
+    assert len(shapes) == 14
+    experts = sum(8 * (inside + outside) for inside, outside in shapes)
+    rows = 0 if name == "lora" else sum(4 * inside for inside, _ in shapes)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == experts + rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"guidance": "none"}, {"guidance": "protect"}, {"load_balance": 0.0}, {"exclusivity": 0.0, "specialization": 0.0}],
+)
+def test_each_part_of_dymoe_is_switched_alone(change):
+    stage = stages(methods.create("dymoe"))[0]
+    plain = methods.create("dymoe").config(stage).to_dict()
+    changed = methods.create("dymoe", **change).config(stage).to_dict()
+    assert {key for key in plain if plain[key] != changed[key]} == set(change)
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("dymo", {}, "dymo: unknown method; did you mean dymoe?"),
+        ("xyz", {}, "there is dymoe, incmoelora, joint, lora"),
+        ("dymoe", {"tua": 1}, "method dymoe: tua: unknown key; did you mean tau?"),
+        ("lora", {"rank": "x"}, "method lora: rank: expected int, got 'x'"),
+        ("lora", {"rank": 0}, "method lora: rank: expected 1 or more, got 0"),
+        ("lora", {"target_modules": []}, "target_modules: expected at least one layer name, got []"),
+        ("incmoelora", {"temperature": 0}, "temperature: expected a number above 0, got 0.0"),
+        ("dymoe", {"compute": "fast"}, "compute: expected stacked or reference, got 'fast'"),
+        ("dymoe", {"lora_dropout": 1}, "lora_dropout: expected a share in [0, 1), got 1.0"),
+        ("dymoe", {"tau": -0.1}, "tau: expected 0 or more, got -0.1"),
+    ],
+)
+def test_mistakes_name_the_setting(name, settings, message):
+    with pytest.raises(DymoeError) as caught:
+        methods.create(name, **settings)
+    assert message in str(caught.value)
