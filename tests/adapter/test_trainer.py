@@ -1,4 +1,4 @@
-"""An unmodified transformers Trainer trains the new group alone, with accumulation, checkpointing and mixed precision."""
+"""An unmodified transformers Trainer trains the new group alone, also with accumulation and checkpointing."""
 
 import pytest
 import torch

@@ -86,7 +86,12 @@ def test_show_prints_the_matrix_and_escapes_names(tmp_path, capsys):
 @pytest.mark.parametrize(
     "mfn, bwt, mft, words",
     [
-        (60.0, -5.0, 63.0, ("forgot less than", "learned less", "ended higher", "5.0 against 20.0 points")),
+        (
+            60.0,
+            -5.0,
+            63.0,
+            ("forgot less than", "learned less", "ended higher", "changed by -5.0 against -20.0 points"),
+        ),
         (50.0, -30.0, 70.0, ("forgot more than", "learned more", "ended lower")),
         (55.0, -20.0, 65.0, ("forgot as much as", "learned as much", "ended level")),
     ],

@@ -12,11 +12,11 @@ HELP = """usage: dymoe demo [--output FOLDER] [--steps N]
 Learn three tasks of the pocket stream one after another, with IncMoELoRA and with DyMoE, and compare them.
 
   --output FOLDER  where the two runs go (runs/demo); finished runs there are kept, an interrupted one goes on
-  --steps N        optimizer steps per task (24)"""
+  --steps N        optimizer steps per task (16)"""
 
 METHODS = ("incmoelora", "dymoe")
 TASKS = ["ScienceQA", "ImageNet", "VQAv2"]
-STEPS = 24
+STEPS = 16
 BATCH = 8
 QUESTIONS = 40  # per task and stage
 
@@ -88,13 +88,13 @@ def sentence(first: dict[str, Any], second: dict[str, Any]) -> str:
     one, two = first["metrics"], second["metrics"]
     names = {"incmoelora": "IncMoELoRA", "dymoe": "DyMoE"}
     a, b = (names.get(results["method"], results["method"]) for results in (first, second))
-    lost_a, lost_b = -one["BWT_T-1"], -two["BWT_T-1"]
-    forgets = "less" if lost_b < lost_a else "more" if lost_b > lost_a else "as much"
+    kept_a, kept_b = one["BWT_T-1"], two["BWT_T-1"]
+    forgets = "less" if kept_b > kept_a else "more" if kept_b < kept_a else "as much"
     learns = "less" if two["MFT"] < one["MFT"] else "more" if two["MFT"] > one["MFT"] else "as much"
     ends = "higher" if two["MFN"] > one["MFN"] else "lower" if two["MFN"] < one["MFN"] else "level"
     than = "as" if forgets == "as much" else "than"
     return (
-        f"{b} forgot {forgets} {than} {a} (an earlier task lost {lost_b:.1f} against {lost_a:.1f} points on average), "
+        f"{b} forgot {forgets} {than} {a} (earlier tasks changed by {kept_b:+.1f} against {kept_a:+.1f} points), "
         f"learned {learns} of each new task ({two['MFT']:.1f} against {one['MFT']:.1f} % when just trained) "
         f"and ended {ends} ({two['MFN']:.1f} against {one['MFN']:.1f} % over all tasks; "
         f"one seed, {sum(first['steps'])} steps, {min(first['samples'].values())} questions a task)."

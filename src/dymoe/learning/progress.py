@@ -30,10 +30,10 @@ class Display:
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
             self._bars = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeRemainingColumn(),
                 console=self.console,
             )
@@ -51,9 +51,9 @@ class Display:
     def note(self, text: str) -> None:
         """Say one line."""
         if self._bars is not None:
-            self._bars.console.print(text, markup=False)
+            self._bars.console.print(text, markup=False, highlight=False)
         else:
-            self.console.print(f"{self.title}: {text}", markup=False, soft_wrap=True)
+            self.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def stage(self, index: int, name: str) -> None:
         """Stage `index` (from 1) begins."""

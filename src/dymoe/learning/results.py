@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dymoe.tasks import Stream, Task
 
 PACKAGES = ("dymoe", "torch", "transformers", "peft", "accelerate", "safetensors")
-SHOWN_SAMPLES = 6  # per task in samples.json
+SHOWN_SAMPLES = 20  # per task in samples.json; the report prefers those that were lost
 
 
 def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stages: Sequence[StageFolder]) -> None:

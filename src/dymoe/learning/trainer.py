@@ -209,6 +209,7 @@ class StageTrainer(Trainer):
     def close(self) -> None:
         """Give the model back as it was: without the autocast wrapper of this stage's accelerator."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        vars(self.model).pop("forward", None)  # the unwrapped method, now found on the class again
         self.accelerator.free_memory()
 
 

@@ -135,8 +135,8 @@ class Collator:
                 tokens.append(_named(sample, features.get))
                 text = text.replace(self._image_token, self._image_token * len(tokens[-1]))
             expanded.append(text)
-        alike = all(token.shape == tokens[0].shape for token in tokens)
-        output = ImageTokens(pooler_output=cast(Any, torch.stack(tokens) if alike else tokens))
+        # FastVLM takes one tensor, LLaVA a list of one tensor per image: whatever the model itself makes.
+        output = ImageTokens(pooler_output=cast(Any, torch.stack(tokens) if features.as_tensor else tokens))
         return self._tokenize(expanded), {"mm_encoder_outputs": {"image": output}}
 
     # --- padding -------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ class ImageFeatures:
         self._max_bytes = max_bytes
         self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._bytes = 0
+        #: Whether the model makes one tensor of a batch's images (True) or a list with one tensor each.
+        self.as_tensor = True
 
     def __len__(self) -> int:
         """Number of images kept."""
@@ -89,8 +91,9 @@ class ImageFeatures:
             except DymoeError as error:
                 raise DymoeError(f"{name}{error}") from error
         pictures += [pictures[-1]] * (self._batch_size - len(pictures))
-        tokens = self._encode(pictures)[: len(waiting)]
-        for key, value in zip(waiting, tokens, strict=True):
+        encoded = self._encode(pictures)
+        self.as_tensor = isinstance(encoded, torch.Tensor)
+        for key, value in zip(waiting, encoded[: len(waiting)], strict=True):
             value = value.cpu().clone()
             self._kept[key] = value
             self._bytes += value.nbytes
@@ -99,8 +102,10 @@ class ImageFeatures:
             self._bytes -= old.nbytes
 
 
-def encode(lvlm: "Lvlm", pictures: Sequence[Any]) -> list[torch.Tensor]:
-    """Tower and projector on RGB pictures: one (image_tokens, hidden) tensor each.
+def encode(lvlm: "Lvlm", pictures: Sequence[Any]) -> Sequence[torch.Tensor]:
+    """Tower and projector on RGB pictures: one (image_tokens, hidden) tensor each, or all in one tensor.
+
+    The model works in evaluation mode meanwhile, so that a tower's batch norms neither use nor change statistics.
 
     Raises:
         DymoeError: the model's class takes no precomputed image features.
@@ -115,6 +120,11 @@ def encode(lvlm: "Lvlm", pictures: Sequence[Any]) -> list[torch.Tensor]:
         key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()
     }
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    with torch.no_grad():
-        tokens = model.get_image_features(**inputs, return_dict=True).pooler_output
-    return list(tokens)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            tokens: Sequence[torch.Tensor] = model.get_image_features(**inputs, return_dict=True).pooler_output
+    finally:
+        model.train(training)
+    return tokens

@@ -41,7 +41,7 @@ class TowerMaps(ImageFeatures):
         tower = cast(Any, lvlm.model).model.vision_tower
         with torch.no_grad():
             maps = tower(inputs["pixel_values"].to(lvlm.model.dtype), return_dict=True).last_hidden_state
-        return list(maps.flatten(2).permute(0, 2, 1))
+        return cast(Any, maps.flatten(2).permute(0, 2, 1))
 
 
 class Projector(torch.nn.Module):
