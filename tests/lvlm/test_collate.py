@@ -11,7 +11,7 @@ from tests.lvlm.conftest import png, sample
 from transformers import Trainer, TrainingArguments
 
 from dymoe.errors import DymoeError
-from dymoe.lvlm import Collator, ImageFeatures
+from dymoe.lvlm import Collator, ImageFeatures, Lvlm
 from dymoe.lvlm.images import decode
 
 
@@ -169,3 +169,48 @@ def test_transparency_is_laid_on_white_and_exif_turns():
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (8, 4)).save(buffer, "JPEG", exif=exif)
     assert decode(buffer.getvalue()).size == (4, 8)
+
+
+@pytest.fixture
+def llava(real):
+    """A tiny LLaVA (CLIP tower, LLaMA) of transformers with random weights, for another form of image features."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    tokenizer = real.processor.tokenizer
+    image_token = real.processor.image_token
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=real.processor.image_token_id, image_seq_length=4)
+    model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=real.processor.chat_template,
+        image_token=image_token,
+        num_additional_image_tokens=1,
+    )
+    return Lvlm(model, processor)
+
+
+def test_cached_features_work_for_llava_too(llava, mixed):
+    features = ImageFeatures(llava, batch_size=2)
+    plain, cached = Collator(llava)(mixed), Collator(llava, features)(mixed)
+    assert not features.as_tensor
+    assert torch.equal(plain["input_ids"], cached["input_ids"])
+    with torch.no_grad():
+        torch.testing.assert_close(llava.model(**cached).logits, llava.model(**plain).logits, atol=1e-5, rtol=1e-4)
