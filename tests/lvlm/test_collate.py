@@ -192,7 +192,9 @@ def llava(real):
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
     )
     torch.manual_seed(0)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=real.processor.image_token_id, image_seq_length=4)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=real.processor.image_token_id, image_seq_length=4
+    )
     model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
     images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor = LlavaProcessor(

@@ -202,6 +202,16 @@ def test_runs_of_one_method_and_seed_are_not_averaged(tmp_path: Path) -> None:
     assert [m.label for m in gather(read_runs([first, second]))] == ["dymoe (tag)", "dymoe (no-tag)"]
 
 
+def test_settings_make_variants_and_seeds_of_each_are_averaged(tmp_path: Path) -> None:
+    runs = [
+        matrix_run(tmp_path / f"{tag}{seed}", "dymoe", [[80], [70, 70]], seed=seed, settings={"tau": 0.2, "tag": tag})
+        for tag in ("exclusive", "none")
+        for seed in (0, 1)
+    ]
+    gathered = gather(read_runs(runs))
+    assert [(m.label, len(m.runs)) for m in gathered] == [("dymoe (tag exclusive)", 2), ("dymoe (tag none)", 2)]
+
+
 def test_unlike_settings_are_remarked(tmp_path: Path) -> None:
     first = matrix_run(tmp_path / "a", "lora", [[80], [70, 70]], steps_per_task=60)
     second = matrix_run(tmp_path / "b", "dymoe", [[80], [70, 70]], steps_per_task=90, base="llava", split="validation")

@@ -35,6 +35,7 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
     results: dict[str, Any] = {
         "name": folder.path.name,
         "method": recipe.method,
+        "settings": recipe.resolved()["settings"],
         "stream": recipe.stream,
         "order": recipe.order,
         "instructions": recipe.instructions,

@@ -1,5 +1,6 @@
 """What the runs say: seeds gathered into methods, means with spread, and the answer in words."""
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -127,20 +128,23 @@ class Method:
 
 
 def gather(runs: Sequence[Run]) -> list[Method]:
-    """Group runs by method, in the order given.
+    """Group runs by method and settings, in the order given.
 
-    Runs of one method that differ in their seed are averaged. Two runs of a method with the same seed cannot
-    be two seeds of one configuration, so then each run of that method stands alone under its own name.
+    Runs that differ in their seed alone are averaged. Where a method comes with several settings, the label names
+    what differs. Two runs with the same settings and seed cannot be two seeds of one configuration, so then each
+    stands alone under its own name.
     """
-    grouped: dict[tuple[str, bool], list[Run]] = {}
+    grouped: dict[tuple[str, str, bool], list[Run]] = {}
     for run in runs:
-        grouped.setdefault((run.method, run.joint is not None), []).append(run)
+        grouped.setdefault((run.method, _settings(run), run.joint is not None), []).append(run)
     labelled: list[tuple[str, list[Run]]] = []
-    for (method, _), members in grouped.items():
+    for (method, _, _), members in grouped.items():
+        variants = [other[0] for other in grouped.values() if other[0].method == method]
+        label = f"{method}{_difference(members[0], variants)}"
         if len({run.seed for run in members}) == len(members):
-            labelled.append((method, sorted(members, key=lambda run: run.seed)))
+            labelled.append((label, sorted(members, key=lambda run: run.seed)))
         else:
-            labelled.extend((f"{method} ({run.name})", [run]) for run in members)
+            labelled.extend((f"{label} ({run.name})", [run]) for run in members)
     labels = [label for label, _ in labelled]
     methods = []
     for index, (label, members) in enumerate(labelled):
@@ -150,11 +154,18 @@ def gather(runs: Sequence[Run]) -> list[Method]:
     return methods
 
 
-def _listing(parts: Sequence[str], most: int = 4) -> str:
-    """Parts as in "a, b and c"; of more than `most` only the first and the last."""
-    if len(parts) > most:
-        return f"{parts[0]} down to {parts[-1]}"
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+def _settings(run: Run) -> str:
+    """The method's settings as one text that is equal for equal settings."""
+    return json.dumps(run.facts.get("settings") or {}, sort_keys=True, default=str)
+
+
+def _difference(run: Run, variants: Sequence[Run]) -> str:
+    """The settings of `run` in which the variants of its method differ, " (key value, ...)" or nothing."""
+    held = [variant.facts.get("settings") or {} for variant in variants]
+    keys = sorted({key for settings in held for key in settings})
+    own = run.facts.get("settings") or {}
+    told = [f"{key} {own.get(key)}" for key in keys if any(settings.get(key) != own.get(key) for settings in held)]
+    return f" ({', '.join(told)})" if told else ""
 
 
 def headline(methods: Sequence[Method]) -> str:
