@@ -168,6 +168,13 @@ def _difference(run: Run, variants: Sequence[Run]) -> str:
     return f" ({', '.join(told)})" if told else ""
 
 
+def _listing(parts: Sequence[str], most: int = 4) -> str:
+    """Parts as in "a, b and c"; of more than `most` only the first and the last."""
+    if len(parts) > most:
+        return f"{parts[0]} down to {parts[-1]}"
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
 def headline(methods: Sequence[Method]) -> str:
     """The one sentence that a reader came for: which method forgot least, with its numbers."""
     sequential = [method for method in methods if not method.joint]
