@@ -443,3 +443,21 @@ def test_initial_values_follow_lora():
     for values in (layer.dymoe_A["a"], layer.dymoe_router["a"]):
         assert values.abs().max() <= bound
         assert values.abs().max() > 0.8 * bound
+
+
+def test_batch_norms_of_the_frozen_base_stay_as_they_are():
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+            self.q_proj = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.q_proj(self.norm(x))
+
+    model = get_peft_model(Tower(), small(target_modules=["q_proj"]), adapter_name="a")
+    model.train()
+    before = model.base_model.model.norm.running_mean.clone()
+    model.base_model.model(torch.randn(5, 6) + 3)
+    assert torch.equal(model.base_model.model.norm.running_mean, before)
+    assert model.base_model.layers()[0].training

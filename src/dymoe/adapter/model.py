@@ -126,6 +126,18 @@ class DyMoEModel(BaseTuner):
             self.trace.progress = None
         self._count_layers()
 
+    def train(self, mode: bool = True) -> DyMoEModel:
+        """Set training mode; batch norms of the frozen base stay in evaluation mode.
+
+        A vision tower's batch norm would otherwise normalise by the batch and move its statistics, which are part of
+        what must not change.
+        """
+        super().train(mode)
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
     def layers(self) -> list[DyMoELayer]:
         """Return the wrapped layers in the model's order."""
         return [module for module in self.model.modules() if isinstance(module, DyMoELayer)]

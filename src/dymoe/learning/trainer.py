@@ -133,7 +133,6 @@ class StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._terms: dict[str, Tensor] = {}
-        self._frozen_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def compute_loss(
         self,
@@ -147,9 +146,6 @@ class StageTrainer(Trainer):
         The next-token loss is exact under accumulation (a sum over the step's items); the routing terms are
         means over a micro-batch's tokens and count by its share of the items.
         """
-        # The base is frozen: its batch normalisation must neither see the batch nor move its statistics.
-        for norm in self._frozen_norms:
-            norm.eval()
         labels = inputs["labels"]
         batch = {key: value for key, value in inputs.items() if key != "labels"}
         outputs = model(**batch, logits_to_keep=answer_logits(labels), use_cache=False)
