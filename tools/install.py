@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pip(*arguments: str, check: bool = True) -> bool:
     """Run pip in this environment; with `check` a failure ends the program with pip's own message."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-qq", *arguments]
     done = subprocess.run(command, capture_output=not check, text=True)
     if check and done.returncode:
         sys.exit(f"install: {' '.join(command[2:])} failed (exit code {done.returncode}); see above")
