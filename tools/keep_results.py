@@ -1,0 +1,64 @@
+"""Keep the numbers of runs beside the docs: `python tools/keep_results.py RUN [RUN ...]` writes docs/results/NAME.json.
+
+The file holds the run's results.json, its recipe, and from events.jsonl what the routing did while each task trained
+(shares of token types and weight on the new group at the first, middle and last logged step).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dymoe.files import atomic_write, read_json
+
+SHARES = ("share_new", "share_ambiguous", "share_old", "new_group_weight", "next_token")
+
+
+def routing_over_steps(events: Path) -> dict[str, dict[str, list[float]]]:
+    """Task -> name -> values at the first, middle and last logged step of its training."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in events.read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if event["event"] == "step":
+            rows.setdefault(event["task"], []).append(event)
+    return {
+        task: {
+            name: [round(steps[i][name], 4) for i in (0, len(steps) // 2, len(steps) - 1)]
+            for name in SHARES
+            if name in steps[0]
+        }
+        for task, steps in rows.items()
+    }
+
+
+def drift(run: Path) -> dict[str, list[float]]:
+    """Earlier task -> weight that its tokens put on groups added after its own, stage by stage."""
+    found: dict[str, list[float]] = {}
+    for file in sorted(run.glob("stages/*/routing.json")):
+        stage = read_json(file)
+        for task, row in stage["tasks"].items():
+            if task in stage["groups"]:
+                later = row["weight"][stage["groups"].index(task) + 1 :]
+                found.setdefault(task, []).append(round(sum(later), 4))
+    return found
+
+
+def main() -> None:
+    """Write one file per run."""
+    target = Path(__file__).resolve().parent.parent / "docs" / "results"
+    for name in sys.argv[1:]:
+        run = Path(name)
+        results = read_json(run / "results.json")
+        results["recipe"] = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))["recipe"]
+        results["training"] = routing_over_steps(run / "events.jsonl")
+        results["drift"] = drift(run)
+        results["recipe"].pop("output", None)
+        text = json.dumps(results, ensure_ascii=False)
+        atomic_write(target / f"{run.name}.json", text + "\n")
+        print(target / f"{run.name}.json")
+
+
+if __name__ == "__main__":
+    main()
