@@ -1,10 +1,12 @@
 """Keep the numbers of runs beside the docs: `python tools/keep_results.py RUN [RUN ...]` writes docs/results/NAME.json.
 
 The file holds the run's results.json, its recipe, and from events.jsonl what the routing did while each task trained
-(shares of token types and weight on the new group at the first, middle and last logged step).
+(shares of token types and weight on the new group at the first, middle and last logged step). Then it prints, for all
+files kept there, the metrics of each method as mean ± standard deviation over seeds, and the last row of each matrix.
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,36 @@ def drift(run: Path) -> dict[str, list[float]]:
     return found
 
 
+def table(folder: Path) -> str:
+    """The kept runs of whole streams as Markdown: metrics by method, then accuracy on each task at the end."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*-[0-9].json")):
+        results = read_json(file)
+        runs.setdefault(results["method"], []).append(results)
+    names = ("MFT", "MFN", "MAA", "BWT", "BWT_T-1")
+    tasks = next(iter(runs.values()))[0]["tasks"]
+    lines = [f"| method | seeds | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for method, members in runs.items():
+        cells = [_mean([run["metrics"].get(name) for run in members]) for name in names]
+        lines.append(f"| {method} | {len(members)} | {' | '.join(cells)} |")
+    lines += ["", f"| at the end | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    for method, members in runs.items():
+        last = [run.get("joint") or run["matrix"][-1] for run in members]
+        lines.append(f"| {method} | {' | '.join(_mean(column) for column in zip(*last, strict=True))} |")
+    return "\n".join(lines)
+
+
+def _mean(values: Any) -> str:
+    """Mean ± standard deviation, or a dash where there is no number."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "–"
+    spread = f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.1f}{spread}"
+
+
 def main() -> None:
-    """Write one file per run."""
+    """Write one file per run, then print the table."""
     target = Path(__file__).resolve().parent.parent / "docs" / "results"
     for name in sys.argv[1:]:
         run = Path(name)
@@ -57,7 +87,7 @@ def main() -> None:
         results["recipe"].pop("output", None)
         text = json.dumps(results, ensure_ascii=False)
         atomic_write(target / f"{run.name}.json", text + "\n")
-        print(target / f"{run.name}.json")
+    print(table(target))
 
 
 if __name__ == "__main__":
