@@ -8,7 +8,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OUT
 mkdir -p "$OUT"
 printf '%s\n' ScienceQA TextVQA ImageNet GQA VizWiz Grounding VQAv2 OCRVQA |
   xargs -P "$JOBS" -I{} bash -c '
-    .venv/bin/dymoe run recipes/pocket/lora.yaml --tasks "[\"{}\"]" --training.steps_per_task 60 --training.batch_size 8 \
+    .venv/bin/dymoe run recipes/pocket/lora.yaml --tasks "[\"{}\"]" --training.steps_per_task 40 --training.batch_size 8 \
       --evaluation.limit 60 --evaluation.batch_size 60 --evaluation.zero_shot true \
       --training.threads "$OMP_NUM_THREADS" --output "$OUT/{}" --resume >"$OUT/{}.log" 2>&1
   '
