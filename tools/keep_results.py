@@ -48,22 +48,34 @@ def drift(run: Path) -> dict[str, list[float]]:
 
 
 def table(folder: Path) -> str:
-    """The kept runs of whole streams as Markdown: metrics by method, then accuracy on each task at the end."""
+    """The kept runs of whole streams as Markdown: metrics by method, then accuracy on each task at the end.
+
+    "forgetting" is best earlier minus final accuracy, "drift" the share of routing weight (in percent) that a task's
+    tokens put on later groups at the end; both are means over all tasks but the last.
+    """
     runs: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(folder.glob("*-[0-9].json")):
         results = read_json(file)
         runs.setdefault(results["method"], []).append(results)
     names = ("MFT", "MFN", "MAA", "BWT", "BWT_T-1")
     tasks = next(iter(runs.values()))[0]["tasks"]
-    lines = [f"| method | seeds | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    lines = [f"| method | seeds | {' | '.join(names)} | forgetting | drift |", "|---" * (len(names) + 4) + "|"]
     for method, members in runs.items():
         cells = [_mean([run["metrics"].get(name) for run in members]) for name in names]
+        cells += [_mean([_earlier(run["forgetting"]) for run in members])]
+        cells += [_mean([_earlier({task: 100 * row[-1] for task, row in run["drift"].items()}) for run in members])]
         lines.append(f"| {method} | {len(members)} | {' | '.join(cells)} |")
     lines += ["", f"| at the end | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
     for method, members in runs.items():
         last = [run.get("joint") or run["matrix"][-1] for run in members]
         lines.append(f"| {method} | {' | '.join(_mean(column) for column in zip(*last, strict=True))} |")
     return "\n".join(lines)
+
+
+def _earlier(by_task: dict[str, float]) -> float | None:
+    """Mean over all tasks but the last, which had nothing to lose."""
+    values = list(by_task.values())[:-1]
+    return statistics.mean(values) if values else None
 
 
 def _mean(values: Any) -> str:
