@@ -46,7 +46,7 @@ def freeze(model: "PreTrainedModel") -> "PreTrainedModel":
     """The model in evaluation mode, without gradients, its output embedding handed contiguous states.
 
     transformers passes it a slice (the last positions of each row); torch would then copy the whole vocabulary matrix
-    for every row of the batch (half a second a step for the pocket model on two cores).
+    for every row of the batch.
     """
     model.requires_grad_(False)
     model.eval()

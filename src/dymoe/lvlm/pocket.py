@@ -153,7 +153,7 @@ def assemble(
     }
     model = FastVlmForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     if not torch.cuda.is_available():
-        # On a CPU the fused attention with a padding mask is slower than plain products: a sixth of a training step.
+        # On a CPU the fused attention with a padding mask is slower than plain products.
         model.set_attn_implementation({"text_config": "eager"})
     tokens = processor.tokenizer
     model.generation_config.update(
