@@ -11,6 +11,7 @@ from random import Random
 
 from PIL import Image
 
+from dymoe.tasks.pocket.draw import sign
 from dymoe.tasks.pocket.sources import Item, iterate, stable_hash
 
 SIZE = 128  # pixels of a composed picture, both sides
@@ -23,6 +24,14 @@ COLOURS = {
     "blue": (50, 90, 200),
     "yellow": (240, 210, 60),
 }
+# Words for signs: common short ones, the twelve of the task TextVQA among them (its pictures are others).
+# fmt: off
+WORDS = (
+    "stop", "exit", "taxi", "open", "cafe", "hotel", "sale", "bus", "zoo", "park", "bank", "milk", "shop", "food",
+    "closed", "gym", "pool", "press", "ice", "beach", "tea", "coffee", "pizza", "books", "toys", "fish", "meat",
+    "bread", "wine", "art", "music", "news", "tickets", "lift", "stairs", "police", "school", "farm", "lake", "bar",
+)
+# fmt: on
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 GRID = {
     f"{row} {column}".replace("middle middle", "middle"): (x, y)
@@ -77,7 +86,7 @@ def _held_out(item: Item) -> bool:
 
 
 def pairs(stock: Stock, count: int, seed: int) -> list[Pair]:
-    """`count` pairs: 3/10 photos, 1/5 drawings, digits, garments and the rest compositions, shuffled by `seed`.
+    """`count` pairs: photos, drawings, digits, garments, signs and compositions, shuffled by `seed`.
 
     Drawings come once each before any comes again.
     """
@@ -87,20 +96,23 @@ def pairs(stock: Stock, count: int, seed: int) -> list[Pair]:
     made = []
     for number in range(count):
         share = number % 20
-        if share < 6:
+        if share < 4:
             item = next(photos)
             made.append(Pair("photo", _png(item.picture), f"a photo of {_name(item)}"))
-        elif share < 11:
+        elif share < 8:
             item = next(drawings)
             made.append(Pair("drawing", _png(_on(item, "white", SIZE)), f"a drawing: {item.label}"))
-        elif share == 11:
+        elif share < 10:
             made.append(_digits(stock, random))
-        elif share == 12:
+        elif share == 10:
             item = random.choice(stock.garments)
             made.append(Pair("garment", _png(item.picture), f"a picture of {_name(item)}"))
-        elif share < 17:
+        elif share < 14:
+            word = random.choice(WORDS)
+            made.append(Pair("sign", _png(sign(next(photos).picture, word, random)), f"a sign that says {word}"))
+        elif share < 16:
             made.append(_two(stock, random))
-        elif share < 19:
+        elif share < 18:
             made.append(_placed(stock, random))
         else:
             made.append(_several(stock, random))
@@ -112,10 +124,10 @@ def pairs(stock: Stock, count: int, seed: int) -> list[Pair]:
 
 
 def _digits(stock: Stock, random: Random) -> Pair:
-    """One to four handwritten digits in a row: "the number 407"."""
-    items = [random.choice(stock.digits) for _ in range(random.randint(1, 4))]
+    """One to three handwritten digits in a row: "the number 407"."""
+    items = [random.choice(stock.digits) for _ in range(random.choice((1, 1, 2, 3)))]
     canvas = Image.new("RGB", (SIZE, SIZE), COLOURS["black"])
-    side = SIZE // max(2, len(items))
+    side = SIZE // len(items)
     for place, item in enumerate(items):
         left = (SIZE - side * len(items)) // 2 + side * place
         canvas.paste(item.picture.convert("RGB").resize((side, side)), (left, (SIZE - side) // 2))

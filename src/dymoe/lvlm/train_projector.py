@@ -85,9 +85,9 @@ class Projector(torch.nn.Module):
 class Plan:
     """What to train on and for how long."""
 
-    train_pairs: int = 3200
+    train_pairs: int = 8000
     held_out_pairs: int = 200
-    steps: int = 200
+    steps: int = 900
     batch: int = 16
     learning_rate: float = 1.5e-3
     warmup: int = 20
@@ -214,7 +214,7 @@ def run(plan: Plan) -> dict[str, Any]:
     after = held_out_loss(model, plain, collator, held)
     shown = held[:16]
     record = {
-        "command": "python -m dymoe.lvlm.train_projector " + " ".join(sys.argv[1:]),
+        "command": "python -m dymoe.lvlm.train_projector",
         "pairs": {"train": len(items), "held_out": len(held)},
         "steps": plan.steps,
         "batch": plan.batch,
@@ -228,7 +228,6 @@ def run(plan: Plan) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started),
         "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__},
     }
-    record["command"] = str(record["command"]).strip()
     notes = {"seed": plan.seed, "steps": plan.steps, "before": before["all"], "after": after["all"]}
     atomic_write(plan.output, save(state, metadata={key: json.dumps(value) for key, value in notes.items()}))
     atomic_json(plan.output.with_suffix(".json"), record)

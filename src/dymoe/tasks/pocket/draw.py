@@ -22,6 +22,7 @@ COLORS: dict[str, Color] = {
     "purple": (140, 60, 170),
     "black": (25, 25, 25),
 }
+SIGNS = {"red": "white", "blue": "white", "green": "white", "yellow": "black", "black": "white"}  # ground -> ink
 
 
 def pastel(rng: random.Random) -> Color:
@@ -68,6 +69,18 @@ def draw_words(target: Image.Image, text: str, box: Box, color: Color) -> None:
     left, top, right, bottom = font.getbbox(text)
     origin = middle[0] - (left + right) / 2, middle[1] - (top + bottom) / 2
     ImageDraw.Draw(target).text(origin, text, fill=color, font=font)
+
+
+def sign(photo: Image.Image, word: str, rng: random.Random) -> Image.Image:
+    """A word in capitals on a coloured sign in front of the blurred photo, 96 x 96 pixels."""
+    image = blur(enlarge(photo, 96), 2)
+    ground, ink = rng.choice(list(SIGNS.items()))
+    top = rng.randint(22, 34)
+    box = (4, top, 92, top + 42)
+    ImageDraw.Draw(image).rounded_rectangle(box, 5, fill=COLORS[ground], outline=(255, 255, 255), width=2)
+    color = (255, 255, 255) if ink == "white" else COLORS[ink]
+    draw_words(image, word.upper(), (box[0] + 6, box[1] + 7, box[2] - 6, box[3] - 7), color)
+    return image
 
 
 def add_noise(image: Image.Image, rng: random.Random, spread: float) -> Image.Image:

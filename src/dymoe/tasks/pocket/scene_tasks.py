@@ -29,7 +29,6 @@ OBJECTS: dict[str, tuple[str, ...]] = {
     "cake": ("1f370", "1f382", "1f9c1"),
 }
 WORDS = ("stop", "exit", "taxi", "open", "cafe", "hotel", "sale", "bus", "zoo", "park", "bank", "milk")
-SIGNS = {"red": "white", "blue": "white", "green": "white", "yellow": "black", "black": "white"}
 NUMBERS = ("one", "two", "three", "four")
 
 # Genre (as the movie table has it) -> what the cover calls it, its background colours, its emoji.
@@ -55,21 +54,10 @@ def reading(stock: Stock, rng: random.Random, count: int) -> list[Draft]:
             image, question = draw.enlarge(item.picture, 56), "What number is written?"
         else:
             item = stock.take("cifar10", rng.choice(CIFAR10))
-            image, question = _sign(item.picture, answer, rng), "What does the sign say?"
+            image, question = draw.sign(item.picture, answer, rng), "What does the sign say?"
         answers = [answer] * 9 + [f"{answer} sign" if not answer.isdigit() else f"number {answer}"]
         drafts.append(Draft(image, question, answer, [item.id], {"answer": answer, "answers": answers}))
     return drafts
-
-
-def _sign(photo: Image.Image, word: str, rng: random.Random) -> Image.Image:
-    image = draw.blur(draw.enlarge(photo, 96), 2)
-    ground, ink = rng.choice(list(SIGNS.items()))
-    top = rng.randint(22, 34)
-    box = (4, top, 92, top + 42)
-    ImageDraw.Draw(image).rounded_rectangle(box, 5, fill=draw.COLORS[ground], outline=(255, 255, 255), width=2)
-    color = (255, 255, 255) if ink == "white" else draw.COLORS[ink]
-    draw.draw_words(image, word.upper(), (box[0] + 6, box[1] + 7, box[2] - 6, box[3] - 7), color)
-    return image
 
 
 def _object(stock: Stock, name: str, rng: random.Random) -> Item:
