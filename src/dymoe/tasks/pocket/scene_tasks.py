@@ -122,19 +122,20 @@ def _turns(kinds: list[str]) -> list[int]:
 
 
 def grounding(stock: Stock, rng: random.Random, count: int) -> list[Draft]:
-    """Grounding: the box of a named object; boxes lie on a grid of a quarter of the picture's side."""
+    """Grounding: the box of a named object, a quadrant or a half of the picture or its middle."""
     quarter = SIDE // 4
-    halves = [(x, y, x + 2, y + 2) for x in range(3) for y in range(3)]
-    large = [(x, y, x + 3, y + 3) for x in range(2) for y in range(2)]
-    layout = {str(index): 1 for index in range(len(halves) + len(large))}
+    corners = [(x, y, x + 2, y + 2) for x in (0, 2) for y in (0, 2)]
+    sides = [(0, 0, 2, 4), (2, 0, 4, 4), (0, 0, 4, 2), (0, 2, 4, 4)]
+    boxes = [*corners, *sides, (1, 1, 3, 3)]
+    layout = {str(index): 1 for index in range(len(boxes))}
     drafts = []
     for index, choice in enumerate(cycle(layout, count, rng)):
-        cells = (halves + large)[int(choice)]
+        cells = boxes[int(choice)]
         name = rng.choice(list(OBJECTS))
         image = draw.canvas((SIDE, SIDE), draw.pastel(rng))
         item = _object(stock, name, rng)
         placed = [(item, cells)]
-        free = [box for box in halves if not _overlap(box, cells)]
+        free = [box for box in corners if not _overlap(box, cells)]
         if free and index % 2:
             other = rng.choice([other for other in OBJECTS if other != name])
             placed.append((_object(stock, other, rng), rng.choice(free)))
