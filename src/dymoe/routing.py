@@ -174,7 +174,9 @@ def token_types(scores: Tensor, num_new: int, tau: float) -> Tensor:
     return torch.where(relative > tau, clear, int(TokenType.AMBIGUOUS)).to(torch.int8)
 
 
-def token_assignment_guidance(scores: Tensor, num_new: int, tau: float, mask: Mask = "exclusive") -> Tensor:
+def token_assignment_guidance(
+    scores: Tensor, num_new: int, tau: float, mask: Mask = "exclusive", types: Tensor | None = None
+) -> Tensor:
     """Token Assignment Guidance (TAG): mask the scores of the side that a token must not see.
 
     Training only, from the second task on. Two readings of the method exist: `exclusive` (new tokens see the new
@@ -186,6 +188,7 @@ def token_assignment_guidance(scores: Tensor, num_new: int, tau: float, mask: Ma
         num_new: size of the new group (the last columns).
         tau: threshold of `token_types`.
         mask: "exclusive", "protect" or "none".
+        types: the tokens' types where they are known already, (...); computed when None.
 
     Returns:
         Scores of the same shape and dtype with -inf where a token must not go; unchanged when a side is empty.
@@ -198,7 +201,8 @@ def token_assignment_guidance(scores: Tensor, num_new: int, tau: float, mask: Ma
     num_old = _check_groups(scores, num_new)
     if mask == "none" or num_old == 0 or num_new == 0:
         return scores
-    is_new_token = (token_types(scores, num_new, tau) == int(TokenType.NEW)).unsqueeze(-1)
+    types = token_types(scores, num_new, tau) if types is None else types
+    is_new_token = (types == int(TokenType.NEW)).unsqueeze(-1)
     is_new_expert = torch.arange(scores.shape[-1], device=scores.device) >= num_old
     blocked = is_new_expert & ~is_new_token if mask == "protect" else is_new_expert ^ is_new_token
     return scores.masked_fill(blocked, float("-inf"))

@@ -7,8 +7,9 @@ from peft.mapping import (
 )
 
 from dymoe.adapter.config import PEFT_TYPE, DyMoEConfig
+from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.layer import DyMoELayer
-from dymoe.adapter.model import DyMoEModel, group_hash
+from dymoe.adapter.model import DyMoEModel, group_hash, group_tensors
 from dymoe.adapter.trace import GroupWeights, LayerRouting, RoutingTrace
 
 # PEFT's mappings take any string as key; saving and loading are delegated to the tuner class found here.
@@ -21,8 +22,10 @@ __all__ = [
     "DyMoEConfig",
     "DyMoELayer",
     "DyMoEModel",
+    "GroupHolder",
     "GroupWeights",
     "LayerRouting",
     "RoutingTrace",
     "group_hash",
+    "group_tensors",
 ]

@@ -1,13 +1,15 @@
 """The config of one expert group (one PEFT adapter)."""
 
+import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 
 from dymoe.routing import MASKS
 
 PEFT_TYPE = "DYMOE"
-GATES = ("cosine", "uniform")
+GATES = ("cosine", "uniform", "linear")
 COMPUTE = ("stacked", "reference")
 
 
@@ -24,18 +26,26 @@ class DyMoEConfig(PeftConfig):
         lora_alpha: the group's output is scaled by lora_alpha / (num_experts * r). Not stated in the paper; 128 gives
             the factor 2 of CoIN's LoRA recipe (alpha 256, rank 128).
         lora_dropout: dropout on the input of the training experts. Not stated in the paper; LLaVA-1.5 uses 0.05.
-        gate: "cosine" (cosine scores, softmax over the top k) or "uniform" (every expert has weight 1, no router: plain
-            LoRA is one such expert).
+        gate: "cosine" (cosine scores, softmax over the top k), "uniform" (every expert has weight 1, no router: plain
+            LoRA is one such expert) or "linear" (a linear router, softmax over the top k; the router of a group scores
+            the experts of all groups up to its own).
         top_k: experts with weight per token, over all active groups.
         temperature: of the router's softmax (0.01).
         tau: relative score difference above which a token is new or old, not ambiguous (0.2).
-        guidance: mask of Token Assignment Guidance while training: "exclusive", "protect" or "none".
-        load_balance: weight of the load-balance loss on the new group.
+        guidance: mask of Token Assignment Guidance while training: "exclusive", "protect" or "none"; only the cosine
+            gate has scores to guide.
+        load_balance: weight of the load-balance loss.
+        balance_over: experts whose use it evens out: those of the "new" group, or "all" that the router scores.
         exclusivity: weight of the exclusivity loss.
         specialization: weight of the specialization loss.
         rsr_temperature: temperature of the regularization's softmax (0.1).
         rsr_start: share of a task's steps before the regularization starts to rise.
         compute: "stacked" (two matrix products for the bank) or "reference" (a loop over experts).
+        expert_pattern: experts in layers whose name ends with (or as a regular expression fits) a key, in place of
+            num_experts; 0 leaves a layer without new experts. The scale stays that of num_experts.
+        selector: what weighs whole groups for a whole sample before the gates do: "none" or a name of
+            `adapter.selectors.SELECTORS`.
+        selector_options: the selector's own settings.
         target_modules: names or a regular expression of the linears to wrap; None wraps the seven projections
             (q, k, v, o, gate, up, down) of the language model.
         exclude_modules: names or a regular expression of linears to leave alone.
@@ -54,18 +64,23 @@ class DyMoEConfig(PeftConfig):
     tau: float = field(default=0.2, metadata={"help": "threshold of token types"})
     guidance: str = field(default="exclusive", metadata={"help": "exclusive | protect | none"})
     load_balance: float = field(default=1e-3, metadata={"help": "weight of the load-balance loss"})
+    balance_over: str = field(default="new", metadata={"help": "new | all: experts whose use is evened out"})
     exclusivity: float = field(default=1e-3, metadata={"help": "weight of the exclusivity loss"})
     specialization: float = field(default=1e-3, metadata={"help": "weight of the specialization loss"})
     rsr_temperature: float = field(default=0.1, metadata={"help": "of the regularization's softmax"})
     rsr_start: float = field(default=0.5, metadata={"help": "share of steps before the regularization rises"})
     compute: str = field(default="stacked", metadata={"help": "stacked | reference"})
+    expert_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "experts by layer"})
+    selector: str = field(default="none", metadata={"help": "none, or what weighs groups for a sample"})
+    selector_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the selector's settings"})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "linears to wrap"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "linears to leave alone"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]
-        for name, allowed in (("gate", GATES), ("guidance", MASKS), ("compute", COMPUTE)):
+        choices = (("gate", GATES), ("guidance", MASKS), ("compute", COMPUTE), ("balance_over", ("new", "all")))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("num_experts", "r", "top_k"):
@@ -81,6 +96,9 @@ class DyMoEConfig(PeftConfig):
         for name in ("lora_dropout", "rsr_start"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        for key, value in self.expert_pattern.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"expert_pattern: {key!r}: expected a whole number from 0, got {value!r}")
         # Lists become sets so that PEFT's bookkeeping (which expects one or the other) and equality agree.
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
@@ -91,3 +109,10 @@ class DyMoEConfig(PeftConfig):
     def scaling(self) -> float:
         """Factor on the group's output: lora_alpha / (num_experts * r)."""
         return self.lora_alpha / (self.num_experts * self.r)
+
+    def experts_in(self, layer: str) -> int:
+        """Experts that the group adds to the layer of this name."""
+        for key, count in self.expert_pattern.items():
+            if layer == key or layer.endswith(f".{key}") or re.fullmatch(key, layer):
+                return count
+        return self.num_experts

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dymoe import routing
 from dymoe.adapter.config import DyMoEConfig
-from dymoe.adapter.gates import GATES, Routing
+from dymoe.adapter.gates import GATES, Gating, Routing
+from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.ops import OPS, ExpertBlock
 from dymoe.adapter.trace import LayerRouting, RoutingTrace
 
@@ -27,7 +27,7 @@ class Pack:
     versions: tuple[int, ...]
 
 
-class DyMoELayer(nn.Module, BaseTunerLayer):
+class DyMoELayer(GroupHolder):
     """A linear (anything with in_features and out_features) with a bank of expert groups.
 
     y = W0 x + sum over active groups of (alpha / bank rank of the group) * sum_e w_e B_e A_e x
@@ -56,69 +56,56 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
         self.dymoe_router = nn.ParameterDict()
         self.group_configs: dict[str, DyMoEConfig] = {}
         self.trace = trace
-        self.training_group: str | None = None
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self._active_adapter = []
         self._packs: dict[tuple[Any, ...], Pack] = {}
 
     # ---- groups -------------------------------------------------------------------------------------------------
 
     def add_group(self, group: str, config: DyMoEConfig) -> None:
-        """Add an expert group: A and router rows Kaiming-uniform (a = sqrt 5), B zero, all float32."""
+        """Add an expert group: A and router rows Kaiming-uniform (a = sqrt 5), B zero, all float32.
+
+        A layer that gets no new experts holds nothing of the group, except under the linear gate its router, if there
+        are older experts to route to.
+        """
         weight = getattr(self.get_base_layer(), "weight", None)
         device = weight.device if isinstance(weight, Tensor) else None
-        experts, r = config.num_experts, config.r
-        a = torch.empty(experts * r, self.in_features, dtype=torch.float32, device=device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        self.dymoe_A[group] = nn.Parameter(a.view(experts, r, self.in_features))
-        self.dymoe_B[group] = nn.Parameter(torch.zeros(experts, r, self.out_features, device=device))
-        if config.gate == "cosine":
-            rows = torch.empty(experts, self.in_features, dtype=torch.float32, device=device)
+        experts, r = config.experts_in(self.name), config.r
+        older = sum(self.experts_of(name) for name in self.group_configs)
+        if experts:
+            a = torch.empty(experts * r, self.in_features, dtype=torch.float32, device=device)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            self.dymoe_A[group] = nn.Parameter(a.view(experts, r, self.in_features))
+            self.dymoe_B[group] = nn.Parameter(torch.zeros(experts, r, self.out_features, device=device))
+        routed = {"cosine": experts, "linear": older + experts, "uniform": 0}[config.gate]
+        if routed:
+            rows = torch.empty(routed, self.in_features, dtype=torch.float32, device=device)
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
             self.dymoe_router[group] = nn.Parameter(rows)
         self.group_configs[group] = config
         self._packs.clear()
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active groups. Unlike in other PEFT methods this unfreezes none: only the training group trains.
-
-        Args:
-            adapter_names: names of the groups to route over; names this layer lacks are ignored.
-            inference_mode: freeze the training group too.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._active_adapter = names
-        self._apply_requires_grad(not inference_mode)
-        self._packs.clear()
-
-    def set_training_group(self, group: str | None) -> None:
-        """Let this group train and freeze all others; None freezes all."""
-        self.training_group = group
-        self._apply_requires_grad(True)
-        self._packs.clear()
-
-    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        """PEFT's switch: the last named group becomes the training group, or stops being it."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if requires_grad:
-            self.set_training_group(names[-1] if names else None)
-        elif self.training_group in names:
-            self.set_training_group(None)
-
-    def _apply_requires_grad(self, allowed: bool) -> None:
-        for attribute in self.adapter_layer_names:
-            for group, parameter in getattr(self, attribute).items():
-                parameter.requires_grad_(allowed and group == self.training_group and group in self._active_adapter)
+    def experts_of(self, group: str) -> int:
+        """How many experts of the group this layer holds."""
+        return int(self.dymoe_A[group].shape[0]) if group in self.dymoe_A else 0
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget a group on purpose; the others stay active."""
-        for attribute in (*self.adapter_layer_names, *self.other_param_names):
-            if adapter_name in getattr(self, attribute):
-                del getattr(self, attribute)[adapter_name]
-        if self.training_group == adapter_name:
-            self.training_group = None
-        self.set_adapter([name for name in self.active_adapters if name != adapter_name])
+        """Forget a group on purpose; the linear routers of later groups lose the columns of its experts."""
+        names = list(self.group_configs)
+        experts = self.experts_of(adapter_name)
+        if adapter_name in names and experts and self.group_configs[adapter_name].gate == "linear":
+            place = names.index(adapter_name)
+            start = sum(self.experts_of(name) for name in names[:place])
+            for name in names[place + 1 :]:
+                rows = self.dymoe_router[name]
+                kept = torch.cat([rows[:start], rows[start + experts :]]).detach()
+                if len(kept):
+                    self.dymoe_router[name] = nn.Parameter(kept, requires_grad=rows.requires_grad)
+                else:  # as in `add_group`: nothing to route to, no router
+                    del self.dymoe_router[name]
+        super().delete_adapter(adapter_name)
+
+    def groups_changed(self) -> None:
+        """Pack the frozen groups anew at the next use."""
+        self._packs.clear()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not possible: the weight of an expert depends on the token."""
@@ -174,8 +161,11 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
         return tuple(blocks)
 
     def _pack_directions(self, groups: list[str]) -> Tensor | None:
-        rows = [self.dymoe_router[g] for g in groups if g in self.dymoe_router]
-        return F.normalize(torch.cat(rows).float(), dim=-1, eps=1e-12).detach() if rows else None
+        """Unit router rows of all groups (cosine gate)."""
+        if self.group_configs[groups[0]].gate != "cosine":
+            return None
+        rows = torch.cat([self.dymoe_router[g] for g in groups])
+        return F.normalize(rows.float(), dim=-1, eps=1e-12).detach()
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
@@ -185,52 +175,67 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             return result
         frozen, new = self.group_order()
-        if not frozen and new is None:
-            return result
         groups = [*frozen, new] if new is not None else frozen
+        sizes = tuple(self.experts_of(group) for group in groups)
+        if not sum(sizes):
+            return result
         config = self.group_configs[groups[-1]]
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dymoe_A[groups[0]].dtype
-        blocks: list[ExpertBlock] = []
-        directions: list[Tensor] = []
-        if frozen:
-            pack = self._pack(frozen, dtype)
-            blocks.extend(pack.blocks)
-            if pack.directions is not None:
-                directions.append(pack.directions)
-        if new is not None:
-            dropout = config.lora_dropout if self.training else 0.0
-            a, b = self.dymoe_A[new].flatten(0, 1), self.dymoe_B[new].flatten(0, 1)
-            blocks.append(ExpertBlock(a.to(dtype), b.to(dtype), config.r, config.scaling, dropout))
-            if config.gate == "cosine":
-                directions.append(F.normalize(self.dymoe_router[new], dim=-1, eps=1e-12))
-        num_new = config.num_experts if new is not None else 0
-        decision = self._route(x, directions, blocks, config, num_new)
+        own = next(iter(self.dymoe_A.values())).dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own
+        num_new = sizes[-1] if new is not None else 0
+        blocks, rows = self._bank(frozen, new if num_new else None, config, dtype)
+        if config.gate == "linear":
+            none = x.new_zeros(0, self.in_features, dtype=own)  # a group that found and brought no experts here
+            rows = [self.dymoe_router.get(group, none) for group in groups]
+        decision = self._route(x, rows, groups, sizes, config, num_new)
         output = OPS[config.compute](x.to(dtype), decision.weights, blocks)
         result = result + output.to(result.dtype)
         if self.training and num_new:
             result = self._leave_terms(result, decision, config, num_new)
         if self.trace.observers:
-            self._leave_routing(x, decision, groups)
+            self._leave_routing(x, decision, groups, sizes)
         return result
+
+    def _bank(
+        self, frozen: list[str], new: str | None, config: DyMoEConfig, dtype: torch.dtype
+    ) -> tuple[list[ExpertBlock], list[Tensor]]:
+        """Blocks of all active experts and, for the cosine gate, their unit router rows."""
+        blocks: list[ExpertBlock] = []
+        rows: list[Tensor] = []
+        held = [group for group in frozen if group in self.dymoe_A]
+        if held:
+            pack = self._pack(held, dtype)
+            blocks.extend(pack.blocks)
+            if pack.directions is not None:
+                rows.append(pack.directions)
+        if new is not None:
+            dropout = config.lora_dropout if self.training else 0.0
+            a, b = self.dymoe_A[new].flatten(0, 1), self.dymoe_B[new].flatten(0, 1)
+            blocks.append(ExpertBlock(a.to(dtype), b.to(dtype), config.r, config.scaling, dropout))
+            if config.gate == "cosine":
+                rows.append(F.normalize(self.dymoe_router[new], dim=-1, eps=1e-12))
+        return blocks, rows
 
     def _route(
         self,
         x: Tensor,
-        directions: list[Tensor],
-        blocks: list[ExpertBlock],
+        rows: list[Tensor],
+        groups: list[str],
+        sizes: tuple[int, ...],
         config: DyMoEConfig,
         num_new: int,
     ) -> Routing:
-        experts = sum(block.experts for block in blocks)
         guide = None
-        if self.training and config.guidance != "none" and 0 < num_new < experts:
+        if self.training and config.guidance != "none" and 0 < num_new < sum(sizes):
 
-            def guide(scores: Tensor) -> Tensor:
+            def guide(scores: Tensor) -> tuple[Tensor, Tensor]:
                 mask = cast(routing.Mask, config.guidance)
-                return routing.token_assignment_guidance(scores, num_new, config.tau, mask)
+                types = routing.token_types(scores, num_new, config.tau)
+                return routing.token_assignment_guidance(scores, num_new, config.tau, mask, types), types
 
-        return GATES[config.gate](x, directions, experts, config.top_k, config.temperature, guide)
+        selection = self.trace.selection_for(groups, x)
+        return GATES[config.gate](x, Gating(sizes, tuple(rows), config.top_k, config.temperature, guide, selection))
 
     def _leave_terms(self, result: Tensor, decision: Routing, config: DyMoEConfig, num_new: int) -> Tensor:
         """Leave the routing's loss terms in the trace and tie them to the result."""
@@ -240,7 +245,8 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
             return result
         mask = trace.mask_for(scores.shape[:-1])
         zero = scores.new_zeros(())
-        balance = routing.load_balance_loss(weights, num_new, mask) if config.load_balance > 0 else zero
+        evened = num_new if config.balance_over == "new" else weights.shape[-1]
+        balance = routing.load_balance_loss(weights, evened, mask) if config.load_balance > 0 else zero
         exclusivity = specialization = zero
         if regularize and num_new < scores.shape[-1] and (trace.rsr_active or trace.collect):
             # Before the regularization starts its terms are only reported.
@@ -250,23 +256,24 @@ class DyMoELayer(nn.Module, BaseTunerLayer):
                 )
         penalty = config.exclusivity * exclusivity + config.specialization * specialization
         total = (config.load_balance * balance + trace.scale.to(penalty.device) * penalty) / trace.num_layers
-        statistics = self._statistics(scores, weights, config, num_new, mask) if trace.collect else None
+        statistics = self._statistics(decision, config, num_new, mask) if trace.collect else None
         trace.leave_terms(self.name, total, torch.stack([balance, exclusivity, specialization]), statistics)
         return trace.inject(result, total) if total.requires_grad or not torch.is_grad_enabled() else result
 
     @staticmethod
-    def _statistics(scores: Tensor, weights: Tensor, config: DyMoEConfig, num_new: int, mask: Tensor | None) -> Tensor:
+    def _statistics(decision: Routing, config: DyMoEConfig, num_new: int, mask: Tensor | None) -> Tensor:
         """Shares of new, ambiguous and old tokens and the mean weight on the new group, (4,)."""
         with torch.no_grad():
-            types = routing.token_types(scores, num_new, config.tau)
+            types, weights = decision.types, decision.weights
+            if types is None:
+                types = routing.token_types(cast(Tensor, decision.scores), num_new, config.tau)
             counts = torch.ones_like(types, dtype=torch.float32) if mask is None else mask.float()
             total = counts.sum().clamp(min=1)
             order = (routing.TokenType.NEW, routing.TokenType.AMBIGUOUS, routing.TokenType.OLD)
             shares = [((types == int(kind)) * counts).sum() / total for kind in order]
             return torch.stack([*shares, (weights[..., -num_new:].sum(-1) * counts).sum() / total])
 
-    def _leave_routing(self, x: Tensor, decision: Routing, groups: list[str]) -> None:
-        sizes = tuple(self.group_configs[g].num_experts for g in groups)
+    def _leave_routing(self, x: Tensor, decision: Routing, groups: list[str], sizes: tuple[int, ...]) -> None:
         weights = decision.weights.detach().expand(*x.shape[:-1], -1)
         scores = None if decision.scores is None else decision.scores.detach()
         mask = self.trace.mask_for(x.shape[:-1])

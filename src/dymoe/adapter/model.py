@@ -12,7 +12,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from dymoe.adapter.config import DyMoEConfig
+from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.layer import DyMoELayer
+from dymoe.adapter.selection import Select, Selector
+from dymoe.adapter.selectors import SELECTORS
 from dymoe.adapter.trace import RoutingTrace
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,8 +63,8 @@ class DyMoEModel(BaseTuner):
         self.trace = RoutingTrace()
         self.peft_config = GroupConfigs(self.peft_config)
         # On the model itself, so that `generate` and direct calls pass here too.
-        model.register_forward_pre_hook(_Begin(self.trace), with_kwargs=True)
-        model.register_forward_hook(_AttachLoss(self.trace))
+        begin = model.register_forward_pre_hook(_Begin(self.trace), with_kwargs=True)
+        self._hooks = [begin, model.register_forward_hook(_AttachLoss(self.trace))]
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, DyMoEConfig)
@@ -98,27 +101,94 @@ class DyMoEModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._check_gate(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # Not earlier: PEFT freezes the base only where it finds none of its layers yet, and a selector counts as one.
+        self._add_to_selector(adapter_name)
+        self._check_selected_layers()
         self.set_training_group(None if config.inference_mode else adapter_name)
         self.set_adapter([*earlier, adapter_name])
 
+    def _add_to_selector(self, adapter_name: str) -> None:
+        """Give the group its part of the selector; the first group brings the selector itself."""
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, DyMoEConfig)
+        if config.selector == "none":
+            return
+        if self.selector is None:
+            decoder = self.model.get_decoder()  # type: ignore[operator]
+            embedding = decoder.get_input_embeddings().weight
+            made = SELECTORS[config.selector](embedding.shape[1]).to(embedding.device)
+            self.model.dymoe_selector = made
+            self._hooks.append(decoder.register_forward_pre_hook(Select(made, self.trace), with_kwargs=True))
+        selector = self.selector
+        assert selector is not None
+        selector.add_group(adapter_name, config.selector_options)
+        selector.to(self.model.get_input_embeddings().weight.device)  # type: ignore[operator]
+
+    def _check_selected_layers(self) -> None:
+        """Refuse wrapped layers that run before the selector decides, or after the decoder.
+
+        Raises:
+            ValueError: there is a selector and a wrapped layer outside the language model's decoder.
+        """
+        if self.selector is None:
+            return
+        inside = set(self.model.get_decoder().modules())  # type: ignore[operator]
+        for layer in self.layers():
+            if layer not in inside:
+                raise ValueError(
+                    f"{layer.name}: a selector weighs layers of the language model's decoder alone; leave this one out "
+                    "of target_modules"
+                )
+
+    @property
+    def selector(self) -> Selector | None:
+        """What weighs whole groups for a sample, or None."""
+        found = getattr(self.model, "dymoe_selector", None)
+        return found if isinstance(found, Selector) else None
+
+    def holders(self) -> list[GroupHolder]:
+        """Return everything that holds parameters of groups: the wrapped layers and the selector, if there is one."""
+        return [module for module in self.model.modules() if isinstance(module, GroupHolder)]
+
     def _check_gate(self, adapter_name: str) -> None:
-        gates = {name: config.gate for name, config in self.peft_config.items()}  # type: ignore[attr-defined]
-        if len(set(gates.values())) > 1:
-            other = next(name for name in gates if gates[name] != gates[adapter_name])
-            raise ValueError(
-                f"group {adapter_name!r} has gate {gates[adapter_name]!r} but group {other!r} has {gates[other]!r}: "
-                "all groups of a bank share one gate"
-            )
+        selector = getattr(self.peft_config[adapter_name], "selector", "none")
+        if selector != "none" and selector not in SELECTORS:
+            raise ValueError(f"selector must be none or one of {', '.join(SELECTORS)}, got {selector!r}")
+        for key in ("gate", "selector"):
+            values = {name: getattr(config, key) for name, config in self.peft_config.items()}
+            if len(set(values.values())) > 1:
+                other = next(name for name in values if values[name] != values[adapter_name])
+                raise ValueError(
+                    f"group {adapter_name!r} has {key} {values[adapter_name]!r} but group {other!r} has "
+                    f"{values[other]!r}: all groups of a bank share one {key}"
+                )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Route over these groups alone (see `DyMoELayer.set_adapter`); frozen groups stay frozen."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if self.selector is not None:  # PEFT tells the wrapped layers alone
+            self.selector.set_adapter(adapter_name, inference_mode=inference_mode)
         self._count_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget a group on purpose, in the layers and in the selector; the others stay active."""
+        super().delete_adapter(adapter_name)
+        if self.selector is not None:
+            self.selector.delete_adapter(adapter_name)
+        self._count_layers()
+
+    def unload(self) -> nn.Module:
+        """Return the base model as it was before its first group: no wrapped layer, no selector, no hook."""
+        for hook in self._hooks:
+            hook.remove()
+        if self.selector is not None:
+            del self.model.dymoe_selector
+        return super().unload()
 
     def set_training_group(self, group: str | None) -> None:
         """Let this group train and freeze all others; None freezes all."""
-        for layer in self.layers():
-            layer.set_training_group(group if group in layer.group_configs else None)
+        for holder in self.holders():
+            holder.set_training_group(group)
         if group is not None:
             config = self.peft_config[group]
             assert isinstance(config, DyMoEConfig)
@@ -143,7 +213,8 @@ class DyMoEModel(BaseTuner):
         return [module for module in self.model.modules() if isinstance(module, DyMoELayer)]
 
     def _count_layers(self) -> None:
-        carrying = sum(layer.group_order()[1] is not None for layer in self.layers())
+        training = [(layer, layer.group_order()[1]) for layer in self.layers()]
+        carrying = sum(group is not None and layer.experts_of(group) > 0 for layer, group in training)
         self.trace.num_layers = max(carrying, 1)
 
 
@@ -186,7 +257,7 @@ def group_tensors(model: nn.Module, group: str) -> dict[str, Tensor]:
     """
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, DyMoELayer):
+        if isinstance(module, GroupHolder):
             for attribute in module.adapter_layer_names:
                 parameters = getattr(module, attribute)
                 if group in parameters:

@@ -9,7 +9,7 @@ right under both kinds of gradient checkpointing, gradient accumulation and loss
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,10 @@ class RoutingTrace:
             new compilation); `rsr_active` says whether it is above 0.
         collect: whether layers leave token statistics while training (cheap, but not free).
         num_layers: wrapped layers that carry the training group; terms are means over them.
+        token_mask: (batch, tokens), true for tokens that are not padding; None for all.
+        prompt_mask: the same without the answers' tokens, where labels are known; else equal to `token_mask`.
+        selection: what a selector decided for the samples, (groups, (samples, groups) without gradient), or None.
+        selection_gradient: collects the layers' gradients of the selection while a selector learns, else None.
     """
 
     def __init__(self) -> None:
@@ -62,6 +66,10 @@ class RoutingTrace:
         self.collect = True
         self.num_layers = 1
         self.token_mask: Tensor | None = None
+        self.prompt_mask: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.selection: tuple[tuple[str, ...], Tensor] | None = None
+        self.selection_gradient: SelectionGradient | None = None
         self.upstream: Tensor = torch.ones(())
         self.observers: list[Callable[[LayerRouting], None]] = []
         self._progress: float | None = None
@@ -95,12 +103,44 @@ class RoutingTrace:
         mask = kwargs.get("attention_mask")
         self.token_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+        known = labels if labels is not None else self.labels
+        self.labels = None
+        self.prompt_mask = self.token_mask
+        if known is not None and (self.token_mask is None or self.token_mask.shape == known.shape):
+            self.prompt_mask = known == -100 if self.token_mask is None else self.token_mask & (known == -100)
         # With gradient accumulation the loss of a micro-batch is its sum over all items of the batch; a mean over the
         # micro-batch's tokens then counts by the micro-batch's share of the items.
         self._share = (labels[..., 1:] != -100).sum() / items if labels is not None and items is not None else 1.0
         device = next((value.device for value in kwargs.values() if isinstance(value, Tensor)), None)
         self.upstream = torch.ones((), device=device)
         self._totals, self._terms, self._statistics = {}, {}, {}
+
+    def selection_for(self, groups: Sequence[str], x: Tensor | None = None) -> Tensor | None:
+        """Return the selection's columns for these groups, (samples, groups), or None when nothing was selected.
+
+        Args:
+            groups: active groups of a layer.
+            x: the layer's input; the columns come on its device and, while a selector learns, their gradient is
+                collected in the backward pass of the graph that `x` belongs to.
+        """
+        if self.selection is None:
+            return None
+        names, weights = self.selection
+        if x is not None:
+            weights = weights.to(x.device)
+            if self.selection_gradient is not None and torch.is_grad_enabled():
+                weights = _Take.apply(x, weights, self.selection_gradient)
+        return weights if names == tuple(groups) else weights[:, [names.index(group) for group in groups]]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Keep this pass's state while the block runs the model for another purpose (a teacher, a probe)."""
+        kept = dict(vars(self))
+        self.observers = []
+        try:
+            yield
+        finally:
+            vars(self).update(kept)
 
     def mask_for(self, tokens: torch.Size) -> Tensor | None:
         """Return the mask of the tokens that count for a layer input of shape (*tokens, features), or None for all.
@@ -206,6 +246,59 @@ class GroupWeights:
         """Return the mean weight per group over tokens and wrapped layers, in the order of `groups`."""
         rows = list(self.by_name().values())
         return torch.tensor(rows, dtype=torch.float64).mean(0).tolist() if rows else []
+
+
+class SelectionGradient:
+    """Gradient of a pass's selection on its way from the layers to the selector.
+
+    The layers see the selection detached: were it a part of their graph, reentrant checkpointing would walk through
+    the selector once per layer and fail at the second. Each layer takes it through `_Take`, whose backward adds to the
+    sum here; `tie` puts a last node between the decoder's layers and their input, which runs after all of them and
+    sends the sum into the selector's graph. So everything happens inside the one backward pass, in the order of the
+    graph, under both kinds of checkpointing.
+
+    A partial `torch.autograd.grad` that does not reach the selector leaves its sum behind; do not go through the same
+    retained graph again after one.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def add(self, gradient: Tensor) -> None:
+        """Add one layer's gradient, (samples, groups)."""
+        self.total = gradient if self.total is None else self.total + gradient.to(self.total)
+
+    def tie(self, embeddings: Tensor, selection: Tensor) -> Tensor:
+        """Return `embeddings` unchanged, with a backward that also hands the collected sum to `selection`."""
+        return _Tie.apply(embeddings, selection, self)
+
+
+class _Take(torch.autograd.Function):
+    """A selection without gradient, made a part of the layer's graph by the layer's input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, selection: Tensor, gradient: SelectionGradient) -> Tensor:
+        ctx.gradient = gradient
+        return selection.view_as(selection)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.gradient.add(gradients[0])
+        return None, None, None
+
+
+class _Tie(torch.autograd.Function):
+    """Identity on the embeddings whose backward hands the collected gradient to the selection."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, selection: Tensor, gradient: SelectionGradient) -> Tensor:
+        ctx.gradient, ctx.like = gradient, (selection.device, selection.dtype)
+        return embeddings.view_as(embeddings)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        total, ctx.gradient.total = ctx.gradient.total, None
+        return gradients[0] if ctx.needs_input_grad[0] else None, None if total is None else total.to(*ctx.like), None
 
 
 class _Inject(torch.autograd.Function):
