@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.recipe import Recipe, load_recipe, parse_overrides
+from dymoe.learning.sweep import is_sweep
 from dymoe.methods import available
 from dymoe.methods.settings import keys
 
-RECIPES = sorted(Path("recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml") if not is_sweep(path))
 GOOD = {"method": "dymoe", "training": {"steps_per_task": 5}}
 
 

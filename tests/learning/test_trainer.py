@@ -149,7 +149,7 @@ class Ridge(LoRA):
     name: ClassVar[str] = "ridge"
     weight: float = 0.5
 
-    def before_task(self, model, stage):
+    def before_task(self, model, stage, data):
         self.anchors = [float((folder / "norm.txt").read_text()) for folder in stage.earlier]
 
     def loss_terms(self, model, batch, outputs):
@@ -157,7 +157,7 @@ class Ridge(LoRA):
         total = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
         return {"ridge": self.weight * (1 + len(self.anchors)) * total}
 
-    def after_task(self, model, stage):
+    def after_task(self, model, stage, data):
         stage.memory.mkdir(parents=True, exist_ok=True)
         norm = sum(float(p.detach().square().sum()) for p in model.parameters() if p.requires_grad)
         (stage.memory / "norm.txt").write_text(str(norm))
@@ -185,7 +185,7 @@ def test_a_method_brings_its_own_terms_and_memory_without_touching_the_loop(tiny
 
 
 def test_a_frozen_group_that_changes_is_an_error(tiny_folder, tmp_path, monkeypatch):
-    def meddle(self, model, stage):
+    def meddle(self, model, stage, data):
         if stage.index == 2:
             layer = model.base_model.layers()[0]
             with torch.no_grad():

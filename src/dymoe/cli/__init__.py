@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "run": "learn a stream of tasks as a recipe says",
+    "sweep": "learn many recipes and seeds side by side and write a table",
     "report": "write one HTML page about one run or several side by side",
     "show": "print a run's accuracy matrix and metrics",
     "list": "list methods, streams or recipes",

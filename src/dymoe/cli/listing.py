@@ -1,6 +1,6 @@
 """`dymoe list methods|streams|recipes`: what there is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dymoe.errors import DymoeError
@@ -17,11 +17,19 @@ def main(argv: Sequence[str]) -> int:
         from dymoe.methods.settings import nearest
 
         raise DymoeError(f"list: {argv[0]}: unknown; {nearest(argv[0], WHAT)}")
-    rows = {"methods": methods, "streams": streams, "recipes": recipes}[argv[0]]()
+    _print({"methods": methods, "streams": streams, "recipes": recipes}[argv[0]]())
+    if argv[0] == "methods":
+        from dymoe.methods import companions
+
+        print("\ncompanions, which go with any method (with: [NAME] in a recipe):")
+        _print(companions())
+    return 0
+
+
+def _print(rows: Mapping[str, str]) -> None:
     width = max((len(name) for name in rows), default=0)
     for name, text in rows.items():
         print(f"{name:<{width}}  {text}".rstrip())
-    return 0
 
 
 def methods() -> dict[str, str]:

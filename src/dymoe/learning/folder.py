@@ -136,8 +136,8 @@ class RunFolder:
         except OSError as error:
             raise DymoeError(f"{self.path / 'events.jsonl'}: cannot be written ({error.strerror})") from error
 
-    def rewind_events(self, stage: int, step: int) -> None:
-        """Drop the events of `stage` after `step`: a resumed run does these steps again."""
+    def rewind_events(self, stage: int, step: int, kind: str = "step") -> None:
+        """Drop the events of this kind of `stage` after `step`: a resumed run does these steps again."""
         file = self.path / "events.jsonl"
         if not file.is_file():
             return
@@ -147,7 +147,8 @@ class RunFolder:
                 event = json.loads(line)
             except json.JSONDecodeError:
                 continue  # the line that a kill cut short
-            if event.get("stage", 0) < stage or (event.get("stage") == stage and event.get("step", 0) <= step):
+            again = event.get("event") == kind and event.get("step", 0) > step
+            if event.get("stage", 0) < stage or (event.get("stage") == stage and not again):
                 kept.append(line + "\n")
         atomic_write(file, "".join(kept))
 

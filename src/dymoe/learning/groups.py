@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 
-from dymoe.adapter import DyMoEConfig, DyMoEModel, RoutingTrace, group_hash
+from dymoe.adapter import DyMoEConfig, DyMoEModel, RoutingTrace, group_hash, group_tensors
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_dir
 
@@ -53,6 +53,20 @@ def hashes(model: PeftModel | None) -> dict[str, str]:
 def trainable_parameters(model: nn.Module) -> int:
     """How many parameters train now."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def stored_parameters(model: PeftModel) -> int:
+    """How many parameters all groups hold together."""
+    return sum(tensor.numel() for name in model.peft_config for tensor in group_tensors(model, name).values())
+
+
+def delete_group(model: PeftModel, name: str) -> PeftModel | None:
+    """Forget the group `name`; None when it was the only one (the base is wrapped anew at the next group)."""
+    if list(model.peft_config) == [name]:
+        model.base_model.unload()  # type: ignore[operator]
+        return None
+    model.delete_adapter(name)
+    return model
 
 
 def save_group(model: PeftModel, name: str, folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dymoe.errors import DymoeError
-from dymoe.methods import Method, available, settings_of
+from dymoe.methods import Composed, Method, available, companion_settings, settings_of
 from dymoe.methods.base import require
 from dymoe.methods.settings import build, keys, nearest
 
@@ -102,6 +102,7 @@ class Recipe:
         tasks: only these tasks of the stream, none for all.
         method: the method's name, see ``dymoe list methods``.
         settings: the method's own settings, see `dymoe.methods`.
+        with_: companions by name, each with its settings (key ``with``; a list of names takes their defaults).
         training: how each task is trained.
         evaluation: how each stage is evaluated.
         seed: of the initial experts, the order of the samples and dropout.
@@ -115,6 +116,7 @@ class Recipe:
     tasks: list[str] | None = None
     method: str = "dymoe"
     settings: dict[str, Any] = field(default_factory=dict)
+    with_: dict[str, dict[str, Any]] = field(default_factory=dict)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
@@ -127,13 +129,28 @@ class Recipe:
         require(self.tasks is None or len(self.tasks) > 0, "tasks", "at least one task", self.tasks)
         require(0 <= self.seed < 2**32, "seed", "a whole number from 0 below 2^32", self.seed)
 
-    def build_method(self) -> Method:
-        """The method with this recipe's settings."""
-        return build(settings_of(self.method), self.settings, f"method {self.method}", "settings.")
+    def build_method(self, where: str = "recipe") -> Method:
+        """The method with this recipe's settings and companions.
+
+        Raises:
+            DymoeError: an unknown setting or companion, or one of a wrong type or range; `where` is named.
+        """
+        method = build(settings_of(self.method), self.settings, where, "settings.")
+        companions = [
+            build(companion_settings(name, where), settings, where, f"with.{name}.")
+            for name, settings in self.with_.items()
+        ]
+        return Composed(method, companions) if companions else method
 
     def resolved(self) -> dict[str, Any]:
-        """All keys with their values, the method's defaults included; what a run folder keeps."""
-        return {**asdict(self), "settings": asdict(self.build_method())}
+        """All keys with their values, defaults of method and companions included; what a run folder keeps."""
+        method = self.build_method()
+        companions: dict[str, Any] = {}
+        if isinstance(method, Composed):
+            companions = {companion.name: asdict(companion) for companion in method.companions}
+            method = method.method
+        values = {key.removesuffix("_"): value for key, value in asdict(self).items()}
+        return {**values, "settings": asdict(method), "with": companions}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -147,14 +164,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         DymoeError: a missing or unreadable file, an unknown key, a wrong type or range; one line each.
     """
     path = Path(path)
-    values = _read(path, ())
+    values = read_yaml(path)
     given = parse_overrides(overrides)
     for key, value in given.items():
-        _set(values, key, value)
+        set_key(values, key, _companions(value) if key == "with" else value)
     where = str(path)
     if given:
         # A mistake on the command line is told as such: the file alone is checked first.
-        _check(_read(path, ()), where)
+        _check(read_yaml(path), where)
         where = "command line"
     recipe = _check(values, where)
     if not recipe.output:
@@ -162,15 +179,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(words: Sequence[str], cls: type = Recipe) -> dict[str, Any]:
     """Dotted keys and values of ``--key value`` and ``--key=value`` words; values are read as YAML.
+
+    Args:
+        words: the words.
+        cls: the dataclass whose keys a message may name.
 
     Raises:
         DymoeError: a word that is no key, a key without a value, a value that is not YAML.
     """
     import yaml
 
-    options = [*keys(Recipe), "resume"]
+    options = [*keys(cls), "resume"]
     found: dict[str, Any] = {}
     rest = list(words)
     while rest:
@@ -180,7 +201,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         key, equals, text = word[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                known = key in options or key.startswith("settings.")
+                known = key in options or key.startswith(("settings.", "with."))
                 hint = "expected a value after it" if known else f"unknown key; {nearest(key, options)}"
                 raise DymoeError(f"command line: --{key}: {hint}")
             text = rest.pop(0)
@@ -191,8 +212,12 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's keys over those of the recipes it inherits from."""
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's keys over those of the files it inherits from.
+
+    Raises:
+        DymoeError: a missing or unreadable file, a circle of files; one line.
+    """
     import yaml
 
     if path.resolve() in seen:
@@ -210,12 +235,28 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise DymoeError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    if "with" in values:
+        values["with"] = _companions(values["with"])
     base = values.pop("inherit", None)
     if base is None:
         return values
     if not isinstance(base, str):
         raise DymoeError(f"{path}: inherit: expected the name of a recipe file, got {base!r}")
-    return _merge(_read(path.parent / base, (*seen, path.resolve())), values)
+    return _merge(read_yaml(path.parent / base, (*seen, path.resolve())), values)
+
+
+def _companions(value: Any) -> Any:
+    """The key ``with`` as a mapping from name to settings; a list of names has default settings."""
+    entries = value if isinstance(value, list) else [value]
+    found: dict[str, Any] = {}
+    for entry in entries:
+        if isinstance(entry, str):
+            found[entry] = {}
+        elif isinstance(entry, dict):
+            found.update({name: {} if settings is None else settings for name, settings in entry.items()})
+        else:
+            return value  # no list of names and no mapping: the type check says so
+    return found
 
 
 def _beside(path: Path) -> str:
@@ -232,7 +273,7 @@ def _merge(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     """Set the dotted `key`, making the mappings on its way."""
     *path, last = key.split(".")
     for part in path:
@@ -247,7 +288,7 @@ def _check(values: dict[str, Any], where: str) -> Recipe:
     from dymoe.tasks import task_names
 
     recipe = build(Recipe, values, where)
-    build(settings_of(recipe.method), recipe.settings, where, "settings.")
+    recipe.build_method(where)
     try:
         task_names(recipe.stream, recipe.order, recipe.tasks)
     except DymoeError as error:

@@ -1,10 +1,13 @@
 """results.json: the run's numbers, put together from its finished stages."""
 
 import base64
+import json
+import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.evaluation.matrix import AccuracyMatrix
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from dymoe.tasks import Stream, Task
 
 PACKAGES = ("dymoe", "torch", "transformers", "peft", "accelerate", "safetensors")
+SHARES = ("share_new", "share_ambiguous", "share_old", "new_group_weight", "next_token")  # kept of every task
 SHOWN_SAMPLES = 20  # per task in samples.json; the report prefers those that were lost
 
 
@@ -36,6 +40,7 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
         "name": folder.path.name,
         "method": recipe.method,
         "settings": recipe.resolved()["settings"],
+        "with": recipe.resolved()["with"],
         "stream": recipe.stream,
         "order": recipe.order,
         "instructions": recipe.instructions,
@@ -47,6 +52,7 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
         "samples": {task: row[task]["samples"] for row in scores for task in row},
         "matrix": [] if joint else strict,
         "lenient_matrix": [] if joint else lenient,
+        "metrics": {},
     }
     if joint:
         results["joint"], results["lenient_joint"] = (strict[0], lenient[0]) if done else (None, None)
@@ -60,17 +66,36 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
     zero_shot = StageFolder(folder.path / "zero-shot").read("scores.json")
     if zero_shot:
         results["zero_shot"] = [zero_shot[task]["strict"] for task in tasks]
+        if not stages:
+            results["metrics"] = {"MFN": sum(results["zero_shot"]) / len(tasks)}
+            results["samples"] = {task: row["samples"] for task, row in zero_shot.items()}
     results["group_hashes"] = [
         {"stage": number, "groups": marker["hashes"], "before": marker["hashes_before"]}
         for number, (_, marker) in enumerate(done, start=1)
     ]
-    results["trainable_parameters"] = done[-1][1]["trainable_parameters"] if done else 0
+    for key in ("trainable_parameters", "stored_parameters"):
+        results[key] = done[-1][1][key] if done else 0
     results["steps"] = [marker["steps"] for _, marker in done]
-    results["seconds"] = {key: [marker["seconds"][key] for _, marker in done] for key in ("train", "evaluate")}
+    results["resumed_at"] = [marker["resumed_at"] for _, marker in done]
+    results["seconds"] = {
+        key: [marker["seconds"].get(key, 0.0) for _, marker in done] for key in ("train", "method", "evaluate")
+    }
+    results["seconds"]["probe"] = [_probe_seconds(stage) for stage, _ in done]
+    results["drift"] = routing_drift([stage.read("routing.json") for stage, _ in done])
+    results["training"] = routing_over_steps(folder.path / "events.jsonl")
+    reports = [_report(stage) for stage, _ in done]
+    if any(reports):
+        results["reports"] = reports
     results["machine"], results["versions"] = machine(), versions()
     from dymoe.files import atomic_json
 
     atomic_json(folder.path / "results.json", results)
+
+
+def _report(stage: StageFolder) -> dict[str, Any]:
+    """What the method itself reports of a stage (`report.json` in its memory), and what its probe took."""
+    probe = stage.read("probed.json")
+    return {**stage.read(f"{stage.memory.name}/report.json"), **({"probe": probe} if probe else {})}
 
 
 def format_drift(
@@ -93,6 +118,53 @@ def format_drift(
         return rows[task][task] - rows[last][task]
 
     return {tasks[i]: lost(strict, i) - lost(lenient, i) for i in range(last + 1)}
+
+
+def _probe_seconds(stage: StageFolder) -> float:
+    """What the method's temporary group took to train."""
+    return float(stage.read("probed.json").get("seconds", {}).get("train", 0.0))
+
+
+def routing_drift(routing: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Earlier task -> share of routing weight (0 to 1) that its tokens put on groups added after its own.
+
+    One value for every stage since the task was learned; a task that has no group of its own (one adapter for
+    all tasks, all tasks at once) is left out.
+
+    Args:
+        routing: routing.json of the stages in order; empty where a method routes nothing.
+    """
+    found: dict[str, list[float]] = {}
+    for stage in routing:
+        for task, row in stage.get("tasks", {}).items():
+            if task in stage["groups"]:
+                later = row["weight"][stage["groups"].index(task) + 1 :]
+                found.setdefault(task, []).append(round(math.fsum(later), 4))
+    return found
+
+
+def routing_over_steps(events: Path) -> dict[str, dict[str, list[float]]]:
+    """Task -> name -> values at the first, middle and last logged step of its training.
+
+    Args:
+        events: events.jsonl of a run.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in events.read_text(encoding="utf-8").splitlines() if events.is_file() else ():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that a kill cut short
+        if event["event"] == "step":
+            rows.setdefault(event["task"], []).append(event)
+    return {
+        task: {
+            name: [round(steps[i][name], 4) for i in (0, len(steps) // 2, len(steps) - 1)]
+            for name in SHARES
+            if all(name in step for step in steps)
+        }
+        for task, steps in rows.items()
+    }
 
 
 def shown_samples(tasks: "Sequence[Task]", split: str) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The loop over a stream: learn a task, freeze its group, ask every task seen so far, write it down."""
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json
+from dymoe.learning.data import Data
 from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.progress import Display
 from dymoe.learning.recipe import Recipe
@@ -39,7 +41,7 @@ def run(recipe: Recipe, resume: bool = False, display: Display | None = None) ->
 
     method = recipe.build_method()
     whole = load_stream(recipe.stream, recipe.order, recipe.instructions, recipe.tasks, recipe.seed)
-    stream = _checked(whole, recipe)
+    stream = checked(whole, recipe)
     rounds = method.rounds(stream.tasks)
     description = {"recipe": recipe.resolved(), "data": data_description(stream), "versions": versions()}
     folder = RunFolder(Path(recipe.output), description, resume)
@@ -48,7 +50,8 @@ def run(recipe: Recipe, resume: bool = False, display: Display | None = None) ->
         stages = [folder.stage(index, name) for index, (name, _) in enumerate(rounds, start=1)]
         atomic_json(folder.path / "samples.json", shown_samples(stream.tasks, recipe.evaluation.split))
         with display or Display(f"{recipe.method} on {recipe.stream}", len(rounds)) as shown:
-            if any(stage.done is None for stage in stages):
+            asked = stages or [StageFolder(folder.path / "zero-shot")]
+            if any(stage.done is None for stage in asked):
                 learner = _Learner.load(recipe, method, stream, folder, stages, shown)
                 learner.learn(rounds)
             shown.finish()
@@ -58,7 +61,7 @@ def run(recipe: Recipe, resume: bool = False, display: Display | None = None) ->
     return folder.path
 
 
-def _checked(stream: "Stream", recipe: Recipe) -> "Stream":
+def checked(stream: "Stream", recipe: Recipe) -> "Stream":
     """The stream with at most `training.limit` training samples per task, every split checked to hold some.
 
     Raises:
@@ -130,17 +133,19 @@ class _Learner:
 
     def learn(self, rounds: "Sequence[tuple[str, tuple[Task, ...]]]") -> None:
         """Go through the stages; finished ones are passed over."""
-        if self.recipe.evaluation.zero_shot and self.model is None:
+        if not rounds or (self.recipe.evaluation.zero_shot and self.model is None):
             self.display.note("asking the model before it learns")
-            self._evaluate(self.stream.tasks, StageFolder(self.folder.path / "zero-shot"))
+            folder = StageFolder(self.folder.path / "zero-shot")
+            folder.write("done.json", {"seconds": {"evaluate": self._evaluate(self.stream.tasks, folder)}})
         learned: list[Task] = []
         for index, (name, tasks) in enumerate(rounds, start=1):
             folder = self.stages[index - 1]
             earlier = tuple(stage.memory for stage in self.stages[: index - 1])
+            stage = Stage(index, name, tasks, folder.memory, earlier, tuple(learned), self._seed(index))
             learned += tasks
             if folder.done is None:
                 self.display.stage(index, name)
-                self._stage(Stage(index, name, tasks, folder.memory, earlier), folder, learned)
+                self._stage(stage, folder, learned)
 
     def _stage(self, stage: Stage, folder: StageFolder, learned: "Sequence[Task]") -> None:
         """Train the stage's group unless it was, evaluate, mark the stage done."""
@@ -162,47 +167,103 @@ class _Learner:
         """
         from transformers import set_seed
 
-        from dymoe.learning.groups import freeze_all, hashes, save_group, train_group, trainable_parameters
+        from dymoe.learning.groups import (
+            freeze_all,
+            hashes,
+            save_group,
+            stored_parameters,
+            train_group,
+            trainable_parameters,
+        )
 
         group = self.method.group(stage)
         before = {name: value for name, value in hashes(self.model).items() if name != group}
-        set_seed(self._seed(stage))
+        data = self._data(stage)
+        self._probe(stage, folder, data)
+        set_seed(stage.seed)
         self.model = train_group(self.lvlm.model, self.model, group, self.method.config(stage))
         parameters = trainable_parameters(self.model)
-        self.method.before_task(self.model, stage)
-        record = self._fit(self.model, group, stage, folder)
-        self.method.after_task(self.model, stage)
+        started = time.perf_counter()
+        self.method.before_task(self.model, stage, data)
+        hooks = time.perf_counter() - started
+        self._see(data.samples)
+        record = self._fit(self.model, group, stage, data.samples, data.steps, folder.trainer, self.method)
+        started = time.perf_counter()
+        self.method.after_task(self.model, stage, data)
+        record["seconds"]["method"] = round(hooks + time.perf_counter() - started, 1)
         freeze_all(self.model)
         after = hashes(self.model)
         changed = [name for name, value in before.items() if after.get(name) != value]
         if changed:
             raise DymoeError(f"stage {stage.index} {stage.name!r}: frozen expert groups changed: {changed}")
         proof = {"hashes_before": before, "hashes": after}
-        folder.write("training.json", {"group": group, "trainable_parameters": parameters, **record, **proof})
+        sizes = {"trainable_parameters": parameters, "stored_parameters": stored_parameters(self.model)}
+        folder.write("training.json", {"group": group, **sizes, **record, **proof})
         save_group(self.model, group, folder.adapter)
 
-    def _seed(self, stage: Stage) -> int:
+    def _seed(self, index: int) -> int:
         """A seed of its own for every stage, the same when the run goes on after a kill."""
-        return (1000 * self.recipe.seed + stage.index) % 2**32
+        return (1000 * self.recipe.seed + index) % 2**32
 
-    def _fit(self, model: "PeftModel", group: str, stage: Stage, folder: StageFolder) -> dict[str, Any]:
-        """The trainer's work, from the stage's last complete checkpoint if there is one."""
+    def _data(self, stage: Stage) -> Data:
+        """The stage's samples, batches and budget."""
+        training = self.recipe.training
+        samples = self.method.training_samples(stage)
+        if training.steps_per_task is not None:
+            steps = training.steps_per_task * len(stage.tasks)
+        else:
+            rows = training.batch_size * training.gradient_accumulation
+            steps = math.ceil(len(samples) * (training.epochs or 1.0) / rows)
+        device = cast(Any, self.lvlm.model).device
+        return Data(samples, self.collator, self._see, training, device, steps)
+
+    def _probe(self, stage: Stage, folder: StageFolder, data: Data) -> None:
+        """Train the method's temporary group, if it wants one and has not looked at it yet, and delete it."""
+        from transformers import set_seed
+
+        from dymoe.learning.groups import delete_group, train_group
+
+        marker, place = folder.path / "probed.json", folder.path / "probe"
+        if marker.is_file():
+            shutil.rmtree(place, ignore_errors=True)  # what a kill right after the marker left
+            return
+        probe = self.method.probe(stage, data)
+        if probe is None:
+            return
+        name = "probe"
+        set_seed(stage.seed)
+        self.display.note(f"probing where {stage.name} needs experts")
+        self.model = train_group(self.lvlm.model, self.model, name, probe.config)
+        self._see(probe.samples)
+        record = self._fit(self.model, name, stage, probe.samples, probe.steps, place, Method())
+        self.method.probed(self.model, name, stage, data)
+        self.model = delete_group(self.model, name)
+        atomic_json(marker, record)
+        shutil.rmtree(place, ignore_errors=True)
+
+    def _fit(
+        self,
+        model: "PeftModel",
+        group: str,
+        stage: Stage,
+        samples: "Sequence[Sample]",
+        steps: int,
+        place: Path,
+        method: Method,
+    ) -> dict[str, Any]:
+        """The trainer's work, from the last complete checkpoint in `place` if there is one."""
         from dymoe.learning.trainer import StageTrainer, last_checkpoint, training_arguments
         from dymoe.learning.watch import Watch
 
-        samples = self.method.training_samples(stage)
-        self._see(samples)
-        steps = self.recipe.training.steps_per_task
-        budget = None if steps is None else steps * len(stage.tasks)
-        checkpoint = last_checkpoint(folder.trainer)
-        for rest in folder.trainer.glob("checkpoint-*"):
+        checkpoint = last_checkpoint(place)
+        for rest in place.glob("checkpoint-*"):
             if rest != checkpoint:
                 shutil.rmtree(rest)
         done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-        self.folder.rewind_events(stage.index, done)
-        arguments = training_arguments(self.recipe.training, folder.trainer, self._seed(stage), budget)
-        watch = Watch(self.folder, self.display, stage)
-        trainer = StageTrainer(model, group, self.method, samples, self.collator, arguments, [watch])
+        arguments = training_arguments(self.recipe.training, place, stage.seed, steps)
+        watch = Watch(self.folder, self.display, stage, group)
+        self.folder.rewind_events(stage.index, done, watch.kind)
+        trainer = StageTrainer(model, group, method, samples, self.collator, arguments, [watch])
         started = time.perf_counter()
         try:
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -123,7 +123,7 @@ class StageTrainer(Trainer):
             args=arguments,
             train_dataset=samples,  # type: ignore[arg-type]
             data_collator=collator,
-            callbacks=[*callbacks, _StageCallback(model)],
+            callbacks=[*callbacks, _StageCallback(model, method)],
         )
         self.remove_callback(PrinterCallback)
         self.group = group
@@ -148,6 +148,7 @@ class StageTrainer(Trainer):
         """
         labels = inputs["labels"]
         batch = {key: value for key, value in inputs.items() if key != "labels"}
+        self.trace.labels = labels
         outputs = model(**batch, logits_to_keep=answer_logits(labels), use_cache=False)
         items = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum()
         # Gradients are averaged over processes while `items` counts those of all processes.
@@ -210,9 +211,11 @@ class StageTrainer(Trainer):
 
 
 class _StageCallback(TrainerCallback):
-    """Tells the routing trace how far the task is, and leaves out the checkpoint after the last step."""
+    """Tells the trace how far the task is, lets the method see the gradients, saves no checkpoint at the end."""
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, method: Method) -> None:
+        self.model = model
+        self.method = method
         self.trace = trace_of(model)
 
     def on_step_begin(
@@ -220,6 +223,12 @@ class _StageCallback(TrainerCallback):
     ) -> None:
         """Set the share of the task's steps that is done."""
         self.trace.progress = state.global_step / max(1, state.max_steps)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hand the finished gradients to the method."""
+        self.method.before_step(self.model)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

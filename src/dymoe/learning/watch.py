@@ -16,12 +16,14 @@ class Watch(TrainerCallback):
         folder: the run.
         display: what is shown.
         stage: the stage that trains.
+        group: the group that trains; a probe's steps are told as such.
     """
 
-    def __init__(self, folder: RunFolder, display: Display, stage: Stage) -> None:
+    def __init__(self, folder: RunFolder, display: Display, stage: Stage, group: str) -> None:
         self.folder = folder
         self.display = display
         self.stage = stage
+        self.kind = "probe-step" if group == "probe" else "step"
 
     def on_log(
         self,
@@ -36,5 +38,5 @@ class Watch(TrainerCallback):
             return
         values = {key: round(value, 6) for key, value in logs.items()}
         stage = self.stage
-        self.folder.event("step", stage=stage.index, task=stage.name, step=state.global_step, **values)
+        self.folder.event(self.kind, stage=stage.index, task=stage.name, step=state.global_step, **values)
         self.display.step(state.global_step, state.max_steps, logs)

@@ -3,16 +3,57 @@
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.methods.base import Method, Stage
+from dymoe.methods.base import Method, Probe, Stage, StageData
+from dymoe.methods.cmoe import CMoE
+from dymoe.methods.companions import COMPANIONS, Companion, Composed
 from dymoe.methods.dymoe import DyMoE
+from dymoe.methods.ewc import EWC
+from dymoe.methods.inclora import IncLoRA
 from dymoe.methods.incmoelora import IncMoELoRA
 from dymoe.methods.joint import Joint
 from dymoe.methods.lora import LoRA
+from dymoe.methods.lwf import LwF
+from dymoe.methods.moelora import MoELoRA
+from dymoe.methods.olora import OLoRA
+from dymoe.methods.proglora import ProgLoRA
+from dymoe.methods.same import SAME
+from dymoe.methods.sefe import SEFE
 from dymoe.methods.settings import build, nearest
+from dymoe.methods.zero_shot import ZeroShot
 
-_METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, IncMoELoRA, DyMoE, Joint)}
+_METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        LoRA,
+        IncMoELoRA,
+        DyMoE,
+        Joint,
+        ZeroShot,
+        MoELoRA,
+        CMoE,
+        SAME,
+        ProgLoRA,
+        IncLoRA,
+        OLoRA,
+        EWC,
+        LwF,
+        SEFE,
+    )
+}
 
-__all__ = ["Method", "Stage", "available", "create", "settings_of"]
+__all__ = [
+    "Companion",
+    "Composed",
+    "Method",
+    "Probe",
+    "Stage",
+    "StageData",
+    "available",
+    "companion_settings",
+    "companions",
+    "create",
+    "settings_of",
+]
 
 
 def available() -> dict[str, str]:
@@ -29,6 +70,22 @@ def settings_of(name: str) -> type[Method]:
     if name not in _METHODS:
         raise DymoeError(f"{name}: unknown method; {nearest(name, _METHODS)}")
     return _METHODS[name]
+
+
+def companions() -> dict[str, str]:
+    """Every companion's name with one line on what it is."""
+    return {name: companion.summary for name, companion in COMPANIONS.items()}
+
+
+def companion_settings(name: str, where: str = "with") -> type[Companion]:
+    """The dataclass whose fields are the settings of the companion `name`.
+
+    Raises:
+        DymoeError: no such companion; the nearest name is given.
+    """
+    if name not in COMPANIONS:
+        raise DymoeError(f"{where}: with: {name!r}: unknown companion; {nearest(name, COMPANIONS)}")
+    return COMPANIONS[name]
 
 
 def create(name: str, /, **settings: Any) -> Method:

@@ -1,17 +1,19 @@
 """What a method is: the four choices growth, gate, loss terms and data, and nothing else.
 
 The loop (`dymoe.learning.run`) and the trainer (`dymoe.learning.trainer`) know only this class. A method
-keeps its settings as dataclass fields; what it has to remember between tasks (a Fisher matrix, a buffer) it
+keeps its settings as dataclass fields; what it has to remember between tasks (a Fisher matrix, statistics) it
 writes below `Stage.memory` in `after_task` and reads from `Stage.earlier` in `before_task`, so that a
-resumed run finds it again.
+resumed run finds it again. A companion (`dymoe.methods.companions`) has the same hooks and changes what a
+method chose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dymoe.errors import DymoeError
 
@@ -32,6 +34,8 @@ class Stage:
         tasks: the tasks learned in this stage, one for every continual method.
         memory: folder of this stage for the method's own files; it exists only once the method makes it.
         earlier: the `memory` folders of the stages before, in order.
+        seen: the tasks that earlier stages learned, in order; what replay draws from.
+        seed: of this stage, the same when a run goes on after a kill.
     """
 
     index: int
@@ -39,6 +43,51 @@ class Stage:
     tasks: tuple[Task, ...]
     memory: Path
     earlier: tuple[Path, ...] = ()
+    seen: tuple[Task, ...] = ()
+    seed: int = 0
+
+
+class StageData(Protocol):
+    """What the hooks may do with data; the loop provides it."""
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """What the stage trains on."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+        ...
+
+    def batches(
+        self, samples: Sequence[Sample] | None = None, batch_size: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Collated batches with labels, in order, on the model's device; the stage's samples when None."""
+        ...
+
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """Mean next-token loss of one batch's answers (scalar), no other terms, under the run's autocast."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The run's mixed precision."""
+        ...
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A temporary group that a stage trains before its own, to decide how the bank grows.
+
+    Attributes:
+        config: the probe's adapter config.
+        samples: what it trains on.
+        steps: its optimizer steps.
+    """
+
+    config: DyMoEConfig
+    samples: Sequence[Sample]
+    steps: int
 
 
 @dataclass
@@ -83,16 +132,33 @@ class Method:
         """The adapter config of the group that `stage` adds: its experts, their gate, its routing terms."""
         raise NotImplementedError
 
+    def probe(self, stage: Stage, data: StageData) -> Probe | None:
+        """A temporary group to train first, all others frozen; None for none."""
+        return None
+
+    def probed(self, model: Any, group: str, stage: Stage, data: StageData) -> None:
+        """Hook after the probe `group` has trained, before it is deleted and `config` is asked."""
+
     # loss terms
-    def before_task(self, model: Any, stage: Stage) -> None:
-        """Hook before a stage trains; `model` already holds the group that will train."""
+    def before_task(self, model: Any, stage: Stage, data: StageData) -> None:
+        """Hook before a stage trains; `model` already holds the group that will train.
+
+        It also runs when a killed stage goes on, before its checkpoint is loaded.
+        """
 
     def loss_terms(self, model: Any, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
-        """Model-level terms added to the next-token loss of one batch, weights applied; name -> scalar."""
+        """Model-level terms added to the next-token loss of one batch, weights applied; name -> scalar.
+
+        `outputs.logits` are those of the last positions only (see `learning.trainer.answer_logits`); `batch` holds
+        the labels.
+        """
         return {}
 
-    def after_task(self, model: Any, stage: Stage) -> None:
-        """Hook after a stage has trained, before it is evaluated."""
+    def before_step(self, model: Any) -> None:
+        """Hook after the gradients of a step are complete and clipped, before the optimizer uses them."""
+
+    def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
+        """Hook after a stage has trained, before its group is frozen, saved and evaluated."""
 
     # data
     def training_samples(self, stage: Stage) -> list[Sample]:

@@ -76,14 +76,15 @@ def parser_of(cls: type) -> "ArgumentParser":
 
 def _arguments(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for field in dataclasses.fields(cls):
-        kind = _fields(cls).get(field.name)
+        key = field.name.removesuffix("_")
+        kind = _fields(cls).get(key)
         if kind is None:
             continue
         if dataclasses.is_dataclass(kind):
-            yield from _arguments(typing.cast(type, kind), f"{prefix}{field.name}.")
+            yield from _arguments(typing.cast(type, kind), f"{prefix}{key}.")
             continue
         made = field.default_factory() if callable(field.default_factory) else field.default
-        yield f"{prefix}{field.name}", kind, made
+        yield f"{prefix}{key}", kind, made
 
 
 def _leaves(cls: type, values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -99,9 +100,11 @@ def _leaves(cls: type, values: Mapping[str, Any], prefix: str = "") -> Iterator[
 def _construct(cls: type[T], parsed: Mapping[str, Any], key: str = "") -> T:
     """Nested dataclasses from parsed values; a range error inside one is prefixed with its key."""
     made = {}
+    attributes = {field.name.removesuffix("_"): field.name for field in dataclasses.fields(typing.cast(Any, cls))}
     for name, kind in _fields(cls).items():
         nested = dataclasses.is_dataclass(kind)
-        made[name] = _construct(typing.cast(type, kind), parsed[name], name) if nested else parsed[name]
+        value = _construct(typing.cast(type, kind), parsed[name], name) if nested else parsed[name]
+        made[attributes[name]] = value
     try:
         return cls(**made)
     except DymoeError as error:
@@ -109,8 +112,9 @@ def _construct(cls: type[T], parsed: Mapping[str, Any], key: str = "") -> T:
 
 
 def _fields(cls: type) -> dict[str, Any]:
+    """Key -> type; a field that Python's keywords forbid has a trailing underscore (with_), its key has none."""
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    return {field.name.removesuffix("_"): hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 def _refuse_unknown(cls: type, values: Any, where: str, prefix: str) -> None:

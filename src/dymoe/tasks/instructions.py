@@ -51,3 +51,18 @@ def apply(task: str, question: str, kind: str, sample_id: str, seed: int = 0) ->
     """
     text = instruction(task, kind, sample_id, seed)
     return f"{text}: {question}" if task == "Grounding" else f"{question}\n{text}"
+
+
+@cache
+def _sentences() -> frozenset[str]:
+    choices = (choice for task in _templates().values() for choice in task.values())
+    return frozenset(text for choice in choices for text in ([choice] if isinstance(choice, str) else choice))
+
+
+def strip(question: str) -> str:
+    """Return a question without its instruction, whichever task's and type's it is; unchanged where there is none."""
+    rest, separator, last = question.rpartition("\n")
+    if separator and last.strip().removesuffix(".") in _sentences():
+        return rest
+    first, separator, rest = question.partition(": ")
+    return rest if separator and first in _sentences() else question

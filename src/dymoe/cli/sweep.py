@@ -1,0 +1,129 @@
+"""`dymoe sweep SWEEP`: many recipes and seeds, each learned in a process of its own."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dymoe.errors import DymoeError
+
+HELP = """usage: dymoe sweep SWEEP [--dry-run] [--replace] [--KEY VALUE ...]
+
+Learn every cell (recipe, order, instructions, seed) of a sweep file, several at a time, seed by seed; write the records
+(JSON) and the table (Markdown) after each. Called again it goes on: what stands in the JSON is not learned again.
+
+  SWEEP       a YAML file, for example recipes/pocket/leaderboard.yaml
+  --dry-run   print the cells that are still to be learned and stop
+  --replace   drop records that this sweep would make otherwise, instead of refusing to start
+  --KEY VALUE set a key of the sweep, for example --seeds '[0]' --jobs 6 --base.training.steps_per_task 120
+
+keys and their defaults:"""
+
+FLAGS = ("--dry-run", "--replace", "--resume")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check the sweep in full, learn what is missing; 1 if a cell failed."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if argv else 2
+    if argv[0].startswith("-"):
+        raise DymoeError(
+            f"sweep: expected a sweep file before {argv[0]!r}, for example recipes/pocket/leaderboard.yaml"
+        )
+    from dymoe.learning.sweep import Plan, load_sweep, read_results
+
+    overrides = [word for word in argv[1:] if word not in FLAGS]
+    sweep = load_sweep(argv[0], overrides)
+    if sweep.published:
+        from dymoe.report.leaderboard import published
+
+        published(sweep.published)
+    plan = Plan(sweep, argv[0])
+    found = read_results(sweep.results)
+    rows, todo = plan.sort_out(found["rows"], "--replace" in argv, sweep.results)
+    print(f"{argv[0]}: {len(plan.cells)} cells, {len(plan.cells) - len(todo)} stand in {sweep.results}", flush=True)
+    if "--dry-run" in argv:
+        for cell in todo:
+            print(f"  {cell.name}")
+        return 0
+    command = shlex.join(["dymoe", "sweep", argv[0], *overrides])
+    book = _Book(plan, {**found["about"], **_about(plan, command)}, rows)
+    return _work(plan, todo, book, command)
+
+
+def _about(plan: Any, command: str) -> dict[str, Any]:
+    """What the results say about themselves before anything has run."""
+    sweep = plan.sweep
+    return {
+        "title": sweep.title,
+        "command": command,
+        "published": sweep.published,
+        "seeds": sweep.seeds,
+        "budget": plan.budget(),
+    }
+
+
+class _Book:
+    """The records, written with their table whenever one is added."""
+
+    def __init__(self, plan: Any, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        self.plan = plan
+        self.about = about
+        self.rows = rows
+
+    def add(self, row: dict[str, Any]) -> None:
+        """A finished cell."""
+        self.about = {**self.about, "machine": row.get("machine"), "versions": row.get("versions")}
+        rows, _ = self.plan.sort_out([*self.rows, row], False, self.plan.sweep.results)
+        self.rows = rows
+        self.write()
+
+    def write(self) -> None:
+        """Both files, each in full or not at all."""
+        from dymoe.files import atomic_json, atomic_write
+        from dymoe.learning.sweep import choose
+        from dymoe.report.leaderboard import markdown, tuning_markdown
+
+        if self.rows and not self.about.get("machine"):
+            self.about = {**self.about, **{key: self.rows[-1].get(key) for key in ("machine", "versions")}}
+        results: dict[str, Any] = {"about": self.about}
+        tuning = bool(self.plan.sweep.tune.grid)
+        if tuning:
+            results["chosen"] = choose(self.rows, self.plan.cells)
+        results["rows"] = self.rows
+        atomic_json(self.plan.sweep.results, results)
+        atomic_write(self.plan.sweep.table, tuning_markdown(results) if tuning else markdown(results))
+
+
+def _work(plan: Any, todo: Sequence[Any], book: _Book, command: str) -> int:
+    """Learn what is missing, tell what failed."""
+    from dymoe.learning.cells import SweepDisplay, only_one, work
+
+    sweep = plan.sweep
+    failed: list[tuple[Any, str]] = []
+    with only_one(Path(sweep.output)):
+        if not todo:
+            book.write()
+        try:
+            with SweepDisplay(len(plan.cells), len(plan.cells) - len(todo)) as display:
+                failed = work(todo, sweep.jobs, sweep.threads, book.add, display)
+        except KeyboardInterrupt:
+            print(f"dymoe: interrupted; go on with: {command}", file=sys.stderr)
+            return 130
+    for cell, why in failed:
+        print(f"dymoe: {cell.name} failed: {why} (see {cell.log})", file=sys.stderr)
+    print(f"Records: {sweep.results}\nTable: {sweep.table}")
+    return 1 if failed else 0
+
+
+def help_text() -> str:
+    """The usage with every key of a sweep file, its type and default."""
+    from dymoe.learning.sweep import Sweep
+    from dymoe.methods.settings import describe
+
+    rows = [(f"--{key}", kind, default) for key, kind, default in describe(Sweep)]
+    width = max(len(key) for key, _, _ in rows)
+    lines = [f"  {key:<{width}}  {kind}{f' ({default})' if default else ''}" for key, kind, default in rows]
+    return "\n".join([HELP, *lines])

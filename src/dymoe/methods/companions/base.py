@@ -1,0 +1,114 @@
+"""What a companion is: a change to the choices of whatever method it goes with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dymoe.methods.base import Method, Probe, Stage, StageData
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dymoe.adapter import DyMoEConfig
+    from dymoe.tasks import Sample, Task
+
+
+@dataclass
+class Companion:
+    """Base of every companion: each hook takes what the method (and the companions before) chose."""
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    def config(self, config: DyMoEConfig, stage: Stage) -> DyMoEConfig:
+        """The config of the group that `stage` adds."""
+        return config
+
+    def before_task(self, model: Any, stage: Stage, data: StageData) -> None:
+        """Hook before a stage trains."""
+
+    def loss_terms(self, model: Any, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
+        """Further terms of the loss."""
+        return {}
+
+    def before_step(self, model: Any) -> None:
+        """Hook before the optimizer's step."""
+
+    def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
+        """Hook after a stage has trained, before its group is frozen, saved and evaluated."""
+
+    def training_samples(self, samples: list[Sample], stage: Stage) -> list[Sample]:
+        """The samples that `stage` trains on."""
+        return samples
+
+
+class Composed(Method):
+    """A method with its companions; they act after the method, in the order given.
+
+    Args:
+        method: the method.
+        companions: at least one.
+    """
+
+    def __init__(self, method: Method, companions: Sequence[Companion]) -> None:
+        self.name = method.name  # type: ignore[misc]  # whatever goes with it, the method is the same
+        self.method = method
+        self.companions = tuple(companions)
+        self.parts: tuple[Method | Companion, ...] = (method, *self.companions)
+
+    def rounds(self, tasks: Sequence[Task]) -> list[tuple[str, tuple[Task, ...]]]:
+        """The method's stages."""
+        return self.method.rounds(tasks)
+
+    def group(self, stage: Stage) -> str:
+        """The method's group."""
+        return self.method.group(stage)
+
+    def config(self, stage: Stage) -> DyMoEConfig:
+        """The method's config as the companions change it."""
+        return self._changed(self.method.config(stage), stage)
+
+    def _changed(self, config: DyMoEConfig, stage: Stage) -> DyMoEConfig:
+        for companion in self.companions:
+            config = companion.config(config, stage)
+        return config
+
+    def probe(self, stage: Stage, data: StageData) -> Probe | None:
+        """The method's probe; its config changes like a group's, since both belong to one bank."""
+        probe = self.method.probe(stage, data)
+        return None if probe is None else replace(probe, config=self._changed(probe.config, stage))
+
+    def probed(self, model: Any, group: str, stage: Stage, data: StageData) -> None:
+        """The method's hook."""
+        self.method.probed(model, group, stage, data)
+
+    def before_task(self, model: Any, stage: Stage, data: StageData) -> None:
+        """Everybody's hook."""
+        for part in self.parts:
+            part.before_task(model, stage, data)
+
+    def loss_terms(self, model: Any, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
+        """Everybody's terms."""
+        terms: dict[str, Tensor] = {}
+        for part in self.parts:
+            terms.update(part.loss_terms(model, batch, outputs))
+        return terms
+
+    def before_step(self, model: Any) -> None:
+        """Everybody's hook."""
+        for part in self.parts:
+            part.before_step(model)
+
+    def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
+        """Everybody's hook."""
+        for part in self.parts:
+            part.after_task(model, stage, data)
+
+    def training_samples(self, stage: Stage) -> list[Sample]:
+        """The method's samples as the companions change them."""
+        samples = self.method.training_samples(stage)
+        for companion in self.companions:
+            samples = companion.training_samples(samples, stage)
+        return samples

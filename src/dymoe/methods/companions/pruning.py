@@ -1,0 +1,195 @@
+"""`pruning`: after each task the new group gives up the experts that its tokens use least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dymoe.files import atomic_json, read_json
+from dymoe.methods.base import Stage, StageData, require
+from dymoe.methods.companions.base import Companion
+from dymoe.methods.companions.measuring import some, trained_group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dymoe.adapter import DyMoEConfig, LayerRouting, RoutingTrace
+    from dymoe.tasks import Sample
+
+FILE = "pruning.json"
+
+
+@dataclass
+class Pruning(Companion):
+    """Drop the least activated experts of the group that a stage added (arXiv 2603.27481, supplement B.7).
+
+    In every wrapped layer floor(share x experts) experts go. Activation is the routing weight that an expert gets from
+    the task's training prompts, a mean over their tokens: the supplement speaks of activation frequencies and, of its
+    Figure 4, of aggregated routing scores; on which prompts and before or after the top-k is not stated. Under a
+    uniform gate, where all weights are 1, it is the mean norm of the expert's scaled output. The kept experts stay as
+    they are, and so does the scale of the group's output.
+
+    A group that a later stage trains on is not pruned again: no expert of it is new.
+
+    Attributes:
+        share: share of the group's experts to drop; 1/8 and 1/4 in the supplement.
+        limit: training prompts per task on which activation is measured; none for all. Not stated in the supplement.
+    """
+
+    name: ClassVar[str] = "pruning"
+    summary: ClassVar[str] = "drop a new group's least used experts after its task"
+
+    share: float = 0.125
+    limit: int | None = 128
+
+    def __post_init__(self) -> None:
+        """Refuse to drop nothing or everything, and to measure on nothing."""
+        require(0 < self.share < 1, "share", "a share in (0, 1)", self.share)
+        require(self.limit is None or self.limit >= 1, "limit", "1 or more", self.limit)
+
+    def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
+        """Measure, drop, and write down what was dropped (``pruning.json``)."""
+        group = trained_group(model)
+        records = [folder / FILE for folder in stage.earlier]
+        if any(read_json(path)["group"] == group for path in records if path.is_file()):
+            return
+        samples = [sample for task in stage.tasks for sample in some(task.train, self.limit, f"pruning/{task.name}")]
+        measured = activation(model, group, data, samples)
+        kept = {name: keep(values.tolist(), self.share) for name, values in measured.items()}
+        shrink(model, group, kept)
+        adjust(model.peft_config[group], self.share)
+        layers = {
+            name: {"experts": len(values), "kept": kept[name], "activation": values.tolist()}
+            for name, values in measured.items()
+        }
+        atomic_json(stage.memory / FILE, {"group": group, "share": self.share, "layers": layers})
+
+
+def dropped(experts: int, share: float) -> int:
+    """floor(share x experts), safe against shares such as 0.29 that binary fractions miss by a hair."""
+    return int(share * experts + 1e-9)
+
+
+def keep(values: Sequence[float], share: float) -> list[int]:
+    """Places of the experts to keep, ascending; of equally activated experts the first ones go."""
+    order = sorted(range(len(values)), key=lambda place: (values[place], place))
+    return sorted(order[dropped(len(values), share) :])
+
+
+def activation(model: Any, group: str, data: StageData, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Mean activation of the group's experts over the prompts' tokens, float64 (experts,), by layer.
+
+    The other groups are active too. The group still trains, so no selector that chooses a task has a say.
+    """
+    import torch
+
+    tuner, training = model.base_model, model.training
+    held = {layer.name: layer for layer in tuner.layers() if layer.experts_of(group)}
+    norms = model.peft_config[group].gate == "uniform"
+    sums = _Sums(tuner.trace, group)
+    model.eval()
+    try:
+        with tuner.trace.aside(), _watching(held, sums, norms), torch.no_grad(), data.autocast():
+            for batch in data.batches(samples):
+                tuner.trace.labels = batch["labels"]
+                inputs = {key: value for key, value in batch.items() if key != "labels"}
+                model(**inputs, logits_to_keep=1, use_cache=False)
+    finally:
+        model.train(training)
+    return {name: sums.mean(name) for name in held}
+
+
+class _Sums:
+    """Running sums of per-expert values over the tokens of prompts, by layer; an observer of routing."""
+
+    def __init__(self, trace: RoutingTrace, group: str) -> None:
+        self.trace = trace
+        self.group = group
+        self.totals: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+
+    def __call__(self, routing: LayerRouting) -> None:
+        """Add the group's columns of one layer's routing weights."""
+        if self.group in routing.groups:
+            place = routing.groups.index(self.group)
+            columns = routing.weights.split(list(routing.sizes), dim=-1)[place]
+            if columns.shape[-1]:
+                self.add(routing.layer, columns)
+
+    def add(self, layer: str, values: Tensor) -> None:
+        """Add values (..., experts) of the tokens that belong to a prompt."""
+        tokens = values.shape[:-1]
+        mask = self.trace.prompt_mask
+        if mask is not None and mask.numel() == tokens.numel():
+            values = values[mask.reshape(tokens)]
+        rows = values.reshape(-1, values.shape[-1]).double().cpu()
+        self.totals[layer] = self.totals[layer] + rows.sum(0) if layer in self.totals else rows.sum(0)
+        self.tokens[layer] = self.tokens.get(layer, 0) + len(rows)
+
+    def mean(self, layer: str) -> Tensor:
+        """Mean over tokens, (experts,)."""
+        return self.totals[layer] / max(1, self.tokens[layer])
+
+
+@contextmanager
+def _watching(layers: Mapping[str, Any], sums: _Sums, norms: bool) -> Iterator[None]:
+    """Let `sums` see the routing weights, or the norms of the experts' outputs."""
+    if not norms:
+        sums.trace.observers.append(sums)  # `aside` restores the list
+        yield
+        return
+
+    def hook(layer: Any, arguments: tuple[Any, ...]) -> None:
+        sums.add(layer.name, output_norms(layer, sums.group, arguments[0]))
+
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def output_norms(layer: Any, group: str, x: Tensor) -> Tensor:
+    """Norm of scale * B_e A_e x for each expert of the group: x (..., in_features) to float32 (..., experts)."""
+    import torch
+
+    a, b = layer.dymoe_A[group].float(), layer.dymoe_B[group].float()
+    with torch.autocast(x.device.type, enabled=False):
+        hidden = torch.einsum("...i,eri->...er", x.float(), a)
+        gram = torch.einsum("ero,eso->ers", b, b)
+        squares = torch.einsum("...er,ers,...es->...e", hidden, gram, hidden)
+    return layer.group_configs[group].scaling * squares.clamp(min=0).sqrt()
+
+
+def shrink(model: Any, group: str, kept: Mapping[str, Sequence[int]]) -> None:
+    """Keep only these experts of the group, by layer: A, B and the router rows that score them.
+
+    A linear router keeps its rows for the groups before; routers of later groups must not exist yet.
+    """
+    import torch
+    from torch import nn
+
+    for layer in model.base_model.layers():
+        if layer.name not in kept:
+            continue
+        experts = layer.experts_of(group)
+        index = torch.tensor(list(kept[layer.name]), device=layer.dymoe_A[group].device)
+        for held in (layer.dymoe_A, layer.dymoe_B, layer.dymoe_router):
+            if group not in held:
+                continue
+            old = held[group]
+            older = torch.arange(old.shape[0] - experts, device=index.device)
+            rows = torch.cat([older, old.shape[0] - experts + index])
+            held[group] = nn.Parameter(old.detach()[rows].clone(), requires_grad=old.requires_grad)
+        layer.groups_changed()
+
+
+def adjust(config: DyMoEConfig, share: float) -> None:
+    """Let the config say what is left, in place: experts, pattern, and the alpha that keeps the scale as it was."""
+    scaling = config.scaling
+    config.num_experts -= dropped(config.num_experts, share)
+    config.lora_alpha = scaling * config.num_experts * config.r
+    config.expert_pattern = {key: count - dropped(count, share) for key, count in config.expert_pattern.items()}

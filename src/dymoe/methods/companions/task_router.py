@@ -1,0 +1,146 @@
+"""`task-router`: first decide which task a prompt belongs to, then route its tokens within that task's experts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from dymoe.errors import DymoeError
+from dymoe.files import atomic_json, atomic_write
+from dymoe.methods.base import Stage, StageData, require
+from dymoe.methods.companions.base import Companion
+from dymoe.methods.companions.measuring import some, trained_group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dymoe.adapter import DyMoEConfig
+    from dymoe.tasks import Sample
+
+FILE = "task-router.json"
+FEATURES = "task-router.safetensors"
+
+
+@dataclass
+class TaskRouter(Companion):
+    """A task-level router before the token-level one (arXiv 2603.27481, supplement B.6 and Table 12).
+
+    The supplement says that the task router decides "which experts are activated for each task" and names no
+    construction. Here it is a linear discriminant analysis of the prompts (`adapter.selectors.prototypes`): no task id,
+    no gradient, nothing kept of the samples but a mean and a covariance. It decides at inference only; training goes on
+    over all groups, since guidance needs both sides.
+
+    Attributes:
+        shrinkage: how far the pooled covariance is shrunk towards its diagonal, in (0, 1]; no source.
+        reach: ``own`` activates the chosen task's group alone (the supplement's words), ``earlier`` also the groups
+            before it, which were active when it learned. With a linear gate the chosen group's own router scores the
+            groups before it anyway, and both are the same. With groups whose sum was trained (incremental LoRA without
+            a router) ``earlier`` is the faithful choice.
+        limit: training prompts per task that its statistics are taken from; none for all. No source.
+        check: validation prompts per seen task on which the router's accuracy is reported; none for all.
+    """
+
+    name: ClassVar[str] = "task-router"
+    summary: ClassVar[str] = "decide a prompt's task first, then route within its experts"
+
+    shrinkage: float = 0.1
+    reach: Literal["own", "earlier"] = "own"
+    limit: int | None = 256
+    check: int | None = 64
+
+    def __post_init__(self) -> None:
+        """Refuse a covariance that may not be invertible, and statistics of nothing."""
+        require(0 < self.shrinkage <= 1, "shrinkage", "a share in (0, 1]", self.shrinkage)
+        require(self.reach in ("own", "earlier"), "reach", "own or earlier", self.reach)
+        for key in ("limit", "check"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, "1 or more", value)
+
+    def config(self, config: DyMoEConfig, stage: Stage) -> DyMoEConfig:
+        """The config with this selector; a locator that is not trained with the experts is replaced.
+
+        Raises:
+            DymoeError: the method's own selector is trained with the experts.
+        """
+        from dymoe.adapter.selectors import SELECTORS
+
+        if config.selector != "none" and SELECTORS[config.selector].while_training:
+            raise DymoeError(
+                f"with.task-router: this method trains its own selector ({config.selector}) with the experts, which "
+                "cannot be replaced; leave task-router out"
+            )
+        # A mixture of several linear routers is not what any of them was trained for.
+        reach = "own" if config.gate == "linear" else self.reach
+        options = {"tasks": [], "shrinkage": self.shrinkage, "reach": reach}
+        return replace(config, selector="prototypes", selector_options=options)
+
+    def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
+        """Fit the new tasks' prototypes and report the router's accuracy over all tasks seen."""
+        selector, group = model.base_model.selector, trained_group(model)
+        for task in stage.tasks:
+            samples = some(task.train, self.limit, f"task-router/{task.name}")
+            selector.fit(group, task.name, prompt_features(model, data, samples))
+        config = model.peft_config[group]
+        config.selector_options = {**config.selector_options, "tasks": list(selector.tasks[group])}
+        atomic_json(stage.memory / FILE, self._report(model, stage, data))
+
+    def _report(self, model: Any, stage: Stage, data: StageData) -> dict[str, Any]:
+        """Accuracy in percent and what was chosen, by task."""
+        selector = model.base_model.selector
+        group, groups = trained_group(model), list(selector.active_adapters)
+        names = [task for _, task in selector.classes(groups)]
+        known, fresh = _earlier_features(stage.earlier), {}
+        tasks: dict[str, Any] = {}
+        for task in (*stage.seen, *stage.tasks):
+            if not task.validation:
+                continue
+            if task.name not in known:
+                # The features are those of the frozen base, so later stages need not compute them again.
+                samples = some(task.validation, self.check, f"task-router/{task.name}")
+                known[task.name] = fresh[task.name] = prompt_features(model, data, samples).cpu()
+            places = selector.nearest(known[task.name].to(selector.dymoe_means[group].device), groups)
+            chosen = Counter(names[place] for place in places.tolist())
+            accuracy = 100.0 * chosen[task.name] / len(places)
+            tasks[task.name] = {"accuracy": accuracy, "samples": len(places), "chosen": dict(chosen.most_common())}
+        if fresh:
+            from safetensors.torch import save
+
+            atomic_write(stage.memory / FEATURES, save(fresh))
+        mean = sum(row["accuracy"] for row in tasks.values()) / len(tasks) if tasks else None
+        return {"group": group, "accuracy": mean, "tasks": tasks}
+
+
+def _earlier_features(folders: Sequence[Path]) -> dict[str, Tensor]:
+    """Validation features of the tasks seen, as the stages before left them."""
+    from safetensors.torch import load_file
+
+    found: dict[str, Any] = {}
+    for folder in folders:
+        if (folder / FEATURES).is_file():
+            found.update(load_file(folder / FEATURES))
+    return found
+
+
+def prompt_features(model: Any, data: StageData, samples: Sequence[Sample]) -> Tensor:
+    """What the selector sees of these prompts, answers left out: (samples, width), float32."""
+    import torch
+
+    from dymoe.adapter.selectors.prototypes import Collected
+
+    tuner, training = model.base_model, model.training
+    model.eval()
+    try:
+        with tuner.trace.aside(), tuner.selector.collecting() as rows, torch.no_grad(), data.autocast():
+            for batch in data.batches(samples):
+                tuner.trace.labels = batch["labels"]
+                inputs = {key: value for key, value in batch.items() if key != "labels"}
+                try:
+                    model(**inputs, logits_to_keep=1, use_cache=False)
+                except Collected:
+                    continue
+    finally:
+        model.train(training)
+    return torch.cat(rows)

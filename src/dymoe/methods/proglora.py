@@ -1,0 +1,80 @@
+"""`proglora`: a LoRA per task, all mixed by one attention weight per sample and task."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING, ClassVar
+
+from dymoe.methods.base import Method, Stage, require
+
+if TYPE_CHECKING:
+    from dymoe.adapter import DyMoEConfig
+    from dymoe.tasks import Sample
+
+
+@dataclass
+class ProgLoRA(Method):
+    """ProgLoRA (Findings of ACL 2025, 2025.findings-acl.143).
+
+    Growth: one LoRA, one key and one copy of the query transform T a task; the older ones are frozen. Gate: the
+    attention of the sample's query to the keys, one weight per LoRA for all its tokens and layers (the selector
+    `keys`, which says how T is kept). Data: optionally samples of earlier tasks (task recall).
+
+    Attributes:
+        lora_alpha: alpha of the scale alpha / rank; 16 is twice the rank, as in the authors' scripts.
+        rank: rank of each task's LoRA; the paper's is not known, 8 gives eight tasks the rank 64 of the other banks'
+            single task.
+        hidden: inner width of T (100, the authors' scripts).
+        recall: task recall, samples of earlier tasks that a stage adds, as a share of its own. How many the paper adds
+            is not known (its code only appends a file of them to the training data); 0, the default, is the setting
+            without recall.
+    """
+
+    name: ClassVar[str] = "proglora"
+    summary: ClassVar[str] = "a LoRA per task, mixed by one learned attention weight per sample"
+
+    lora_alpha: float = 16.0
+    rank: int = 8
+    hidden: int = 100
+    recall: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse an empty LoRA or transform and a negative share."""
+        super().__post_init__()
+        for key in ("rank", "hidden"):
+            require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
+        require(0 <= self.recall <= 1, "recall", "a share in [0, 1]", self.recall)
+
+    def config(self, stage: Stage) -> DyMoEConfig:
+        """One expert of full rank, whose weight is what the selector gives its group."""
+        from dymoe.adapter import DyMoEConfig
+
+        return DyMoEConfig(
+            num_experts=1,
+            r=self.rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            top_k=1,
+            gate="uniform",
+            guidance="none",
+            load_balance=0.0,
+            exclusivity=0.0,
+            specialization=0.0,
+            selector="keys",
+            selector_options={"hidden": self.hidden},
+            target_modules=self.target_modules,
+            compute=self.compute,
+        )
+
+    def training_samples(self, stage: Stage) -> list[Sample]:
+        """The stage's own samples, then those recalled: drawn without repetition, evenly from the tasks seen."""
+        own = super().training_samples(stage)
+        count = round(self.recall * len(own))
+        if count == 0 or not stage.seen:
+            return own
+        draw = random.Random(stage.seed)
+        pools = [draw.sample(list(task.train), len(task.train)) for task in stage.seen]
+        recalled = [sample for row in zip_longest(*pools) for sample in row if sample is not None]
+        return own + recalled[:count]
