@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict] = {
     "dymoe": {"num_experts": 4, "rank": 2, "top_k": 4},
     "joint": {"num_experts": 4, "rank": 2, "top_k": 4},
     "proglora": {"rank": 4},
-    "cmoe": {"num_experts": 4, "rank": 2},
+    "cmoe": {"experts": 4, "rank": 2},
     "same": {"num_experts": 4, "rank": 2},
     "sefe": {"rank": 4},
 }
@@ -47,7 +47,6 @@ COMPANIONS: dict[str, dict] = {
 }
 CASES = [*((name, None) for name in SETTINGS), *(("dymoe", name) for name in COMPANIONS)]
 ALL = [(method, companion) for method in SETTINGS for companion in COMPANIONS if (method, companion) not in CASES]
-# Methods whose extra term or gradient depends on the batch's make-up beyond a sum over its answers' tokens.
 STEPS = 5
 
 

@@ -29,8 +29,8 @@ class SEFE(IncLoRA):
         lora_alpha: 128, which gives the scale 2 at rank 64.
         penalty: weight of the term (2500, the authors').
         share: share of a linear's positions that a task keeps (0.02, the authors').
-        scaled: whether dW in the term carries the scale of the LoRA, so that it is the change of the weight. The
-            authors' code takes B A without it, which halves the term at scale 2; ``false`` follows the code.
+        scaled: whether dW in the term carries the scale of the LoRA, so that it is the change of the weight. ``false``
+            takes B A without it (half of it at scale 2), as the authors' code does, for which 2500 was chosen.
         overlap: ``once`` counts a position that several tasks kept once, a set as summaries of the paper have it;
             ``repeated`` counts it once per task, as the lists of the authors' code do.
     """
@@ -42,7 +42,7 @@ class SEFE(IncLoRA):
     lora_alpha: float = 128.0
     penalty: float = 2500.0
     share: float = 0.02
-    scaled: bool = True
+    scaled: bool = False
     overlap: Literal["once", "repeated"] = "once"
 
     def __post_init__(self) -> None:
