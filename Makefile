@@ -32,7 +32,7 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow --timeout 3000
