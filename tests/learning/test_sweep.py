@@ -208,7 +208,7 @@ def test_mistakes_on_the_command_line_and_in_the_results(tmp_path, capsys):
     assert "has no chosen learning rate for 'dymoe'" in capsys.readouterr().err
 
 
-SWEEPS = sorted(path for path in Path("recipes").rglob("*.yaml") if is_sweep(path) and path.name != "study.yaml")
+SWEEPS = sorted(path for path in Path("recipes/pocket").rglob("*.yaml") if is_sweep(path) and path.name != "study.yaml")
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=str)

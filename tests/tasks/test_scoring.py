@@ -1,15 +1,16 @@
 import itertools
 import math
+import re
 import string
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dymoe.errors import DymoeError
 from dymoe.tasks.scoring import lenient, names, scorer
 from dymoe.tasks.scoring.iou import iou
-from dymoe.tasks.scoring.text import contains_words, process_answer
+from dymoe.tasks.scoring.text import contains_words, process_answer, same_answer
 
 REFERENCES = {
     "letter": {"answer": "B", "choices": ["bird", "machine", "mammal"]},
@@ -25,7 +26,7 @@ ODD = st.one_of(
 )
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", REFERENCES)
 @given(prediction=ODD)
 @example(prediction="9" * 5000)
 @example(prediction="٠.٢٥ ②")
@@ -36,7 +37,7 @@ def test_any_prediction_scores_between_0_and_1_and_lenient_never_less(name: str,
     assert 0.0 <= strict <= tolerant <= 1.0
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", REFERENCES)
 def test_the_empty_prediction_is_wrong(name: str) -> None:
     for prediction in ("", "  \n", "."):
         assert scorer(name)(prediction, REFERENCES[name]) == 0
@@ -44,14 +45,18 @@ def test_the_empty_prediction_is_wrong(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names())
+@settings(max_examples=50)
 @given(
     reference=st.dictionaries(
-        st.sampled_from(["answer", "answers", "choices", "bbox"]),
+        st.sampled_from(["answer", "answers", "choices", "bbox", "answer_bbox", "size"]),
         st.one_of(
             st.none(),
             st.text(max_size=3),
             st.floats(),
+            st.integers(),
             st.lists(st.floats(), max_size=5),
+            st.lists(st.dictionaries(st.just("answer"), st.text(max_size=2)), max_size=10),
+            st.sampled_from(["[0,0,1,1]", "[nan,0,1,1]", "[0,1]", [640, 10**400], [640, -1], [True, 3]]),
             st.lists(st.text(max_size=2)),
         ),
     )
@@ -92,6 +97,11 @@ def test_letter(prediction: str, strict: int, tolerant: int) -> None:
     assert lenient("letter")(prediction, REFERENCES["letter"]) == tolerant
 
 
+def test_letter_takes_an_index_for_the_answer() -> None:
+    assert scorer("letter")("B", {"answer": 1, "choices": ["x", "y"]}) == 1
+    assert scorer("letter")("A", {"answer": 1, "choices": ["x", "y"]}) == 0
+
+
 def test_letter_needs_no_choices_and_a_choice_within_another_is_one_hit() -> None:
     assert scorer("letter")("E", {"answer": "E"}) == 1
     assert lenient("letter")("sea horse", {"answer": "B", "choices": ["horse", "sea horse"]}) == 1
@@ -101,9 +111,13 @@ def test_letter_needs_no_choices_and_a_choice_within_another_is_one_hit() -> Non
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ({}, "must be one letter of A to E, not None"),
+        ({}, "must be one letter of A to E or its index 0 to 4, not None"),
         ({"answer": "F"}, "not 'F'"),
         ({"answer": "b"}, "not 'b'"),
+        ({"answer": 5}, "not 5"),
+        ({"answer": -1}, "not -1"),
+        ({"answer": True}, "not True"),
+        ({"answer": 2, "choices": ["x", "y"]}, "the answer is C, but there are only 2 choices"),
         ({"answer": "C", "choices": ["x", "y"]}, "the answer is C, but there are only 2 choices"),
         ({"answer": "A", "choices": "xy"}, "must be a list of texts"),
         ({"answer": "A", "choices": list("abcdef")}, "6 choices, at most 5"),
@@ -157,6 +171,11 @@ def test_soft_accuracy_refuses_references(reference: dict[str, object], message:
         scorer("soft_accuracy")("a", reference)
 
 
+def test_soft_accuracy_takes_the_mappings_of_the_published_files() -> None:
+    answers = [{"answer": "cat", "answer_confidence": "yes"}] * 2 + [{"answer": "dog", "answer_id": 3}] * 8
+    assert scorer("soft_accuracy")("cat", {"answers": answers}) == pytest.approx(0.6)
+
+
 # --- answer processing -------------------------------------------------------------------------------------
 
 
@@ -170,6 +189,78 @@ def test_soft_accuracy_refuses_references(reference: dict[str, object], message:
 )  # fmt: skip
 def test_process_answer(raw: str, processed: str) -> None:
     assert process_answer(raw) == processed
+
+
+def slow_process(answer: str) -> str:
+    """The published steps, one character at a time."""
+    marks = ';/[]"{}()=+\\_-><@`,?!'
+    text = "".join(letter for letter in answer.lower() if letter not in ",?")
+    text = "".join(
+        " 's" if text[at : at + 2] == "'s" else text[at]
+        for at in range(len(text))
+        if text[at - 1 : at + 1] != "'s" or not at
+    )
+    text = "".join(" " if letter in "\n\t" else letter for letter in text).strip()
+    gone = {mark for mark in marks if any(text[at : at + 2] in (mark + " ", " " + mark) for at in range(len(text)))}
+    text = "".join("" if letter in gone else " " if letter in marks else letter for letter in text)
+    kept, dropped = "", 0
+    for at, letter in enumerate(text):
+        loose = letter == "." and not re.match(r"\d", text[at + 1 : at + 2]) and dropped < 32
+        dropped += loose
+        kept += "" if loose else letter
+    named = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    digits = dict(zip(named, [0, *range(11)], strict=True))
+    words = [str(digits.get(word, word)) for word in kept.split()]
+    shortened = {"dont": "don't", "couldnt've": "couldn't've", "couldn'tve": "couldn't've", "twas": "'twas"}
+    return " ".join(shortened.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+@given(
+    st.one_of(
+        st.text(alphabet="ab1'sS.,?!;/- \n\t_", max_size=30),
+        st.lists(
+            st.sampled_from(["the", "Two", "dont", "couldn'tve", "dog's", "x-ray", "3.5", "...", "a", "none", "1,000"]),
+            max_size=6,
+        ).map(" ".join),
+    )
+)
+@example("." * 40)
+@example("'s's s's")
+def test_processing_equals_the_steps_one_character_at_a_time(text: str) -> None:
+    assert process_answer(text) == slow_process(text)
+
+
+@pytest.mark.parametrize(
+    ("bare", "written"),
+    [
+        ("dont", "don't"), ("cant", "can't"), ("wont", "won't"), ("isnt", "isn't"), ("youre", "you're"),
+        ("theyve", "they've"), ("itll", "it'll"), ("couldve", "could've"), ("oclock", "o'clock"), ("yall", "y'all"),
+        ("hadnt've", "hadn't've"), ("hadn'tve", "hadn't've"), ("yall'd've", "y'all'd've"),
+    ],
+)  # fmt: skip
+def test_contractions_get_their_apostrophe_back(bare: str, written: str) -> None:
+    assert process_answer(bare) == process_answer(written) == written
+
+
+def test_an_s_with_an_apostrophe_is_split_off_so_whats_and_what_s_differ_as_published() -> None:
+    assert process_answer("whats") == "what's"
+    assert process_answer("what's") == "what 's"
+
+
+def test_words_of_their_own_are_no_contractions() -> None:
+    for word in ("id", "ill", "its", "lets", "shed", "shell", "wed", "well", "were", "hell"):
+        assert process_answer(word) == word
+
+
+@given(st.text(alphabet="abA. ", max_size=6), st.text(alphabet="abA. ", max_size=6))
+def test_same_answer_is_symmetric_up_to_answers_that_vanish(first: str, second: str) -> None:
+    if process_answer(first) or process_answer(second):
+        assert (
+            same_answer(first, second)
+            == same_answer(second, first)
+            == (process_answer(first) == process_answer(second))
+        )
+    assert same_answer(first, first.upper())
 
 
 @given(st.text(max_size=40))

@@ -242,11 +242,42 @@ class _AttachLoss:
 
 
 def _language_projections(model: nn.Module) -> str | list[str]:
-    """Return a target for the seven projections of the language model; a vision tower's linears are left alone."""
-    inside = any("language_model." in name for name, _ in model.named_modules())
-    if not inside:
+    """Return a target for all linears of the language model's decoder, read off the module tree.
+
+    Fused projections count as what they are. The output embedding, a vision tower and a projector are left alone; a
+    module that is no transformers model with a decoder gets the seven usual names.
+    """
+    linears = _decoder_linears(model)
+    if not linears:
         return list(PROJECTIONS)
-    return rf".*language_model\..*\.({'|'.join(map(re.escape, PROJECTIONS))})"
+    decoder = model.get_decoder()  # type: ignore[operator]
+    inside = next(name for name, module in model.named_modules() if module is decoder)
+    leaves = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in linears}))
+    pattern = (re.escape(inside + ".") if inside else "") + rf"(.*\.)?({leaves})"
+    matched = {name for name, module in model.named_modules() if re.fullmatch(pattern, name)}
+    return pattern if matched == set(linears) else linears
+
+
+def _decoder_linears(model: nn.Module) -> list[str]:
+    """Names of the linears (or what wraps them already) in the decoder, in the model's order."""
+    if not hasattr(model, "get_decoder"):
+        return []
+    decoder = model.get_decoder()  # type: ignore[operator]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    inside = set(decoder.modules())
+    for module in decoder.modules():  # a decoder that is the whole model holds the tower too
+        if module is not decoder and "text" not in getattr(module, "input_modalities", "text"):
+            inside -= set(module.modules())
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if module not in inside or module is head:
+            continue
+        if isinstance(module, DyMoELayer):
+            found.append(name)
+            inside -= set(module.modules())
+        elif isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
+            found.append(name)
+    return found
 
 
 def group_tensors(model: nn.Module, group: str) -> dict[str, Tensor]:

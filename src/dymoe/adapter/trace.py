@@ -230,6 +230,17 @@ class GroupWeights:
         self._sums[routing.layer] = self._sums.get(routing.layer, torch.zeros_like(by_group)) + by_group
         self._tokens[routing.layer] = self._tokens.get(routing.layer, torch.zeros(())) + tokens.cpu()
 
+    @classmethod
+    def joined(cls, parts: Sequence[GroupWeights]) -> GroupWeights:
+        """The sums over several observers of one model, for example those of several processes."""
+        whole = cls()
+        for part in parts:
+            whole.groups = part.groups or whole.groups
+            for sums, own in ((whole._sums, part._sums), (whole._tokens, part._tokens)):
+                for name, value in own.items():
+                    sums[name] = sums[name] + value if name in sums else value
+        return whole
+
     def by_name(self) -> dict[str, list[float]]:
         """Return the mean weight per group for every wrapped layer, keyed by the layer's name."""
         return {name: (total / self._tokens[name].clamp(min=1)).tolist() for name, total in self._sums.items()}

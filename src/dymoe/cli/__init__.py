@@ -7,9 +7,14 @@ from importlib import import_module
 
 COMMANDS = {
     "run": "learn a stream of tasks as a recipe says",
+    "doctor": "check data, model, memory and disk before a run begins",
     "sweep": "learn many recipes and seeds side by side and write a table",
     "report": "write one HTML page about one run or several side by side",
+    "assemble": "build LLaVA-1.5 before instruction tuning from Vicuna, CLIP and a projector",
     "show": "print a run's accuracy matrix and metrics",
+    "score": "score a file of answers as CoIN's code does, or as a careful benchmark would",
+    "push": "share a run's groups, recipe and numbers: to a folder or a Hub repository",
+    "pull": "fetch what was shared and check all of it",
     "list": "list methods, streams or recipes",
     "demo": "learn three pocket tasks with IncMoELoRA and DyMoE and compare what they forget",
 }

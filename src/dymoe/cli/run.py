@@ -3,15 +3,18 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from dymoe.errors import DymoeError
 
-HELP = """usage: dymoe run RECIPE [--resume] [--KEY VALUE ...]
+HELP = """usage: dymoe run RECIPE [--resume | --dry-run] [--KEY VALUE ...]
 
 Learn the recipe's stream and write a run folder (runs/NAME unless the recipe or --output says otherwise).
 
   RECIPE      a YAML file, for example recipes/pocket/dymoe.yaml
   --resume    go on with the run in this folder from its last complete checkpoint
+  --dry-run   random weights of the true shapes and made data: a few steps of each task, peak memory, projected hours;
+              writes nothing unless --output names a JSON file
   --KEY VALUE set a key of the recipe, for example --training.steps_per_task 20 --seed 1
 
 keys and their defaults:"""
@@ -26,21 +29,47 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     if argv[0].startswith("-"):
         raise DymoeError(f"run: expected a recipe before {argv[0]!r}, for example recipes/pocket/dymoe.yaml")
-    overrides = [word for word in argv[1:] if word != "--resume"]
+    overrides = [word for word in argv[1:] if word not in ("--resume", "--dry-run")]
     recipe = load_recipe(argv[0], overrides)
-    try:
-        # Here the heavy imports begin: the recipe is known to be right.
-        from dymoe.learning.run import run
+    if "--dry-run" in argv[1:]:
+        return _dry_run(recipe, overrides)
+    from dymoe.learning.processes import first, together
 
-        folder = run(recipe, resume="--resume" in argv[1:])
+    command = shlex.join(["dymoe", "run", argv[0], *overrides, "--resume"])
+    try:
+        with together(f"accelerate launch ... -m {command}"):
+            # Here the heavy imports begin: the recipe is known to be right.
+            from dymoe.learning.run import run
+
+            folder = run(recipe, resume="--resume" in argv[1:])
     except KeyboardInterrupt:
-        command = shlex.join(["dymoe", "run", argv[0], *overrides, "--resume"])
         print(f"dymoe: interrupted; go on with: {command}", file=sys.stderr)
         return 130
+    if not first():
+        return 0
     from dymoe.cli.show import show
 
     show(folder)
     print(f"Report: dymoe report {shlex.quote(str(folder))}")
+    return 0
+
+
+def _dry_run(recipe: Any, overrides: Sequence[str]) -> int:
+    """Measure, print, and write JSON where --output says so."""
+    from rich.console import Console
+
+    from dymoe.files import atomic_json
+    from dymoe.learning.dryrun import as_dict, dry_run, table
+
+    output = recipe.output if any(word.partition("=")[0] == "--output" for word in overrides) else ""
+    if output and not output.endswith(".json"):
+        raise DymoeError(f"run: --dry-run --output: expected a JSON file, got {output!r}")
+    rows = dry_run(recipe)
+    wide = None if sys.stdout.isatty() else 140
+    Console(file=sys.stdout, highlight=False, width=wide).print(table(rows))
+    if output:
+        atomic_json(output, as_dict(rows, recipe))
+        print(f"Measured: {output}")
     return 0
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from dymoe.tasks import Sample, Task
 
 
+Gather = Callable[[Any], Sequence[Any]]  # a process's value -> those of all processes, in order
+
+
 @dataclass(frozen=True)
 class Prediction:
     """One answered sample; `score` by the strict rule, `lenient` by the format-tolerant one, both 0 to 1."""
@@ -69,10 +72,10 @@ def generate(
     batch_size: int = 32,
     dtype: str = "bfloat16",
     progress: Callable[[int], None] | None = None,
+    part: tuple[int, int] = (0, 1),
+    gather: Gather = lambda value: [value],
 ) -> list[str]:
-    """Greedy answers, in the order of `samples`.
-
-    Samples of like length are answered together, the longest first; a row ends at the end token.
+    """Greedy answers, in the order of `samples`; a row ends at the end token.
 
     Args:
         lvlm: the model, with or without experts; it is left in evaluation mode.
@@ -82,16 +85,16 @@ def generate(
         batch_size: questions answered together.
         dtype: of autocast, as in training; ``float32`` switches autocast off.
         progress: called with the number of answers done after each batch.
+        part: which of how many processes this is; each answers its own batches (see `batches`).
+        gather: gives every process's value, in order, to each of them.
     """
     model: Any = lvlm.model
     tokenizer: Any = lvlm.processor.tokenizer  # type: ignore[attr-defined]
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.eval()
-    order = sorted(range(len(samples)), key=lambda i: (-len(samples[i].question), i))
-    answers = [""] * len(samples)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    answers: dict[int, str] = {}
+    for rows in batches(samples, batch_size, part):
         batch = to_device(collator.prompts([samples[i] for i in rows]), model.device)
         with torch.inference_mode(), autocast(model.device.type, dtype):
             tokens = model.generate(
@@ -99,15 +102,32 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
-                eos_token_id=eos,
+                eos_token_id=collator.stop_tokens,
                 pad_token_id=pad,
             )
         texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
             answers[row] = text.strip()
         if progress is not None:
-            progress(start + len(rows))
-    return answers
+            progress(min(len(samples), len(answers) * part[1]))
+    every = {place: answer for own in gather(answers) for place, answer in own.items()}
+    return [every[place] for place in range(len(samples))]
+
+
+def batches(samples: Sequence["Sample"], batch_size: int, part: tuple[int, int] = (0, 1)) -> list[list[int]]:
+    """Places of the samples that are answered together: those of like length, the longest first.
+
+    The batches of all parts together are those of one part alone, so that an answer does not depend on the number of
+    parts.
+
+    Args:
+        samples: questions.
+        batch_size: of each batch but the last.
+        part: (number from 0, of how many): this part's batches alone, dealt in turn.
+    """
+    number, count = part
+    order = sorted(range(len(samples)), key=lambda i: (-len(samples[i].question), i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)][number::count]
 
 
 def evaluate(
@@ -121,13 +141,21 @@ def evaluate(
     batch_size: int = 32,
     dtype: str = "bfloat16",
     progress: Callable[[int], None] | None = None,
+    part: tuple[int, int] = (0, 1),
+    gather: Gather = lambda value: [value],
 ) -> TaskResult:
     """Ask the task's samples, score the answers and measure the routing of their tokens.
+
+    Several processes share the work, each with its own `part`; all of them get the whole result. Answers and scores are
+    those of one process, since every batch is (the kernels of another kind of device may round otherwise); sums of
+    routing weights are equal to rounding.
 
     Args:
         peft_model: the model with its expert groups, None for the base model alone.
         split: ``test`` or ``validation``.
         limit: only the first samples of the split.
+        part: which of how many processes this is.
+        gather: gives every process's value, in order, to each of them.
 
     Raises:
         DymoeError: the split is empty, or a reference cannot be read (the sample is named).
@@ -138,7 +166,7 @@ def evaluate(
     trace = None if peft_model is None else cast(Any, peft_model.base_model).trace
     measuring = nullcontext() if trace is None else trace.measuring()
     with measuring as weights:
-        answers = generate(lvlm, collator, samples, task.max_new_tokens, batch_size, dtype, progress)
+        answers = generate(lvlm, collator, samples, task.max_new_tokens, batch_size, dtype, progress, part, gather)
     strict_rule, lenient_rule = scorer(task.scorer), lenient(task.scorer)
     predictions = []
     for sample, answer in zip(samples, answers, strict=True):
@@ -149,6 +177,7 @@ def evaluate(
         predictions.append(Prediction(sample.id, sample.question, sample.answer, answer, *scores))
     if weights is None:
         return TaskResult(task.name, tuple(predictions))
+    weights = weights.joined(gather(weights))
     groups, by_layer = tuple(weights.groups), weights.by_layer()
     return TaskResult(task.name, tuple(predictions), groups, tuple(weights.by_group()), by_layer)
 

@@ -6,13 +6,25 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json, atomic_write, read_json
 
 # Keys that change how a run works but not what it computes; they may differ when a run goes on.
-FREE = ("output", "training.threads", "training.save_steps", "training.log_steps", "training.report_to")
+FREE = (
+    "output",
+    "data.root",
+    "data.images",
+    "training.threads",
+    "training.save_steps",
+    "training.log_steps",
+    "training.report_to",
+)
+
+
+# How a step's samples are shared out; what they come to together is compared instead.
+SHARED = ("training.gradient_accumulation", "training.samples_per_step")
 
 
 class StageFolder:
@@ -59,14 +71,19 @@ class RunFolder:
         description: everything that determines the run, as ``run.yaml`` holds it; its part ``recipe`` decides
             whether an existing folder is of the same run.
         resume: go on with an existing folder; a run that never began begins.
+        writes: whether this process is the one that makes, checks and locks the folder; the others of a run know where
+            it is.
 
     Raises:
         DymoeError: the folder exists and `resume` is off, it holds another recipe's run (the keys that differ
-            are named), or another process works in it.
+            are named), or another run works in it.
     """
 
-    def __init__(self, path: Path, description: Mapping[str, Any], resume: bool) -> None:
+    def __init__(self, path: Path, description: Mapping[str, Any], resume: bool, writes: bool = True) -> None:
         self.path = path
+        self._lock_file: IO[str] | None = None
+        if not writes:
+            return
         marker = path / "run.yaml"
         if marker.is_file():
             if not resume:
@@ -81,7 +98,7 @@ class RunFolder:
         self._lock()
 
     def _lock(self) -> None:
-        """Keep other processes out as long as this one lives."""
+        """Keep other runs out as long as this process lives."""
         self._lock_file = (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,8 +106,9 @@ class RunFolder:
             raise DymoeError(f"{self.path}: another process is working in this run folder") from None
 
     def close(self) -> None:
-        """Let other processes in again."""
-        self._lock_file.close()
+        """Let other runs in again."""
+        if self._lock_file is not None:
+            self._lock_file.close()
 
     def _refuse_other(self, marker: Path, description: Mapping[str, Any]) -> None:
         import yaml
@@ -105,10 +123,18 @@ class RunFolder:
             there, here = _flat(found.get(part)), _flat(description.get(part))
             names = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
             told = [
-                f"{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in names if name not in FREE
+                f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+                for name in names
+                if name not in (*FREE, *SHARED)
             ]
             if told:
                 raise DymoeError(f"{self.path}: run of another {part}: {'; '.join(told)}; give another --output")
+        was, now = _samples_of_step(found), _samples_of_step(description)
+        if was != now:
+            raise DymoeError(
+                f"{self.path}: a step of this run takes {was} samples, here {now}; let batch_size x "
+                "gradient_accumulation x processes be the same, or give training.samples_per_step"
+            )
 
     def stage(self, index: int, name: str) -> StageFolder:
         """The folder of stage `index`, counted from 1."""
@@ -151,6 +177,16 @@ class RunFolder:
             if event.get("stage", 0) < stage or (event.get("stage") == stage and not again):
                 kept.append(line + "\n")
         atomic_write(file, "".join(kept))
+
+
+def _samples_of_step(description: Mapping[str, Any]) -> int | None:
+    """Samples of an optimizer step; of an older description, which names none, those of one process."""
+    step = description.get("step")
+    if isinstance(step, Mapping):
+        return step.get("samples")
+    training = _flat(description.get("recipe"))
+    size, passes = training.get("training.batch_size"), training.get("training.gradient_accumulation")
+    return size * passes if isinstance(size, int) and isinstance(passes, int) else None
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

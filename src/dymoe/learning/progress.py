@@ -8,6 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
+def silent() -> Console:
+    """A console that shows nothing, for the processes beside the first."""
+    return Console(stderr=True, quiet=True, force_terminal=False)
+
+
 class Display:
     """Progress over stages, steps and evaluated samples.
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dymoe.errors import DymoeError
+from dymoe.lvlm.options import ModelOptions
 from dymoe.methods import Composed, Method, available, companion_settings, settings_of
 from dymoe.methods.base import require
 from dymoe.methods.settings import build, keys, nearest
+from dymoe.tasks.source import Source
 
 
 @dataclass
@@ -20,11 +22,16 @@ class Training:
         steps_per_task: optimizer steps per task; exactly one of this and `epochs`.
         epochs: passes over the task's training samples.
         batch_size: samples per device and forward pass.
-        gradient_accumulation: forward passes per optimizer step.
+        gradient_accumulation: forward passes per optimizer step and device; 1 where `samples_per_step` is given.
+        samples_per_step: samples per optimizer step over all devices; the forward passes are worked out from it, so
+            that one recipe learns the same on one GPU and on many. None for what `batch_size` and
+            `gradient_accumulation` give.
         lr: peak learning rate; 2e-3 suits the pocket model's short tasks (CoIN's 7B recipe has 2e-4).
         scheduler: shape of the learning rate after warmup, one of transformers' names.
         warmup: share of the steps in which the learning rate rises.
         weight_decay: AdamW's weight decay.
+        optimizer: ``adamw``, or ``paged-adamw`` of bitsandbytes: the same steps, its state in memory that moves to the
+            CPU's when the GPU's is full.
         max_grad_norm: gradients are clipped to this norm; 0 switches clipping off.
         dtype: of the frozen model and of autocast; the experts stay in float32.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -39,10 +46,12 @@ class Training:
     epochs: float | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
+    samples_per_step: int | None = None
     lr: float = 2e-3
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
+    optimizer: Literal["adamw", "paged-adamw"] = "adamw"
     max_grad_norm: float = 1.0
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = False
@@ -61,11 +70,36 @@ class Training:
             require(value is None or value >= 1, key, "1 or more", value)
         for key in ("batch_size", "gradient_accumulation", "save_steps", "log_steps"):
             require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
+        if self.samples_per_step is not None:
+            require(self.samples_per_step >= 1, "samples_per_step", "1 or more", self.samples_per_step)
+            one = self.gradient_accumulation == 1
+            require(one, "gradient_accumulation", "1 beside samples_per_step", self.gradient_accumulation)
         require(self.epochs is None or self.epochs > 0, "epochs", "a number above 0", self.epochs)
         require(self.lr > 0, "lr", "a number above 0", self.lr)
         require(0 <= self.warmup < 1, "warmup", "a share in [0, 1)", self.warmup)
         for key in ("weight_decay", "max_grad_norm"):
             require(getattr(self, key) >= 0, key, "0 or more", getattr(self, key))
+
+
+    def accumulation(self, processes: int = 1) -> int:
+        """Forward passes per optimizer step and device, with so many devices.
+
+        Raises:
+            DymoeError: `samples_per_step` is no multiple of what all devices take at once.
+        """
+        if self.samples_per_step is None:
+            return self.gradient_accumulation
+        passes, rest = divmod(self.samples_per_step, self.batch_size * processes)
+        if rest or not passes:
+            raise DymoeError(
+                f"training.samples_per_step: {self.samples_per_step} is no multiple of batch_size {self.batch_size} x "
+                f"{processes} {'process' if processes == 1 else 'processes'}; change one of the three"
+            )
+        return passes
+
+    def samples_of_step(self, processes: int = 1) -> int:
+        """Samples per optimizer step over all devices."""
+        return self.batch_size * processes * self.accumulation(processes)
 
 
 @dataclass
@@ -96,7 +130,9 @@ class Recipe:
 
     Attributes:
         model: ``pocket``, or a folder or Hub id of an image-text model of transformers.
-        stream: the stream of tasks by name.
+        model_options: how it is loaded: in 4 bits, how long a sequence may be.
+        stream: the stream of tasks by name, or the path of a YAML file about your own data.
+        data: where the files of a stream that is read from files are, and how they are read.
         order: order of the stream's tasks.
         instructions: which instruction templates the questions carry.
         tasks: only these tasks of the stream, none for all.
@@ -110,7 +146,9 @@ class Recipe:
     """
 
     model: str = "pocket"
+    model_options: ModelOptions = field(default_factory=ModelOptions)
     stream: str = "pocket-coin"
+    data: Source = field(default_factory=Source)
     order: Literal["origin", "reverse", "alphabet"] = "origin"
     instructions: Literal["original", "diverse", "10type"] = "original"
     tasks: list[str] | None = None
@@ -143,13 +181,28 @@ class Recipe:
         return Composed(method, companions) if companions else method
 
     def resolved(self) -> dict[str, Any]:
-        """All keys with their values, defaults of method and companions included; what a run folder keeps."""
+        """All keys with their values, defaults of method and companions included; what a run folder keeps.
+
+        The key ``data`` is there only with a stream that is read from files, ``model_options``,
+        ``training.optimizer`` and ``training.samples_per_step`` only where they are not the defaults: records of earlier
+        runs lack them.
+        """
+        from dymoe.tasks import from_files
+
         method = self.build_method()
         companions: dict[str, Any] = {}
         if isinstance(method, Composed):
             companions = {companion.name: asdict(companion) for companion in method.companions}
             method = method.method
         values = {key.removesuffix("_"): value for key, value in asdict(self).items()}
+        if not from_files(self.stream):
+            del values["data"]
+        if self.model_options == ModelOptions():
+            del values["model_options"]
+        if self.training.optimizer == Training(epochs=1).optimizer:
+            del values["training"]["optimizer"]
+        if self.training.samples_per_step is None:
+            del values["training"]["samples_per_step"]
         return {**values, "settings": asdict(method), "with": companions}
 
 

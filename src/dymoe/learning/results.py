@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("dymoe", "torch", "transformers", "peft", "accelerate", "safetensors")
 SHARES = ("share_new", "share_ambiguous", "share_old", "new_group_weight", "next_token")  # kept of every task
+SHOWN_BYTES, SHOWN_SIDE = 40_000, 320  # a larger picture is kept there as a small one
 SHOWN_SAMPLES = 20  # per task in samples.json; the report prefers those that were lost
 
 
@@ -54,6 +55,8 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
         "lenient_matrix": [] if joint else lenient,
         "metrics": {},
     }
+    if "data" in recipe.resolved():
+        results["scoring"] = recipe.data.scoring if recipe.stream == "coin" else "own"
     if joint:
         results["joint"], results["lenient_joint"] = (strict[0], lenient[0]) if done else (None, None)
         results["metrics"] = {"MFN": sum(strict[0]) / len(strict[0])} if done else {}
@@ -178,11 +181,27 @@ def shown_samples(tasks: "Sequence[Task]", split: str) -> list[dict[str, Any]]:
                 "question": sample.question,
                 "answer": sample.answer,
             }
-            if sample.image is not None:
-                record["image_base64"] = base64.b64encode(sample.image).decode()
-                record["mime"] = _mime(sample.image)
+            if (image := sample.image) is not None:
+                shown = _small(image)
+                record["image_base64"] = base64.b64encode(shown).decode()
+                record["mime"] = _mime(shown)
             records.append(record)
     return records
+
+
+def _small(image: bytes) -> bytes:
+    """The picture as it is, or, if it is large, a JPEG of at most `SHOWN_SIDE` pixels a side."""
+    if len(image) <= SHOWN_BYTES:
+        return image
+    import io
+
+    from dymoe.lvlm.images import decode
+
+    picture = decode(image)
+    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def _mime(image: bytes) -> str:
@@ -192,19 +211,32 @@ def _mime(image: bytes) -> str:
 
 
 def data_description(stream: "Stream") -> dict[str, Any]:
-    """Sizes of the tasks and a fingerprint over every sample's text, answer and image."""
+    """Sizes of the tasks and a fingerprint over every sample.
+
+    A sample in memory counts with its text, answer and picture. Samples on disk count with their index's fingerprint,
+    which was computed when the records were read: texts, answers, references, and of each picture file the path and the
+    size, not the contents; so this takes no longer for big data. Their tasks also say how they are scored.
+    """
     import hashlib
 
+    from dymoe.tasks.lazy import Records
+
     digest = hashlib.sha256()
-    sizes = {}
+    sizes: dict[str, dict[str, int]] = {}
+    rules: dict[str, dict[str, Any]] = {}
     for task in stream.tasks:
         sizes[task.name] = {split: len(getattr(task, split)) for split in ("train", "validation", "test")}
         for split in ("train", "validation", "test"):
-            for sample in getattr(task, split):
+            samples = getattr(task, split)
+            if isinstance(samples, Records):
+                digest.update(f"{task.name}\0{split}\0{samples.fingerprint}".encode())
+                rules[task.name] = {"scorer": task.scorer, "max_new_tokens": task.max_new_tokens}
+                continue
+            for sample in samples:
                 for part in (task.name, split, sample.id, sample.question, sample.answer):
                     digest.update(part.encode() + b"\0")
                 digest.update(hashlib.sha256(sample.image or b"").digest())
-    return {"samples": sizes, "fingerprint": digest.hexdigest()}
+    return {"samples": sizes, "fingerprint": digest.hexdigest(), **({"scorers": rules} if rules else {})}
 
 
 def versions() -> dict[str, str]:

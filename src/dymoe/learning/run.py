@@ -1,37 +1,64 @@
-"""The loop over a stream: learn a task, freeze its group, ask every task seen so far, write it down."""
+"""The loop over a stream: learn a task, freeze its group, ask every task seen so far, write it down.
 
+Every process of a run goes through this loop. They learn and ask together; process 0 alone writes, and decides what is
+decided by looking at the disk (`dymoe.learning.processes`).
+"""
+
+import gc
+import json
 import logging
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_json
+from dymoe.files import atomic_json, atomic_write
 from dymoe.learning.data import Data
 from dymoe.learning.folder import RunFolder, StageFolder
-from dymoe.learning.progress import Display
+from dymoe.learning.processes import Processes, join
+from dymoe.learning.progress import Display, silent
 from dymoe.learning.recipe import Recipe
 from dymoe.learning.results import data_description, shown_samples, versions, write_results
 from dymoe.methods import Method, Stage
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor
 
     from dymoe.lvlm import Collator, ImageFeatures, Lvlm
     from dymoe.tasks import Sample, Stream, Task
 
+SKIPPED = "skipped.jsonl"  # the records that were left out, one a line
 
-def run(recipe: Recipe, resume: bool = False, display: Display | None = None) -> Path:
+
+@dataclass(frozen=True)
+class Made:
+    """What a run is given in place of what its recipe names; a dry run makes both.
+
+    Attributes:
+        stream: the tasks.
+        lvlm: the model, on the CPU or where it is to be.
+        pictures: how many pictures the recipe's own stream has, so that features are cached here if they are there.
+    """
+
+    stream: "Stream"
+    lvlm: "Lvlm"
+    pictures: int
+
+
+def run(recipe: Recipe, resume: bool = False, display: Display | None = None, made: Made | None = None) -> Path:
     """Learn the recipe's stream and return the run's folder.
 
     Args:
         recipe: the experiment.
         resume: go on with the folder of a run that was interrupted, from its last complete checkpoint.
         display: where progress is shown; made for standard error when None.
+        made: stream and model in place of those that the recipe names.
 
     Raises:
         DymoeError: a bad task, sample or folder, a full disk, a frozen group that changed; what is finished
@@ -39,26 +66,49 @@ def run(recipe: Recipe, resume: bool = False, display: Display | None = None) ->
     """
     from dymoe.tasks import load_stream
 
+    processes = join()
+    if processes.wrapped and made is not None:
+        raise DymoeError("a dry run works in one process; start it without a launcher")
     method = recipe.build_method()
-    whole = load_stream(recipe.stream, recipe.order, recipe.instructions, recipe.tasks, recipe.seed)
+    names = (recipe.stream, recipe.order, recipe.instructions, recipe.tasks)
+    whole = load_stream(*names, recipe.seed, recipe.data) if made is None else made.stream
     stream = checked(whole, recipe)
     rounds = method.rounds(stream.tasks)
     description = {"recipe": recipe.resolved(), "data": data_description(stream), "versions": versions()}
-    folder = RunFolder(Path(recipe.output), description, resume)
+    description["step"] = {"samples": recipe.training.samples_of_step(processes.count)}
+    folder = RunFolder(Path(recipe.output), description, resume, processes.main)
     try:
-        folder.clear_partial()
+        processes.wait()
         stages = [folder.stage(index, name) for index, (name, _) in enumerate(rounds, start=1)]
-        atomic_json(folder.path / "samples.json", shown_samples(stream.tasks, recipe.evaluation.split))
-        with display or Display(f"{recipe.method} on {recipe.stream}", len(rounds)) as shown:
+        if processes.main:
+            folder.clear_partial()
+            note_skipped(folder, stream)
+            atomic_json(folder.path / "samples.json", shown_samples(stream.tasks, recipe.evaluation.split))
+        shown_as = (f"{recipe.method} on {recipe.stream}", len(rounds))
+        with display or Display(*shown_as, None if processes.main else silent()) as shown:
+            if stream.skipped:
+                shown.note(f"{len(stream.skipped)} records left out, see {folder.path / SKIPPED}")
             asked = stages or [StageFolder(folder.path / "zero-shot")]
-            if any(stage.done is None for stage in asked):
-                learner = _Learner.load(recipe, method, stream, folder, stages, shown)
+            if processes.from_main(lambda: any(stage.done is None for stage in asked)):
+                learner = _Learner.load(recipe, method, stream, folder, stages, shown, processes, made)
                 learner.learn(rounds)
             shown.finish()
-        write_results(folder, recipe, stream.names, stages)
+        if processes.main:
+            write_results(folder, recipe, stream.names, stages)
+        processes.wait()
     finally:
         folder.close()
     return folder.path
+
+
+def note_skipped(folder: RunFolder, stream: "Stream") -> None:
+    """List the records that were left out in skipped.jsonl and say so in events.jsonl, once per list."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in stream.skipped)
+    file = folder.path / SKIPPED
+    if text and not (file.is_file() and file.read_text(encoding="utf-8") == text):
+        counts = Counter(row["file"] for row in stream.skipped)
+        atomic_write(file, text)
+        folder.event("skipped", records=len(stream.skipped), files=dict(counts))
 
 
 def checked(stream: "Stream", recipe: Recipe) -> "Stream":
@@ -88,6 +138,7 @@ class _Learner:
     folder: RunFolder
     stages: list[StageFolder]
     display: Display
+    processes: Processes
     lvlm: "Lvlm"
     collator: "Collator"
     features: "ImageFeatures | None"
@@ -102,31 +153,41 @@ class _Learner:
         folder: RunFolder,
         stages: list[StageFolder],
         display: Display,
+        processes: Processes,
+        made: Made | None = None,
     ) -> "_Learner":
         """Load the base model and the groups that earlier stages trained."""
         import torch
 
-        from dymoe.lvlm import Collator, ImageFeatures, load
+        from dymoe.lvlm import Collator, cached_features
 
         _quiet()
         if recipe.training.threads is not None:
             torch.set_num_threads(recipe.training.threads)
+        if processes.wrapped:
+            display.note(f"{processes.count} processes, {processes.strategy}")
         display.note(f"loading the model {recipe.model}")
-        lvlm = load(recipe.model, recipe.training.dtype)
-        if torch.cuda.is_available():
-            cast(Any, lvlm.model).to("cuda")
-        features = ImageFeatures(lvlm) if _takes_features(lvlm.model) else None
-        collator = Collator(lvlm, features)
-        learner = cls(recipe, method, stream, folder, stages, display, lvlm, collator, features)
-        learner._load_groups()
+        lvlm = _placed(_loaded(recipe) if made is None else made.lvlm)
+        pictures = sum(len(task.train) + len(task.validation) + len(task.test) for task in stream.tasks)
+        features = cached_features(lvlm, pictures if made is None else made.pictures)
+        collator = Collator(lvlm, features, recipe.model_options.max_length)
+        learner = cls(recipe, method, stream, folder, stages, display, processes, lvlm, collator, features)
+        learner._load_groups(learner._trained())
         return learner
 
-    def _load_groups(self) -> None:
+    def _trained(self) -> list[tuple[int, dict[str, Any]]]:
+        """Place and record of every stage whose group is saved, as process 0 finds them."""
+        stages = enumerate(self.stages)
+        return self.processes.from_main(
+            lambda: [(place, stage.read("training.json")) for place, stage in stages if stage.trained]
+        )
+
+    def _load_groups(self, trained: "Sequence[tuple[int, dict[str, Any]]]") -> None:
         """Load every trained group; one that several stages trained on as the last of them left it."""
         from dymoe.learning.groups import hashes, load_group
 
-        trained = [(stage, stage.read("training.json")) for stage in self.stages if stage.trained]
-        for group, (stage, record) in {record["group"]: (stage, record) for stage, record in trained}.items():
+        last = {record["group"]: (self.stages[place], record) for place, record in trained}
+        for group, (stage, record) in last.items():
             self.model = load_group(self.lvlm.model, self.model, group, stage.adapter)
             if hashes(self.model)[group] != record["hashes"][group]:
                 raise DymoeError(f"{stage.adapter}: expert group {group!r} is not the one saved (hash differs)")
@@ -136,22 +197,26 @@ class _Learner:
         if not rounds or (self.recipe.evaluation.zero_shot and self.model is None):
             self.display.note("asking the model before it learns")
             folder = StageFolder(self.folder.path / "zero-shot")
-            folder.write("done.json", {"seconds": {"evaluate": self._evaluate(self.stream.tasks, folder)}})
+            seconds = self._evaluate(self.stream.tasks, folder)
+            if self.processes.main:
+                folder.write("done.json", {"seconds": {"evaluate": seconds}})
         learned: list[Task] = []
         for index, (name, tasks) in enumerate(rounds, start=1):
             folder = self.stages[index - 1]
             earlier = tuple(stage.memory for stage in self.stages[: index - 1])
             stage = Stage(index, name, tasks, folder.memory, earlier, tuple(learned), self._seed(index))
             learned += tasks
-            if folder.done is None:
+            if self.processes.from_main(lambda folder=folder: folder.done is None):  # type: ignore[misc]
                 self.display.stage(index, name)
                 self._stage(stage, folder, learned)
 
     def _stage(self, stage: Stage, folder: StageFolder, learned: "Sequence[Task]") -> None:
         """Train the stage's group unless it was, evaluate, mark the stage done."""
-        if not folder.trained:
+        if not self.processes.from_main(lambda: folder.trained):
             self._train(stage, folder)
         seconds = self._evaluate(learned, folder)
+        if not self.processes.main:
+            return
         record = folder.read("training.json")
         record["seconds"]["evaluate"] = seconds
         self.folder.event("stage", stage=stage.index, task=stage.name, scores=folder.read("scores.json"))
@@ -163,18 +228,12 @@ class _Learner:
         """Train the stage's group, check that the frozen ones did not change, save it with its record.
 
         Raises:
-            DymoeError: a frozen group changed, or the group cannot be written.
+            DymoeError: a frozen group changed, the group cannot be written, or it began otherwise in another process.
         """
         from transformers import set_seed
 
-        from dymoe.learning.groups import (
-            freeze_all,
-            hashes,
-            save_group,
-            stored_parameters,
-            train_group,
-            trainable_parameters,
-        )
+        from dymoe.adapter import group_hash
+        from dymoe.learning.groups import hashes, train_group, trainable_parameters
 
         group = self.method.group(stage)
         before = {name: value for name, value in hashes(self.model).items() if name != group}
@@ -186,20 +245,49 @@ class _Learner:
         started = time.perf_counter()
         self.method.before_task(self.model, stage, data)
         hooks = time.perf_counter() - started
+        if self.processes.wrapped:
+            self.processes.same(f"the beginning of expert group {group!r}", group_hash(self.model, group))
         self._see(data.samples)
-        record = self._fit(self.model, group, stage, data.samples, data.steps, folder.trainer, self.method)
+        record = self._fit(group, stage, data.samples, data.steps, folder.trainer, self.method)
+        if self.processes.main:
+            record["trainable_parameters"] = parameters
+            record["seconds"]["method"] = hooks
+            self._conclude(group, stage, folder, data, before, record)
+        self._share()
+
+    def _conclude(
+        self,
+        group: str,
+        stage: Stage,
+        folder: StageFolder,
+        data: Data,
+        before: dict[str, str],
+        record: dict[str, Any],
+    ) -> None:
+        """Let the method finish the trained group; freeze, check and save it. Process 0 alone does this."""
+        from dymoe.learning.groups import freeze_all, hashes, save_group, stored_parameters
+
+        assert self.model is not None
         started = time.perf_counter()
         self.method.after_task(self.model, stage, data)
-        record["seconds"]["method"] = round(hooks + time.perf_counter() - started, 1)
+        record["seconds"]["method"] = round(record["seconds"]["method"] + time.perf_counter() - started, 1)
         freeze_all(self.model)
         after = hashes(self.model)
         changed = [name for name, value in before.items() if after.get(name) != value]
         if changed:
             raise DymoeError(f"stage {stage.index} {stage.name!r}: frozen expert groups changed: {changed}")
         proof = {"hashes_before": before, "hashes": after}
-        sizes = {"trainable_parameters": parameters, "stored_parameters": stored_parameters(self.model)}
+        sizes = {"stored_parameters": stored_parameters(self.model)}
         folder.write("training.json", {"group": group, **sizes, **record, **proof})
         save_group(self.model, group, folder.adapter)
+
+    def _share(self) -> None:
+        """Wait for process 0; the others go on with the groups that it saved, as a run does that goes on later."""
+        if not self.processes.wrapped:
+            return
+        trained = self._trained()
+        if not self.processes.main:
+            self._load_groups(trained)
 
     def _seed(self, index: int) -> int:
         """A seed of its own for every stage, the same when the run goes on after a kill."""
@@ -212,7 +300,7 @@ class _Learner:
         if training.steps_per_task is not None:
             steps = training.steps_per_task * len(stage.tasks)
         else:
-            rows = training.batch_size * training.gradient_accumulation
+            rows = training.samples_of_step(self.processes.count)
             steps = math.ceil(len(samples) * (training.epochs or 1.0) / rows)
         device = cast(Any, self.lvlm.model).device
         return Data(samples, self.collator, self._see, training, device, steps)
@@ -224,8 +312,9 @@ class _Learner:
         from dymoe.learning.groups import delete_group, train_group
 
         marker, place = folder.path / "probed.json", folder.path / "probe"
-        if marker.is_file():
-            shutil.rmtree(place, ignore_errors=True)  # what a kill right after the marker left
+        if self.processes.from_main(marker.is_file):
+            if self.processes.main:
+                shutil.rmtree(place, ignore_errors=True)  # what a kill right after the marker left
             return
         probe = self.method.probe(stage, data)
         if probe is None:
@@ -235,15 +324,16 @@ class _Learner:
         self.display.note(f"probing where {stage.name} needs experts")
         self.model = train_group(self.lvlm.model, self.model, name, probe.config)
         self._see(probe.samples)
-        record = self._fit(self.model, name, stage, probe.samples, probe.steps, place, Method())
-        self.method.probed(self.model, name, stage, data)
-        self.model = delete_group(self.model, name)
-        atomic_json(marker, record)
-        shutil.rmtree(place, ignore_errors=True)
+        record = self._fit(name, stage, probe.samples, probe.steps, place, Method())
+        if self.processes.main:
+            self.method.probed(self.model, name, stage, data)
+            self.model = delete_group(self.model, name)
+            atomic_json(marker, record)
+            shutil.rmtree(place, ignore_errors=True)
+        self._share()
 
     def _fit(
         self,
-        model: "PeftModel",
         group: str,
         stage: Stage,
         samples: "Sequence[Sample]",
@@ -252,25 +342,72 @@ class _Learner:
         method: Method,
     ) -> dict[str, Any]:
         """The trainer's work, from the last complete checkpoint in `place` if there is one."""
+        import torch
+
         from dymoe.learning.trainer import StageTrainer, last_checkpoint, training_arguments
         from dymoe.learning.watch import Watch
 
-        checkpoint = last_checkpoint(place)
-        for rest in place.glob("checkpoint-*"):
-            if rest != checkpoint:
-                shutil.rmtree(rest)
+        assert self.model is not None
+        model, processes = self.model, self.processes
+        checkpoint = processes.from_main(lambda: last_checkpoint(place))
         done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-        arguments = training_arguments(self.recipe.training, place, stage.seed, steps)
+        arguments = training_arguments(self.recipe.training, place, stage.seed, steps, processes.count)
         watch = Watch(self.folder, self.display, stage, group)
-        self.folder.rewind_events(stage.index, done, watch.kind)
-        trainer = StageTrainer(model, group, method, samples, self.collator, arguments, [watch])
+        if processes.main:
+            for rest in place.glob("checkpoint-*"):
+                if rest != checkpoint:
+                    shutil.rmtree(rest)
+            self.folder.rewind_events(stage.index, done, watch.kind)
+        trainer = StageTrainer(model, group, method, samples, self.collator, arguments, [watch], processes)
+        if processes.rank:
+            torch.manual_seed(stage.seed + 1_000_003 * processes.rank)  # dropout of its own
         started = time.perf_counter()
         try:
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            weights = trainer.weights() if processes.wrapped else {}
         finally:
             trainer.close()
         seconds = round(time.perf_counter() - started, 1)
+        if processes.wrapped:
+            config = model.peft_config[group]
+            del model, trainer
+            self._renew(group, config, weights)
         return {"steps": output.global_step, "seconds": {"train": seconds}, "resumed_at": done}
+
+    def _renew(self, group: str, config: "PeftConfig", weights: "dict[str, Tensor]") -> None:
+        """Load the base anew, since what the launcher's strategy did to it is not to be undone.
+
+        In process 0 with the groups saved so far and the one just trained, which the method may still change; in the
+        others alone (see `_share`).
+
+        Args:
+            group: the group that was trained.
+            config: its config.
+            weights: its tensors by their names in the model.
+        """
+        import torch
+
+        from dymoe.learning.groups import train_group
+
+        trained = self._trained()
+        self.model = None
+        self.lvlm.model = cast(Any, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.processes.strategy == "deepspeed":
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()  # or ZeRO-3 would cut the model up while it is loaded
+        self.lvlm.model = _placed(_loaded(self.recipe)).model
+        if not self.processes.main:
+            return
+        self._load_groups(trained)
+        self.model = train_group(self.lvlm.model, self.model, group, cast(Any, config))
+        held = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in weights.items():
+                held[name].copy_(value)
 
     def _see(self, samples: "Sequence[Sample]") -> None:
         """Compute the image features of `samples` that are not there yet."""
@@ -282,7 +419,7 @@ class _Learner:
     def _evaluate(self, tasks: "Sequence[Task]", folder: StageFolder) -> float:
         """Ask `tasks`, keep the answers an interrupted run already gave. Returns the seconds it took."""
         started = time.perf_counter()
-        scores, routing = folder.read("scores.json"), folder.read("routing.json")
+        scores, routing = self.processes.from_main(lambda: (folder.read("scores.json"), folder.read("routing.json")))
         for task in tasks:
             if task.name not in scores:
                 self._evaluate_task(task, folder, scores, routing)
@@ -292,11 +429,11 @@ class _Learner:
         self, task: "Task", folder: StageFolder, scores: dict[str, Any], routing: dict[str, Any]
     ) -> None:
         """Ask one task; its score is written last and says that the rest is there."""
-        from dymoe.evaluation.generate import evaluate, evaluated
+        from dymoe.evaluation.generate import batches, evaluate, evaluated
 
-        options = self.recipe.evaluation
+        options, part = self.recipe.evaluation, (self.processes.rank, self.processes.count)
         samples = evaluated(task, options.split, options.limit)
-        self._see(samples)
+        self._see([samples[place] for rows in batches(samples, options.batch_size, part) for place in rows])
         result = evaluate(
             self.lvlm,
             self.collator,
@@ -307,7 +444,11 @@ class _Learner:
             batch_size=options.batch_size,
             dtype=self.recipe.training.dtype,
             progress=lambda done: self.display.evaluating(task.name, done, len(samples)),
+            part=part,
+            gather=self.processes.gather,
         )
+        if not self.processes.main:
+            return
         folder.write_predictions(task.name, result.records())
         if result.groups:
             by_layer = {str(layer): row for layer, row in (result.by_layer or {}).items()}
@@ -319,11 +460,20 @@ class _Learner:
         folder.write("scores.json", scores)
 
 
-def _takes_features(model: Any) -> bool:
-    """Whether the model's forward takes image features that were computed before."""
-    import inspect
+def _loaded(recipe: Recipe) -> "Lvlm":
+    """The recipe's base model."""
+    from dymoe.lvlm import load
 
-    return "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
+    return load(recipe.model, recipe.training.dtype, options=recipe.model_options)
+
+
+def _placed(lvlm: "Lvlm") -> "Lvlm":
+    """The model on this process's GPU, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        cast(Any, lvlm.model).to("cuda")
+    return lvlm
 
 
 def _quiet() -> None:
@@ -334,6 +484,7 @@ def _quiet() -> None:
 
     # PEFT still asks transformers for names that version 6 will drop.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")  # DDP's newer names for options
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -18,6 +18,7 @@ from dymoe.learning.folder import FREE
 from dymoe.learning.recipe import Recipe, load_recipe, parse_overrides, read_yaml, set_key
 from dymoe.methods.base import require
 from dymoe.methods.settings import build
+from dymoe.tasks.source import Source
 
 KEY = ("label", "order", "instructions", "seed")  # what names a record
 OWN = {
@@ -45,6 +46,7 @@ COPIED = (
     "forgetting",
     "format_drift",
     "drift",
+    "group_hashes",
     "training",
     "trainable_parameters",
     "stored_parameters",
@@ -309,6 +311,7 @@ class Plan:
                 recipe.evaluation.limit,
                 recipe.evaluation.split,
                 seed if instructions == "10type" else 0,
+                recipe.data,
             )
         except DymoeError as error:
             raise DymoeError(f"{self.where}: {label}: {error}") from None
@@ -490,7 +493,7 @@ def comparable(resolved: Mapping[str, Any]) -> dict[str, Any]:
         *path, last = key.split(".")
         inner = values
         for part in path:
-            inner = inner[part]
+            inner = inner.get(part, {})
         inner.pop(last, None)
     return values
 
@@ -511,6 +514,7 @@ def _data_fingerprint(
     limit: int | None,
     split: Literal["test", "validation"],
     seed: int,
+    source: Source,
 ) -> str:
     """The fingerprint that run.yaml will hold; all that it depends on are the arguments."""
     from dymoe.learning.recipe import Evaluation, Training
@@ -521,7 +525,7 @@ def _data_fingerprint(
     recipe = Recipe(
         training=Training(steps_per_task=1, limit=train_limit), evaluation=Evaluation(limit=limit, split=split)
     )
-    whole = load_stream(stream, order, instructions, tasks, seed)
+    whole = load_stream(stream, order, instructions, tasks, seed, source)
     return str(data_description(checked(whole, recipe))["fingerprint"])
 
 

@@ -1,7 +1,14 @@
-"""The trainer of one stage: transformers' Trainer, answer-only logits, routing terms, small checkpoints."""
+"""The trainer of one stage: transformers' Trainer, answer-only logits, routing terms, small checkpoints.
+
+It trains in one process or in several. Gradients, sharding and their communication are accelerate's work; here is what
+must not depend on it: the loss, the order of the samples, the precision, and checkpoints that another number of
+processes can go on with.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +23,23 @@ from transformers.trainer_callback import PrinterCallback
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json
+from dymoe.learning import whole
 from dymoe.learning.groups import trace_of, write_group
+from dymoe.learning.order import Loader, Order
+from dymoe.learning.processes import Processes
 from dymoe.learning.recipe import Training
 from dymoe.methods import Method
+from dymoe.methods.companions import Companion
 
 WEIGHTS = "adapter_model.safetensors"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # transformers' names
 MARKER = "complete.json"
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged-adamw": "paged_adamw_32bit"}  # transformers' names
 
 
-def training_arguments(training: Training, folder: Path, seed: int, steps: int | None) -> TrainingArguments:
+def training_arguments(
+    training: Training, folder: Path, seed: int, steps: int | None, processes: int = 1
+) -> TrainingArguments:
     """Transformers' arguments for one stage.
 
     Args:
@@ -32,25 +47,31 @@ def training_arguments(training: Training, folder: Path, seed: int, steps: int |
         folder: where checkpoints go while the stage trains.
         seed: of dropout and the order of the samples.
         steps: optimizer steps; None trains `training.epochs` epochs.
+        processes: how many share a step.
 
     Raises:
-        DymoeError: float16 without a GPU.
+        DymoeError: float16 without a GPU, paged-adamw without bitsandbytes, or a step that cannot be shared evenly.
     """
     gpu = torch.cuda.is_available()
     if training.dtype == "float16" and not gpu:
         raise DymoeError("training.dtype: float16 needs a GPU; use bfloat16 or float32")
+    if training.optimizer == "paged-adamw" and find_spec("bitsandbytes") is None:
+        raise DymoeError(
+            "training.optimizer: paged-adamw needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or "
+            "take adamw"
+        )
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps if steps is not None else -1,
         num_train_epochs=training.epochs or 1.0,
         per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
+        gradient_accumulation_steps=training.accumulation(processes),
         learning_rate=training.lr,
         lr_scheduler_type=training.scheduler,
         warmup_steps=training.warmup,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        optim="adamw_torch_fused",
+        optim=OPTIMIZERS[training.optimizer],
         bf16=training.dtype == "bfloat16",
         fp16=training.dtype == "float16",
         use_cpu=not gpu,
@@ -61,6 +82,9 @@ def training_arguments(training: Training, folder: Path, seed: int, steps: int |
         label_names=["labels"],
         dataloader_num_workers=0,
         dataloader_pin_memory=gpu,
+        # Every training parameter gets a gradient in every pass; the frozen base's buffers are the same everywhere.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -106,6 +130,10 @@ class StageTrainer(Trainer):
         samples: what the stage trains on; `collator` makes batches of them.
         arguments: see `training_arguments`.
         callbacks: further observers.
+        processes: who takes part in every step.
+
+    Raises:
+        DymoeError: the method or the dtype does not go with the way the launcher spreads the training.
     """
 
     def __init__(
@@ -117,7 +145,10 @@ class StageTrainer(Trainer):
         collator: Any,
         arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
+        processes: Processes = Processes(),
     ) -> None:
+        self.processes = processes
+        self.dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
         super().__init__(
             model=model,
             args=arguments,
@@ -133,6 +164,70 @@ class StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._terms: dict[str, Tensor] = {}
+        self._names: list[str] = []
+        self._refuse(model, method)
+
+    @property
+    def _parted(self) -> bool:
+        """Whether no process holds all of the optimizer, or of the parameters."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    @property
+    def _cut(self) -> bool:
+        """Whether no process holds whole parameters."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return bool(self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
+
+    def _refuse(self, model: PeftModel, method: Method) -> None:
+        """Refuse what would not compute the same as in one process."""
+        way = "FSDP2" if self.is_fsdp_enabled else "DeepSpeed"
+        if self._parted and self.args.fp16:
+            raise DymoeError(f"training.dtype: float16 does not go with {way} here; use bfloat16")
+        if self._parted and "paged" in str(self.args.optim):
+            raise DymoeError(f"training.optimizer: paged-adamw is for one GPU; {way} spreads adamw's state")
+        if self._cut and _has_own(method, "loss_terms"):
+            raise DymoeError(
+                f"method {method.name}: its loss reads whole parameters, which {way} cuts into parts; "
+                "use recipes/accelerate/ddp.yaml or zero2.yaml"
+            )
+        if self._parted and _has_own(method, "before_step"):
+            raise DymoeError(
+                f"method {method.name}: it changes gradients before a step, which {way} does not hand out whole; "
+                "use recipes/accelerate/ddp.yaml"
+            )
+        selector = model.base_model.selector
+        if self._cut and self.is_deepspeed_enabled and selector is not None and selector.while_training:
+            raise DymoeError(
+                f"method {method.name}: its selector learns outside of the layers that ZeRO-3 puts together; "
+                "use recipes/accelerate/ddp.yaml, zero2.yaml or fsdp2.yaml"
+            )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let the precision be what it is in one process: the parameters' own dtypes, and autocast."""
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            # accelerate's would run experts and routers in bfloat16 and sum their gradients in it.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        if self.is_deepspeed_enabled:
+            # DeepSpeed's own bfloat16 mode would turn experts and routers into bfloat16.
+            config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+            config["bf16"] = {"enabled": False}
+            config["torch_autocast"] = {"enabled": self.dtype != "float32", "dtype": "bfloat16"}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Autocast where neither accelerate nor DeepSpeed brings it."""
+        if not self.is_fsdp_enabled or self.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.args.device.type, dtype=getattr(torch, self.dtype))
+
+    def get_train_dataloader(self) -> Loader:
+        """This process's micro-batches; see `learning.order`."""
+        samples: Any = self.train_dataset
+        seed, processes = int(self.args.data_seed or 0), self.processes
+        order = Order(len(samples), self._train_batch_size, seed, processes.rank, processes.count)
+        return Loader(samples, self.data_collator, order, pin_memory=self.args.dataloader_pin_memory)
 
     def compute_loss(
         self,
@@ -149,7 +244,8 @@ class StageTrainer(Trainer):
         labels = inputs["labels"]
         batch = {key: value for key, value in inputs.items() if key != "labels"}
         self.trace.labels = labels
-        outputs = model(**batch, logits_to_keep=answer_logits(labels), use_cache=False)
+        with self._autocast():
+            outputs = model(**batch, logits_to_keep=answer_logits(labels), use_cache=False)
         items = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum()
         # Gradients are averaged over processes while `items` counts those of all processes.
         world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -166,17 +262,29 @@ class StageTrainer(Trainer):
             self._terms[name] = self._terms[name] + value if name in self._terms else value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the loss with its terms beside it, means over the steps since the last log."""
+        """Log the loss with its terms beside it, means over the steps since the last log and over the processes."""
         if "loss" in logs:
             steps = max(1, self.state.global_step % self.args.logging_steps or self.args.logging_steps)
-            logs.update({name: value.item() / steps for name, value in self._terms.items()})
-            logs.update(self.trace.summary())
+            values = {name: value.item() / steps for name, value in self._terms.items()}
+            logs.update(self.processes.mean({**values, **self.trace.summary()}))
             self._terms = {}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: transformers' estimate would walk all parameters at every step."""
         return 0
+
+    def weights(self) -> dict[str, Tensor]:
+        """The training group's tensors, whole, by their names in the model; to be called by every process."""
+        held = whole.named(self.accelerator.unwrap_model(self.model))
+        return whole.parameters(self.model, [name for name in held if _of_group(name, self.group)])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the training group alone, whole however it is held."""
+        if self._parted:
+            self._save(output_dir, self.weights())
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -203,11 +311,70 @@ class StageTrainer(Trainer):
         target = self.accelerator.unwrap_model(model if model is not None else self.model)
         set_peft_model_state_dict(target, weights, adapter_name=self.group)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Transformers' optimizer; the order of its parameters is kept by name."""
+        optimizer = super().create_optimizer(model)
+        names = {parameter: name for name, parameter in whole.named(self.model).items()}
+        self._names = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        return optimizer
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Wrap the model, and go on with a checkpoint that need not come from the same number of processes."""
+        if self._parted and resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)  # while every process holds whole parameters
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self._cut and self.is_deepspeed_enabled:
+            whole.let_layers_gather(self.model.base_model.layers())
+        if resume_from_checkpoint is not None:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._parted:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole.optimizer_state(self.model, self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save({"by_name": state}, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        kept = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+        if not self._parted and "by_name" not in kept:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = kept.get("by_name") or {self._names[place]: one for place, one in kept["state"].items()}
+        whole.load_optimizer_state(self.model, self.optimizer.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
     def close(self) -> None:
-        """Give the model back as it was: without the autocast wrapper of this stage's accelerator."""
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        vars(self.model).pop("forward", None)  # the unwrapped method, now found on the class again
+        """Give the model back as it was: without the autocast wrapper of this stage's accelerator.
+
+        A model whose training was spread over processes is not to be used afterwards; `weights` come before.
+        """
+        if not self.processes.wrapped:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            vars(self.model).pop("forward", None)  # the unwrapped method, now found on the class again
         self.accelerator.free_memory()
+
+
+def _of_group(name: str, group: str) -> bool:
+    """Whether a parameter's name is that of one of the group's."""
+    return ".dymoe_" in name and name.rpartition(".")[2] == group
+
+
+def _has_own(method: Method, hook: str) -> bool:
+    """Whether the method, or a companion, brings this hook itself."""
+    for part in getattr(method, "parts", (method,)):
+        owner = next(cls for cls in type(part).__mro__ if hook in vars(cls))
+        if owner not in (Method, Companion):
+            return True
+    return False
 
 
 class _StageCallback(TrainerCallback):

@@ -6,13 +6,19 @@ Nothing heavy is imported before a name is used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dymoe.lvlm.collate import Collator
+    from dymoe.lvlm.collate import Collator, cached_features
     from dymoe.lvlm.features import ImageFeatures
     from dymoe.lvlm.model import Lvlm, load
 
-__all__ = ["Collator", "ImageFeatures", "Lvlm", "load"]
+__all__ = ["Collator", "ImageFeatures", "Lvlm", "cached_features", "load"]
 
-_HOMES = {"Collator": "collate", "ImageFeatures": "features", "Lvlm": "model", "load": "model"}
+_HOMES = {
+    "Collator": "collate",
+    "ImageFeatures": "features",
+    "Lvlm": "model",
+    "cached_features": "collate",
+    "load": "model",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,19 @@
-"""Samples to batches: prompt, answer, image tokens, padding on the left, labels on the answer alone."""
+"""Samples to batches: prompt, answer, image tokens, padding on the left, labels on the answer alone.
 
+Nothing here knows a model by name. The processor writes the prompt, expands its image token and prepares the pictures;
+what else it gives for every token (which tokens are an image's, say) goes on over the answer and the padding.
+"""
+
+import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dymoe.errors import DymoeError
-from dymoe.lvlm.features import ImageFeatures
+from dymoe.lvlm.features import ImageFeatures, takes_features
 from dymoe.lvlm.images import decode
 
 if TYPE_CHECKING:
@@ -15,6 +21,10 @@ if TYPE_CHECKING:
     from dymoe.tasks import Sample
 
 IGNORE = -100  # the label of a position that is no target
+# What may stand before an answer that is tokenised apart: something that no tokenizer merges with what follows.
+_ANCHORS = (":", "\n", ".", "a")
+
+Row = dict[str, torch.Tensor]  # a value for each token by column: (tokens, ...), "input_ids" among them
 
 
 class ImageTokens(BaseModelOutputWithPooling):
@@ -32,38 +42,77 @@ class ImageTokens(BaseModelOutputWithPooling):
 class Collator:
     """Turns samples into a batch for the model's forward (call it) or for generate (`prompts`).
 
-    Prompt and answer are written with the processor's chat template and tokenised apart, so that the prompt has the
-    same tokens in training and in generation. Sequences are padded on the left: the answer always ends the row.
-    Keys of a batch: `input_ids`, `attention_mask` and, in training, `labels`, all int64 (batch, length); for the
-    images `pixel_values` (and what else the processor makes), or with `features` `mm_encoder_outputs`
-    = {"image": output}, whose pooler_output is (images, image_tokens, hidden).
+    The prompt is the one that generation sees, token for token; the answer's tokens are those that the tokenizer gives
+    it behind this prompt, up to the token that ends a turn. Sequences are padded on the left: the answer always ends
+    the row. A processor without a chat template gets the plain prompt "{image}{question}\\n".
+
+    Keys of a batch: `input_ids`, `attention_mask` and, in training, `labels`, all int64 (batch, length), further
+    columns of the processor by token; for the images `pixel_values` (and what else the processor makes), or with
+    `features` `mm_encoder_outputs` = {"image": output}, whose pooler_output is (images, image_tokens, hidden).
+
+    Attributes:
+        stop_tokens: ids that end an answer, for generate.
     """
 
     def __init__(self, lvlm: "Lvlm", features: ImageFeatures | None = None, max_length: int = 2048) -> None:
         processor = cast(Any, lvlm.processor)
+        model = cast(Any, lvlm.model)
         self._processor = processor
         self._tokenizer = processor.tokenizer
         self._features = features
         self._max_length = max_length
+        self._dtype: torch.dtype = model.dtype
+        self._image_token: str | None = getattr(processor, "image_token", None)
+        if self._image_token is None:
+            raise DymoeError(
+                f"{type(processor).__name__}: it has no image token, so no prompt with a picture is written"
+            )
+        # Some processors write the answer themselves, because its tokens see less than the prompt's do.
+        self._takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
         self._eos: str = self._tokenizer.eos_token
-        self._image_token: str = processor.image_token
-        pad = self._tokenizer.pad_token_id
-        self._pad: int = self._tokenizer.eos_token_id if pad is None else pad
+        self._end = self._end_token()
+        self._end_id: int = self._tokenizer.convert_tokens_to_ids(self._end)
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._eos  # masked everywhere, so any token does
+        self._pad: int = self._tokenizer.pad_token_id
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        own = [own] if isinstance(own, int) else own or []
+        self.stop_tokens: list[int] = sorted({self._tokenizer.eos_token_id, self._end_id, *own})
+        marks = {self._image_token, self._eos, self._end}
+        image = getattr(model.config, "image_token_id", None)
+        if isinstance(image, int) and image < len(self._tokenizer):
+            marks.add(self._tokenizer.convert_ids_to_tokens(image))
+        self._marks = sorted(marks)
 
     def __call__(self, samples: "Sequence[Sample]") -> dict[str, Any]:
         """The training batch.
 
         Raises:
             DymoeError: naming the sample: no answer, broken image, an image token in the text, longer than
-                `max_length`.
+                `max_length`, a prompt or answer that the processor cannot take.
         """
-        prompts, images = self._encode_prompts(samples)
-        answers = self._tokenize([self._answer_text(sample) for sample in samples])
-        rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        for sample in samples:
+            if sample.turns and self._takes_suffix:
+                raise DymoeError(f"sample {sample.id!r}: it has several turns, this model's processor takes one")
+            if not sample.answer.strip():
+                raise DymoeError(f"sample {sample.id!r}: it has no answer to learn")
+        texts = [self._prompt_text(sample) for sample in samples]
+        if self._takes_suffix:
+            rows, images = self._encode(samples, texts, [sample.answer for sample in samples])
+            learned = [[True] * int(row["token_type_ids"].sum()) for row in rows]
+        else:
+            endings = [self._ending(sample, text) for sample, text in zip(samples, texts, strict=True)]
+            prompts, images = self._encode(samples, texts)
+            rows = [
+                _extended(row, [token for part, _ in parts for token in part])
+                for row, parts in zip(prompts, endings, strict=True)
+            ]
+            learned = [[answer for part, answer in parts for _ in part] for parts in endings]
         batch = self._pad_left(samples, rows)
         labels = torch.full_like(batch["input_ids"], IGNORE)
-        for row, answer in enumerate(answers):
-            labels[row, -len(answer) :] = batch["input_ids"][row, -len(answer) :]
+        for row, mask in enumerate(learned):
+            ending = batch["input_ids"][row, -len(mask) :]
+            labels[row, -len(mask) :] = torch.where(torch.tensor(mask), ending, IGNORE)
         return {**batch, "labels": labels, **images}
 
     def prompts(self, samples: "Sequence[Sample]") -> dict[str, Any]:
@@ -72,89 +121,314 @@ class Collator:
         Raises:
             DymoeError: as for training batches.
         """
-        rows, images = self._encode_prompts(samples)
+        rows, images = self._encode(samples, [self._prompt_text(sample) for sample in samples])
         return {**self._pad_left(samples, rows), **images}
 
     # --- text ----------------------------------------------------------------------------------------------
 
     def _prompt_text(self, sample: "Sample") -> str:
         for field, text in (("question", sample.question), ("answer", sample.answer)):
-            for token in (self._image_token, self._eos):
+            for token in self._marks:
                 if token in text:
                     raise DymoeError(f"sample {sample.id!r}: its {field} contains the special token {token}")
-        return self._processor.apply_chat_template([self._question(sample)], add_generation_prompt=True, tokenize=False)
+        text = self._render(sample.question, sample.has_image)
+        written, pictures = text.count(cast(str, self._image_token)), int(sample.has_image)
+        if written != pictures:
+            raise DymoeError(
+                f"sample {sample.id!r}: the chat template writes {self._image_token} {written} times for {pictures} "
+                "pictures"
+            )
+        return text
 
-    @staticmethod
-    def _question(sample: "Sample") -> dict[str, Any]:
-        parts: list[dict[str, str]] = [{"type": "text", "text": sample.question}]
-        if sample.image is not None:
-            parts.insert(0, {"type": "image"})
-        return {"role": "user", "content": parts}
+    def _ending(self, sample: "Sample", prompt: str) -> list[tuple[list[int], bool]]:
+        """The tokens behind the prompt in parts, each with whether it is learned: an answer, a question, an answer ..
 
-    def _answer_text(self, sample: "Sample") -> str:
-        """What follows the prompt: the template's answer (mostly a space and the answer) up to one end token."""
-        if not sample.answer.strip():
-            raise DymoeError(f"sample {sample.id!r}: it has no answer to learn")
-        reply = {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]}
-        prompt = self._prompt_text(sample)
-        whole = self._processor.apply_chat_template([self._question(sample), reply], tokenize=False)
-        text = whole.removeprefix(prompt) if whole.startswith(prompt) else f" {sample.answer}"
+        Raises:
+            DymoeError: as `_answer_ids`; or a later question holds a special token, or the chat template writes a
+                conversation of several turns otherwise than its first one.
+        """
+        parts = [(self._answer_ids(sample, prompt), True)]
+        said = [(sample.question, sample.answer)]
+        for question, answer in sample.turns:
+            later = replace(sample, picture=None, question=question, answer=answer, turns=())
+            alone = self._prompt_text(later)
+            before = self._render(*said[-1][:1], sample.has_image, said[-1][1], said[:-1])
+            before = before[: before.rfind(self._end) + len(self._end)] if self._end in before else before
+            whole = self._render(question, sample.has_image, None, said)
+            if not answer.strip() or not whole.startswith(before):
+                raise DymoeError(f"sample {sample.id!r}: the chat template cannot go on with its later turns")
+            # Behind the end token, as in the whole text: a tokenizer may begin a text otherwise than a turn.
+            front, both = self._tokenize([self._end, self._end + whole[len(before) :]])
+            parts += [(both[len(front) :], False), (self._answer_ids(later, alone), True)]
+            said.append((question, answer))
+        return parts
+
+    def _render(
+        self, question: str, image: bool, answer: str | None = None, earlier: Sequence[tuple[str, str]] = ()
+    ) -> str:
+        """The conversation as text: up to where an answer begins, or with the answer.
+
+        The picture stands in the first question, that of the first of the `earlier` (question, answer) pairs if there
+        are any.
+        """
+        ask = answer is None
+        if earlier:
+            return self._render_turns([*earlier, (question, answer)], image, ask)
+        if getattr(self._processor, "chat_template", None):
+            parts: list[dict[str, str]] = [{"type": "image"}] if image else []
+            messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+            if answer is not None:
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            return self._processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
+        before = self._image_token if image else ""
+        if getattr(self._tokenizer, "chat_template", None):
+            said: list[dict[str, str]] = [{"role": "user", "content": f"{before}\n{question}" if image else question}]
+            if answer is not None:
+                said.append({"role": "assistant", "content": answer})
+            return self._tokenizer.apply_chat_template(said, add_generation_prompt=ask, tokenize=False)
+        return f"{before}{question}\n" + ("" if answer is None else f"{answer}{self._eos}")
+
+    def _render_turns(self, turns: Sequence[tuple[str, str | None]], image: bool, ask: bool) -> str:
+        """A conversation of several turns as text; the last answer may be missing."""
+        structured = bool(getattr(self._processor, "chat_template", None))
+        messages: list[dict[str, Any]] = []
+        for number, turn in enumerate(turns):
+            for role, text in zip(("user", "assistant"), turn, strict=True):
+                if text is None:
+                    continue
+                seen = image and number == 0 and role == "user"
+                if structured:
+                    parts: list[dict[str, str]] = [{"type": "image"}] if seen else []
+                    messages.append({"role": role, "content": [*parts, {"type": "text", "text": text}]})
+                else:
+                    messages.append({"role": role, "content": f"{self._image_token}\n{text}" if seen else text})
+        if structured or getattr(self._tokenizer, "chat_template", None):
+            writer = self._processor if structured else self._tokenizer
+            return writer.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
+        before = self._image_token if image else ""
+        said = [f"{question}\n" + ("" if answer is None else f"{answer}{self._eos}") for question, answer in turns]
+        return f"{before}{''.join(said)}"
+
+    def _end_token(self) -> str:
+        """The special token that the template writes behind an answer, else the tokenizer's end token."""
+        probe = "blue"
+        behind = self._render("q", False, probe).rpartition(probe)[2]
+        special = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        found = [(behind.find(token), -len(token), token) for token in special | {self._eos} if token in behind]
+        return min(found)[2] if found else self._eos
+
+    def _answer_text(self, sample: "Sample", prompt: str) -> str:
+        """What follows the prompt before the end token: mostly a space and the answer."""
+        whole = self._render(sample.question, sample.has_image, sample.answer)
+        if whole.startswith(prompt):
+            text = whole[len(prompt) :]
+        else:  # the template asks in other words than it records
+            before = whole.rpartition(sample.answer)[0]
+            space = before[len(before.rstrip()) :]
+            text = ("" if prompt.endswith(space) else space) + sample.answer
         start = text.find(sample.answer)
         head, tail = (text[:start], text[start:]) if start >= 0 else ("", sample.answer)
-        return head + tail.split(self._eos)[0].rstrip() + self._eos
+        answer, end, _ = tail.partition(self._end)
+        return head + (answer if end else answer.rstrip())
+
+    def _answer_ids(self, sample: "Sample", prompt: str) -> list[int]:
+        """The answer's tokens and the end token.
+
+        Tokenizers may merge the end of the prompt with the start of the answer. The prompt's tokens stay what
+        generation will see; the answer is then tokenised behind something that does not merge.
+
+        Raises:
+            DymoeError: no way was found to tokenise the answer behind this prompt.
+        """
+        answer = self._answer_text(sample, prompt)
+        before, whole = self._tokenize([prompt, prompt + answer])
+        wanted = self._decode(whole)
+        for anchor in (prompt, *_ANCHORS, ""):
+            front, both = (before, whole) if anchor == prompt else self._tokenize([anchor, anchor + answer])
+            ids = both[len(front) :]
+            if both[: len(front)] == front and ids and self._decode(before + ids) == wanted:
+                return [*ids, self._end_id]
+        raise DymoeError(
+            f"sample {sample.id!r}: its answer {sample.answer!r} cannot be tokenised apart from the prompt's end "
+            f"{prompt[-20:]!r}"
+        )
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False, padding=False).input_ids
+        return [list(ids) for ids in self._tokenizer(texts, add_special_tokens=False, padding=False).input_ids]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     # --- images --------------------------------------------------------------------------------------------
 
-    def _encode_prompts(self, samples: "Sequence[Sample]") -> tuple[list[list[int]], dict[str, Any]]:
-        """Tokens of each prompt with its image tokens, and what the model needs for the images."""
+    def _encode(
+        self, samples: "Sequence[Sample]", texts: list[str], suffixes: list[str] | None = None
+    ) -> tuple[list[Row], dict[str, Any]]:
+        """Each prompt's row with its image tokens, and what the model needs for the images.
+
+        Samples with and without a picture are processed apart: not every processor takes both at once.
+        """
         if not samples:
             raise DymoeError("a batch needs at least one sample")
-        texts = [self._prompt_text(sample) for sample in samples]
-        with_image = [sample for sample in samples if sample.image is not None]
-        if not with_image:
-            return self._tokenize(texts), {}
-        if self._features is not None:
-            return self._from_features(samples, texts, self._features)
-        pictures = [_named(sample, decode) for sample in with_image]
-        inputs = self._processor(images=pictures, text=texts, padding=False)
-        rows = inputs.pop("input_ids")
-        extra = {key: value for key, value in inputs.items() if key not in ("attention_mask", "token_type_ids")}
-        return [list(row) for row in rows], {key: _tensor(value) for key, value in extra.items()}
+        rows: list[Row] = [{}] * len(samples)
+        images: dict[str, Any] = {}
+        for seen in (False, True):
+            numbers = [number for number, sample in enumerate(samples) if (sample.has_image) == seen]
+            if not numbers:
+                continue
+            part = [samples[number] for number in numbers]
+            said = [texts[number] for number in numbers]
+            if seen and self._features is not None:
+                made, images = self._from_features(part, said, self._features)
+            else:
+                pictures = [_named(sample, decode) for sample in part] if seen else None
+                ends = None if suffixes is None else [suffixes[number] for number in numbers]
+                made, images = self._process(part, said, pictures, ends)
+            for number, row in zip(numbers, made, strict=True):
+                rows[number] = row
+        return _filled(rows), images
+
+    def _process(
+        self, samples: "Sequence[Sample]", texts: list[str], pictures: list[Any] | None, suffixes: list[str] | None
+    ) -> tuple[list[Row], dict[str, Any]]:
+        """Rows and image inputs as the model's own processor makes them."""
+        options: dict[str, Any] = {
+            "padding": True,
+            "padding_side": "left",
+            "return_tensors": "pt",
+            "add_special_tokens": self._adds_special(texts),
+        }
+        if pictures is not None:
+            options["images"] = [[picture] for picture in pictures]
+        if self._takes_suffix:
+            options["suffix"] = suffixes
+            texts = [text.removesuffix("\n") for text in texts]  # it ends the prompt with a newline itself
+        try:
+            made = dict(self._processor(text=texts, **options))
+        except (ValueError, TypeError) as error:
+            raise DymoeError(f"sample {samples[0].id!r} and its batch: the processor refuses them ({error})") from error
+        ids, mask = made.pop("input_ids"), made.pop("attention_mask").bool()
+        made.pop("labels", None)
+        of_images = set(getattr(self._processor.image_processor, "model_input_names", ()))
+        columns = {"input_ids": ids}
+        for name, value in list(made.items()):
+            if name not in of_images and isinstance(value, torch.Tensor) and value.shape[:2] == ids.shape:
+                columns[name] = made.pop(name)
+        rows = [
+            {name: value[number][mask[number]] for name, value in columns.items()} for number in range(len(samples))
+        ]
+        if suffixes is None:
+            rows = [self._open_ended(row, text) for row, text in zip(rows, texts, strict=True)]
+        return rows, {name: self._image_input(value) for name, value in made.items()}
+
+    def _adds_special(self, texts: list[str]) -> bool:
+        """Whether the tokenizer is to add its start token: not where the template wrote it (transformers' own rule)."""
+        bos = getattr(self._tokenizer, "bos_token", None)
+        return not (bos and texts[0].startswith(bos))
+
+    def _open_ended(self, row: Row, text: str) -> Row:
+        """The row without an end token that the tokenizer put behind the prompt by itself."""
+        if int(row["input_ids"][-1]) == self._tokenizer.eos_token_id and not text.rstrip().endswith(self._eos):
+            return {name: value[:-1] for name, value in row.items()}
+        return row
+
+    def _image_input(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(self._dtype) if value.is_floating_point() else value
+        return [self._image_input(item) for item in value] if isinstance(value, list) else torch.as_tensor(value)
 
     def _from_features(
         self, samples: "Sequence[Sample]", texts: list[str], features: ImageFeatures
-    ) -> tuple[list[list[int]], dict[str, Any]]:
+    ) -> tuple[list[Row], dict[str, Any]]:
         """Prompts with as many image tokens as the cached features have, and these features."""
-        tokens: list[torch.Tensor] = []
-        expanded = []
-        for sample, text in zip(samples, texts, strict=True):
-            if sample.image is not None:
-                tokens.append(_named(sample, features.get))
-                text = text.replace(self._image_token, self._image_token * len(tokens[-1]))
-            expanded.append(text)
+        token = cast(str, self._image_token)
+        tokens = [_named(sample, features.get) for sample in samples]
+        expanded = [text.replace(token, token * len(found)) for text, found in zip(texts, tokens, strict=True)]
+        ids = self._tokenizer(expanded, add_special_tokens=self._adds_special(texts), padding=False).input_ids
+        rows = [self._open_ended({"input_ids": torch.tensor(row)}, text) for row, text in zip(ids, texts, strict=True)]
         # FastVLM takes one tensor, LLaVA a list of one tensor per image: whatever the model itself makes.
         output = ImageTokens(pooler_output=cast(Any, torch.stack(tokens) if features.as_tensor else tokens))
-        return self._tokenize(expanded), {"mm_encoder_outputs": {"image": output}}
+        return rows, {"mm_encoder_outputs": {"image": output}}
 
     # --- padding -------------------------------------------------------------------------------------------
 
-    def _pad_left(self, samples: "Sequence[Sample]", rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        for sample, row in zip(samples, rows, strict=True):
-            if len(row) > self._max_length:
+    def _pad_left(self, samples: "Sequence[Sample]", rows: list[Row]) -> dict[str, torch.Tensor]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        for sample, length in zip(samples, lengths, strict=True):
+            if length > self._max_length:
                 raise DymoeError(
-                    f"sample {sample.id!r}: {len(row)} tokens, more than max_length {self._max_length}; "
+                    f"sample {sample.id!r}: {length} tokens, more than max_length {self._max_length}; "
                     "shorten it or raise max_length"
                 )
-        length = max(map(len, rows))
-        ids = torch.full((len(rows), length), self._pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for number, row in enumerate(rows):
-            ids[number, length - len(row) :] = torch.tensor(row)
-            mask[number, length - len(row) :] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        longest = max(lengths)
+        mask = torch.tensor([[0] * (longest - length) + [1] * length for length in lengths])
+        batch = {"attention_mask": mask}
+        for name, first in rows[0].items():
+            value = self._pad if name == "input_ids" else 0
+            column = torch.full((len(rows), longest, *first.shape[1:]), value, dtype=first.dtype)
+            for number, row in enumerate(rows):
+                column[number, longest - lengths[number] :] = row[name]
+            batch[name] = column
+        return batch
+
+
+def cached_features(lvlm: "Lvlm", images: int, max_bytes: int = 4 << 30) -> ImageFeatures | None:
+    """A cache for the frozen tower's image tokens, None where the model does not allow one or it would not hold.
+
+    Tried out with two made pictures: a cache is right if the processor makes nothing but pixels, if its prompt is
+    the template's with the image token repeated, and if the tower's output is one block of tokens a picture.
+
+    Args:
+        lvlm: the model and its processor.
+        images: how many pictures will be asked for, at most.
+        max_bytes: of main memory.
+    """
+    if not takes_features(lvlm.model):
+        return None
+    from dymoe.tasks import Sample
+
+    features = ImageFeatures(lvlm, batch_size=2, max_bytes=max_bytes)
+    pair = [Sample(str(size), _made_picture(*size), "What is it?", "It", {}) for size in ((40, 24), (20, 48))]
+    try:
+        plain, cached = Collator(lvlm).prompts(pair), Collator(lvlm, features).prompts(pair)
+    except (DymoeError, TypeError, ValueError, RuntimeError, IndexError):
+        return None  # an optimisation alone: without it the model gets the pixels
+    same = plain["input_ids"].shape == cached["input_ids"].shape and torch.equal(
+        plain["input_ids"], cached["input_ids"]
+    )
+    if set(plain) != {"input_ids", "attention_mask", "pixel_values"} or not same:
+        return None
+    if images * max(features.get(cast(bytes, sample.image)).nbytes for sample in pair) > max_bytes:
+        return None
+    return ImageFeatures(lvlm, max_bytes=max_bytes)
+
+
+def _made_picture(width: int, height: int) -> bytes:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((width, height)).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _extended(row: Row, answer: list[int]) -> Row:
+    """The row with the answer; in other columns the answer's tokens are what the prompt's last token is: text."""
+    made = {name: torch.cat([value, value[-1:].expand(len(answer), *value.shape[1:])]) for name, value in row.items()}
+    return {**made, "input_ids": torch.cat([row["input_ids"], torch.tensor(answer)])}
+
+
+def _filled(rows: list[Row]) -> list[Row]:
+    """The rows with the same columns; one that only some rows have is 0 in the others."""
+    columns = {name: value for row in rows for name, value in row.items()}
+    return [
+        {
+            name: row[name] if name in row else value.new_zeros(len(row["input_ids"]), *value.shape[1:])
+            for name, value in columns.items()
+        }
+        for row in rows
+    ]
 
 
 def _named(sample: "Sample", read: Any) -> Any:
@@ -163,10 +437,3 @@ def _named(sample: "Sample", read: Any) -> Any:
         return read(sample.image)
     except DymoeError as error:
         raise DymoeError(f"sample {sample.id!r}: {error}") from error
-
-
-def _tensor(value: Any) -> Any:
-    """What an image processor made, as tensors: a list of equal arrays becomes one tensor."""
-    if isinstance(value, list) and value and all(hasattr(item, "shape") for item in value):
-        return torch.stack([torch.as_tensor(item) for item in value])
-    return value if isinstance(value, torch.Tensor) else torch.as_tensor(value)

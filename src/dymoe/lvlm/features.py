@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from dymoe.lvlm.model import Lvlm
     from dymoe.tasks import Sample
 
+_PLAIN_OUTPUT = {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}
+
 
 class ImageFeatures:
     """Image tokens (tower and projector) by image, in the model's dtype, kept in main memory.
@@ -53,7 +55,7 @@ class ImageFeatures:
         Raises:
             DymoeError: an image is broken; the message names its sample.
         """
-        self._add((f"sample {sample.id!r}: ", sample.image) for sample in samples if sample.image is not None)
+        self._add((f"sample {sample.id!r}: ", cast(bytes, sample.image)) for sample in samples if sample.has_image)
 
     def get(self, image: bytes) -> torch.Tensor:
         """The image's tokens, (image_tokens, hidden), on the CPU; computed now if they are not there.
@@ -102,18 +104,24 @@ class ImageFeatures:
             self._bytes -= old.nbytes
 
 
+def takes_features(model: Any) -> bool:
+    """Whether the model's forward takes image features that were computed before."""
+    import inspect
+
+    return "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
+
+
 def encode(lvlm: "Lvlm", pictures: Sequence[Any]) -> Sequence[torch.Tensor]:
     """Tower and projector on RGB pictures: one (image_tokens, hidden) tensor each, or all in one tensor.
 
     The model works in evaluation mode meanwhile, so that a tower's batch norms neither use nor change statistics.
 
     Raises:
-        DymoeError: the model's class takes no precomputed image features.
+        DymoeError: the model's class takes no precomputed image features, or its features are not one block of tokens
+            a picture and nothing else.
     """
-    import inspect
-
     model = cast(Any, lvlm.model)
-    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+    if not takes_features(model):
         raise DymoeError(f"{type(model).__name__}: takes no precomputed image features; use it without")
     inputs = cast(Any, lvlm.processor).image_processor(images=list(pictures), return_tensors="pt")
     inputs = {
@@ -124,7 +132,11 @@ def encode(lvlm: "Lvlm", pictures: Sequence[Any]) -> Sequence[torch.Tensor]:
     model.eval()
     try:
         with torch.no_grad():
-            tokens: Sequence[torch.Tensor] = model.get_image_features(**inputs, return_dict=True).pooler_output
+            output = model.get_image_features(**inputs, return_dict=True)
     finally:
         model.train(training)
+    tokens: Sequence[torch.Tensor] = output.pooler_output
+    beside = {key for key, value in output.items() if value is not None} - _PLAIN_OUTPUT
+    if beside or len(tokens) != len(pictures) or tokens[0].dim() != 2:
+        raise DymoeError(f"{type(model).__name__}: its image features are more than a block of tokens a picture")
     return tokens

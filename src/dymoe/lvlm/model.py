@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
+from dymoe.lvlm.options import ModelOptions
 
 if TYPE_CHECKING:
     import torch
@@ -19,26 +20,34 @@ class Lvlm:
     processor: "ProcessorMixin"
 
 
-def load(name: str, dtype: str = "bfloat16", cache_dir: Path | None = None) -> Lvlm:
+def load(
+    name: str, dtype: str = "bfloat16", cache_dir: Path | None = None, options: ModelOptions | None = None
+) -> Lvlm:
     """Load "pocket", a local folder, or a Hub id of any image-text model of transformers, frozen.
 
     `dtype` is a floating torch dtype by name ("bfloat16", "float32", "float16"). `cache_dir` is where the pocket
     model's parts (or the Hub's files) are cached. Weights must be safetensors; no code that comes with a model runs.
+    `options` may ask for 4-bit linears.
 
     Raises:
-        DymoeError: unknown dtype, no such folder or Hub id, not an image-text model, weights cannot be fetched.
+        DymoeError: unknown dtype, no such folder or Hub id, not an image-text model, weights cannot be fetched, 4 bits
+            without bitsandbytes or of the pocket model.
     """
     import torch
 
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise DymoeError(f"dtype: {dtype!r} is not a floating dtype of torch; use bfloat16, float32 or float16")
+    if options is not None and options.load_in_4bit:
+        check_4bit()
+        if name == "pocket":
+            raise DymoeError("model_options.load_in_4bit: the pocket model is small and has no 4-bit form")
     if name == "pocket":
         from dymoe.lvlm import pocket
 
         model, processor = pocket.assemble(kind, cache_dir)
     else:
-        model, processor = _from_transformers(name, kind, cache_dir)
+        model, processor = _from_transformers(name, kind, cache_dir, options or ModelOptions())
     return Lvlm(freeze(model), processor)
 
 
@@ -56,21 +65,76 @@ def freeze(model: "PreTrainedModel") -> "PreTrainedModel":
     return model
 
 
+def check_4bit() -> None:
+    """Refuse to go on without bitsandbytes.
+
+    Raises:
+        DymoeError: it is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise DymoeError(
+            "model_options.load_in_4bit: needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or "
+            "take a recipe without it"
+        )
+
+
+def linears(model: "PreTrainedModel") -> tuple[list[str], list[str]]:
+    """Names of the plain linears inside and outside the language model's decoder."""
+    from torch import nn
+
+    decoder = set(model.get_decoder().modules())
+    every = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    head = model.get_output_embeddings()
+    inside = [name for name, module in every if module in decoder and module is not head]
+    return inside, [name for name, _ in every if name not in set(inside)]
+
+
+def _quantization(place: str, dtype: "torch.dtype", options: ModelOptions) -> dict[str, Any]:
+    """What makes transformers load the decoder's linears in 4 bits and nothing else; empty without."""
+    if not options.load_in_4bit:
+        return {}
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    from dymoe.lvlm.shapes import meta_model
+
+    _, outside = linears(meta_model(AutoConfig.from_pretrained(place, trust_remote_code=False)))
+    made = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.quant_type,
+        bnb_4bit_use_double_quant=options.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=outside,
+    )
+    return {"quantization_config": made}
+
+
 def _from_transformers(
-    name: str, dtype: "torch.dtype", cache_dir: Path | None
+    name: str, dtype: "torch.dtype", cache_dir: Path | None, options: ModelOptions
 ) -> tuple["PreTrainedModel", "ProcessorMixin"]:
     """Any image-text model of transformers by folder or Hub id."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from dymoe.lvlm.llava import image_backend
 
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise DymoeError(f"model {name!r}: no such folder; give 'pocket', a folder or a Hub id")
     place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            place, dtype=dtype, use_safetensors=True, trust_remote_code=False, cache_dir=cache_dir
+            place,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            cache_dir=cache_dir,
+            **_quantization(place, dtype, options),
         )
-        processor = AutoProcessor.from_pretrained(place, trust_remote_code=False, cache_dir=cache_dir)
-    except (OSError, ValueError, KeyError) as error:
+        backend = image_backend(Path(place))
+        # A folder that `dymoe assemble` wrote scales pictures as LLaVA's training did; transformers would not.
+        how = {} if backend is None else {"backend": backend}
+        processor = AutoProcessor.from_pretrained(place, trust_remote_code=False, cache_dir=cache_dir, **how)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DymoeError(
             f"model {name!r}: cannot be loaded as an image-text model of transformers ({first}); "

@@ -161,9 +161,11 @@ class Method:
         """Hook after a stage has trained, before its group is frozen, saved and evaluated."""
 
     # data
-    def training_samples(self, stage: Stage) -> list[Sample]:
-        """The samples that `stage` trains on."""
-        return [sample for task in stage.tasks for sample in task.train]
+    def training_samples(self, stage: Stage) -> Sequence[Sample]:
+        """The samples that `stage` trains on; those that are on disk stay there."""
+        from dymoe.tasks.lazy import joined
+
+        return joined([task.train for task in stage.tasks])
 
 
 def require(holds: bool, key: str, expected: str, value: Any) -> None:

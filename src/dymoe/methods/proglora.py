@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, ClassVar
@@ -68,13 +69,20 @@ class ProgLoRA(Method):
             compute=self.compute,
         )
 
-    def training_samples(self, stage: Stage) -> list[Sample]:
+    def training_samples(self, stage: Stage) -> Sequence[Sample]:
         """The stage's own samples, then those recalled: drawn without repetition, evenly from the tasks seen."""
+        from dymoe.tasks.lazy import joined
+
         own = super().training_samples(stage)
         count = round(self.recall * len(own))
         if count == 0 or not stage.seen:
             return own
         draw = random.Random(stage.seed)
-        pools = [draw.sample(list(task.train), len(task.train)) for task in stage.seen]
-        recalled = [sample for row in zip_longest(*pools) for sample in row if sample is not None]
-        return own + recalled[:count]
+        pools = [draw.sample(range(len(task.train)), len(task.train)) for task in stage.seen]
+        places = [
+            (task, place)
+            for row in zip_longest(*pools)
+            for task, place in zip(stage.seen, row, strict=True)
+            if place is not None
+        ]
+        return joined([own, [task.train[place] for task, place in places[:count]]])

@@ -1,37 +1,69 @@
 """Samples, tasks and streams, and the one way to load them.
 
-A stream is a loader in `STREAMS`: give it a task's name and it returns that task. To add a stream, write a
-module with `TASKS` (its task names in their original order) and `load_task(name, instructions, seed)`, and enter
-it there.
+A stream is a loader in `STREAMS`: a module with `TASKS` (its task names in their original order) and either
+`load_task(name, instructions, seed)` for a stream that comes with the package, or `load(names, instructions, seed,
+source)` for one that lives in the user's files (entered in `FROM_FILES` as well). A path to a YAML file is a stream of
+the user's own data (`dymoe.tasks.own`).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from dymoe.errors import DymoeError
 from dymoe.tasks.instructions import TYPES
 from dymoe.tasks.naming import unknown
+from dymoe.tasks.source import Source
 
 ORDERS = ("origin", "reverse", "alphabet")
-STREAMS = {"pocket-coin": "dymoe.tasks.pocket.stream"}
+STREAMS = {"pocket-coin": "dymoe.tasks.pocket.stream", "coin": "dymoe.tasks.coin.stream"}
+FROM_FILES = ("coin",)
+
+
+class Picture(Protocol):
+    """An encoded picture that is somewhere else until it is read."""
+
+    def read(self) -> bytes:
+        """The encoded picture (PNG, JPEG or WebP).
+
+        Raises:
+            DymoeError: it cannot be read; the message says where it should be.
+        """
 
 
 @dataclass(frozen=True)
 class Sample:
     """One question about one picture.
 
-    `image` is an encoded picture (PNG, JPEG or WebP) or None for a question of text alone; `question` holds its
-    instruction and no image token; `answer` is the training target; `reference` is what the task's scorer
-    reads: "answer", and with some rules "answers" (ten texts), "choices" (texts), "bbox" ([x0, y0, x1, y1]).
+    `picture` is an encoded picture (PNG, JPEG or WebP), something that reads one when asked, or None for a question of
+    text alone; `question` holds its instruction and no image token; `answer` is the training target; `reference` is
+    what the task's scorer reads: "answer", and with some rules "answers" (ten texts), "choices" (texts), "bbox"
+    ([x0, y0, x1, y1]); `turns` are the later (question, answer) pairs of a conversation about the same picture, which
+    are trained on with the first.
     """
 
     id: str
-    image: bytes | None
+    picture: bytes | Picture | None
     question: str
     answer: str
     reference: Mapping[str, Any]
+    turns: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def image(self) -> bytes | None:
+        """The encoded picture, read now if it is not in memory, and not kept; None for a question of text alone.
+
+        Raises:
+            DymoeError: it cannot be read; the message says where it should be.
+        """
+        return self.picture if self.picture is None or isinstance(self.picture, bytes) else self.picture.read()
+
+    @property
+    def has_image(self) -> bool:
+        """Whether there is a picture, without reading it."""
+        return self.picture is not None
 
 
 @dataclass(frozen=True)
@@ -48,10 +80,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Stream:
-    """Tasks in the order in which they are learned."""
+    """Tasks in the order in which they are learned.
+
+    `skipped` lists the records that were left out because they cannot be used (keys "file", "record" counted from 0,
+    "id", "error").
+    """
 
     name: str
     tasks: tuple[Task, ...]
+    skipped: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,8 +97,18 @@ class Stream:
 
 
 def available() -> tuple[str, ...]:
-    """The names of the streams that `load_stream` knows."""
+    """The names of the streams that `load_stream` knows, beside the path of a YAML file."""
     return tuple(STREAMS)
+
+
+def is_own(name: str) -> bool:
+    """Whether a stream's name is the path of a YAML file about one's own data."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def from_files(name: str) -> bool:
+    """Whether a stream is read from the user's files, as a `Source` says."""
+    return is_own(name) or name in FROM_FILES
 
 
 def task_names(name: str, order: str = "origin", tasks: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -70,11 +117,16 @@ def task_names(name: str, order: str = "origin", tasks: Sequence[str] | None = N
     Raises:
         DymoeError: as `load_stream`.
     """
-    if name not in STREAMS:
-        raise DymoeError(unknown("stream", name, STREAMS))
+    if name not in STREAMS and not is_own(name):
+        raise DymoeError(f"{unknown('stream', name, STREAMS)}, or the path of a YAML file about your own data")
     if order not in ORDERS:
         raise DymoeError(unknown("order", order, ORDERS))
-    known: tuple[str, ...] = tuple(import_module(STREAMS[name]).TASKS)
+    if is_own(name):
+        from dymoe.tasks import own
+
+        known = own.task_names(Path(name))
+    else:
+        known = tuple(import_module(STREAMS[name]).TASKS)
     for task in tasks or ():
         if task not in known:
             raise DymoeError(unknown("task", task, known))
@@ -96,15 +148,17 @@ def load_stream(
     instructions: str = "original",
     tasks: Sequence[str] | None = None,
     seed: int = 0,
+    source: Source | None = None,
 ) -> Stream:
     """Load a stream's tasks, every record checked.
 
     Args:
-        name: one of `available()`.
+        name: one of `available()`, or the path of a YAML file about one's own data.
         order: "origin" (CoIN's), "reverse" or "alphabet"; it also orders a subset given by `tasks`.
         instructions: "original", "diverse" or "10type" (a sentence per sample, picked by a hash).
         tasks: names of the tasks wanted; all when None.
         seed: changes which sentence "10type" picks, nothing else.
+        source: where the files are, for a stream that is read from files.
 
     Raises:
         DymoeError: an unknown stream, order, instruction type or task (the message names the nearest one), a
@@ -113,5 +167,12 @@ def load_stream(
     names = task_names(name, order, tasks)
     if instructions not in TYPES:
         raise DymoeError(unknown("instruction type", instructions, TYPES))
+    if is_own(name):
+        from dymoe.tasks import own
+
+        return own.load(Path(name), names, instructions, source or Source())
     loader = import_module(STREAMS[name])
+    if name in FROM_FILES:
+        stream: Stream = loader.load(names, instructions, seed, source or Source())
+        return stream
     return Stream(name, tuple(loader.load_task(task, instructions, seed) for task in names))

@@ -66,3 +66,21 @@ def strip(question: str) -> str:
         return rest
     first, separator, rest = question.partition(": ")
     return rest if separator and first in _sentences() else question
+
+
+def kinds(task: str, question: str) -> set[str]:
+    """The types whose sentence for `task` stands in `question`; none where no type's does.
+
+    Raises:
+        DymoeError: unknown task; the message names the nearest one.
+    """
+    if task not in _templates():
+        raise DymoeError(unknown("task", task, _templates()))
+    last = question.rpartition("\n")[2].strip().removesuffix(".")
+    first = question.partition(": ")[0]
+    found = set()
+    for kind, choice in _templates()[task].items():
+        sentences = [choice] if isinstance(choice, str) else choice
+        if last in sentences or first in sentences:
+            found.add(kind)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,7 +62,7 @@ class AnswerStyles(Companion):
         """Refuse to rewrite nothing."""
         require(0 < self.share <= 1, "share", "a share in (0, 1]", self.share)
 
-    def training_samples(self, samples: list[Sample], stage: Stage) -> list[Sample]:
+    def training_samples(self, samples: Sequence[Sample], stage: Stage) -> Sequence[Sample]:
         """The samples with a part of each of the stage's tasks rewritten, all in their places.
 
         Samples that are not of the stage's tasks (replayed ones) are left alone.

@@ -39,7 +39,7 @@ class Companion:
     def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Hook after a stage has trained, before its group is frozen, saved and evaluated."""
 
-    def training_samples(self, samples: list[Sample], stage: Stage) -> list[Sample]:
+    def training_samples(self, samples: Sequence[Sample], stage: Stage) -> Sequence[Sample]:
         """The samples that `stage` trains on."""
         return samples
 
@@ -106,7 +106,7 @@ class Composed(Method):
         for part in self.parts:
             part.after_task(model, stage, data)
 
-    def training_samples(self, stage: Stage) -> list[Sample]:
+    def training_samples(self, stage: Stage) -> Sequence[Sample]:
         """The method's samples as the companions change them."""
         samples = self.method.training_samples(stage)
         for companion in self.companions:

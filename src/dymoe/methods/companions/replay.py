@@ -49,19 +49,21 @@ class Replay(Companion):
         require(self.policy in ("balanced", "reservoir"), "policy", "balanced or reservoir", self.policy)
         require(self.share is None or 0 < self.share < 1, "share", "a share in (0, 1) or none", self.share)
 
-    def training_samples(self, samples: list[Sample], stage: Stage) -> list[Sample]:
+    def training_samples(self, samples: Sequence[Sample], stage: Stage) -> Sequence[Sample]:
         """The stage's samples and, after them, the replayed ones.
 
         Raises:
             DymoeError: the buffer's file is missing or names a sample that the stream does not have.
         """
+        from dymoe.tasks.lazy import joined
+
         kept = _resolve(self._earlier(stage)["slots"], stage.seen)
         if not kept or self.share is None:
-            return samples + kept
+            return joined([samples, kept])
         wanted = round(len(samples) * self.share / (1 - self.share))
         rounds, rest = divmod(wanted, len(kept))
         drawn = random.Random(f"share/{self.seed}/{stage.index}").sample(range(len(kept)), rest)
-        return samples + kept * rounds + [kept[place] for place in sorted(drawn)]
+        return joined([samples, kept * rounds, [kept[place] for place in sorted(drawn)]])
 
     def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Let the stage's tasks into the buffer and write its ids to ``replay.json``."""
@@ -84,7 +86,10 @@ class Replay(Companion):
 
 def _resolve(slots: Sequence[Sequence[str]], seen: Sequence[Task]) -> list[Sample]:
     """The samples that the slots name."""
-    known = {(task.name, sample.id): sample for task in seen for sample in task.train}
+    wanted = {(task, sample) for task, sample in slots}
+    known = {
+        (task.name, sample.id): sample for task in seen for sample in task.train if (task.name, sample.id) in wanted
+    }
     missing = next((slot for slot in slots if tuple(slot) not in known), None)
     if missing is not None:
         raise DymoeError(f"{FILE}: task {missing[0]!r} has no training sample {missing[1]!r}; the data changed")

@@ -1,5 +1,9 @@
 """Scoring rules, one file a rule: `scorer(name)` is the task's own rule, `lenient(name)` its tolerant twin.
 
+The pocket stream's rules have plain names ("letter"). CoIN's eight tasks have two rules each: "coin/grounding" does
+what CoIN's published code does, flaw for flaw, so that numbers can be compared with published ones;
+"corrected/grounding" does what a careful benchmark would do. The task may be in any case. `runner` scores whole files.
+
 Both are functions (prediction, reference) -> float in [0, 1]. A prediction may be any text: what cannot be read
 is wrong. A reference that cannot be read raises `DymoeError`. An answer that the lenient rule accepts and the
 strict rule does not is format drift: the model still knows, but says it in another task's form.
@@ -11,7 +15,21 @@ from typing import Any
 
 from dymoe.errors import DymoeError
 from dymoe.tasks.naming import unknown
-from dymoe.tasks.scoring import exact_match, iou, letter, soft_accuracy
+from dymoe.tasks.scoring import (
+    coin_gqa,
+    coin_grounding,
+    coin_imagenet,
+    coin_ocrvqa,
+    coin_open_answer,
+    coin_scienceqa,
+    exact_match,
+    iou,
+    letter,
+    open_answer,
+    processed_match,
+    sefe_scienceqa,
+    soft_accuracy,
+)
 
 Scorer = Callable[[str, Mapping[str, Any]], float]
 
@@ -20,9 +38,28 @@ _RULES: dict[str, ModuleType] = {
     "soft_accuracy": soft_accuracy,
     "exact_match": exact_match,
     "iou": iou,
+    "coin/scienceqa": coin_scienceqa,
+    "coin/textvqa": soft_accuracy,
+    "coin/imagenet": coin_imagenet,
+    "coin/gqa": coin_gqa,
+    "coin/vizwiz": coin_open_answer,
+    "coin/grounding": coin_grounding,
+    "coin/vqav2": coin_open_answer,
+    "coin/ocrvqa": coin_ocrvqa,
+    "corrected/scienceqa": letter,
+    "corrected/textvqa": soft_accuracy,
+    "corrected/imagenet": processed_match,
+    "corrected/gqa": exact_match,
+    "corrected/vizwiz": open_answer,
+    "corrected/grounding": iou,
+    "corrected/vqav2": open_answer,
+    "corrected/ocrvqa": exact_match,
+    "sefe/scienceqa": sefe_scienceqa,
 }
 
-__all__ = ["Scorer", "lenient", "names", "scorer"]
+COIN_TASKS = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCRVQA")
+
+__all__ = ["COIN_TASKS", "Scorer", "lenient", "names", "readable", "scorer"]
 
 
 def names() -> tuple[str, ...]:
@@ -50,7 +87,18 @@ def lenient(name: str) -> Scorer:
     return tolerant
 
 
+def readable(name: str) -> Callable[[str, Mapping[str, Any]], bool]:
+    """Return the test whether the strict rule of this name finds an answer in a prediction at all.
+
+    Raises:
+        DymoeError: no such rule; the message names the nearest one.
+    """
+    reads: Callable[[str, Mapping[str, Any]], bool] = _rule(name).readable
+    return reads
+
+
 def _rule(name: str) -> ModuleType:
-    if name not in _RULES:
+    rule = _RULES.get(name) or _RULES.get(str(name).lower())
+    if rule is None:
         raise DymoeError(unknown("scoring rule", name, _RULES))
-    return _RULES[name]
+    return rule

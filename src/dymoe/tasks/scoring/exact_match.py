@@ -1,10 +1,16 @@
-"""Exact match: the answer itself, but for case, space around it and a trailing period."""
+"""Exact match: the answer itself, but for case, space around it and a trailing period.
+
+Also `corrected/gqa` and `corrected/ocrvqa`. CoIN's rules differ in little things: its GQA rule keeps the space around a
+prediction and drops any number of periods (`coin_gqa`), its OCRVQA rule keeps both and calls every prediction wrong
+that holds the word Unanswerable (`coin_ocrvqa`). What matters more is the denominator: corrected counts a missing
+prediction as wrong, CoIN leaves it out.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.scoring.text import contains_words, process_answer
+from dymoe.tasks.scoring.text import brief, contains_words, process_answer
 
 _OPPOSITE = {"yes": "no", "no": "yes"}
 
@@ -34,6 +40,11 @@ def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
     return float(contains_words(said, answer))
 
 
+def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
+    """Whether the prediction says anything."""
+    return bool(_plain(prediction))
+
+
 def read_answer(reference: Mapping[str, Any]) -> str:
     """Return the reference's answer.
 
@@ -42,7 +53,19 @@ def read_answer(reference: Mapping[str, Any]) -> str:
     """
     answer = reference.get("answer")
     if not isinstance(answer, str) or not answer.strip():
-        raise DymoeError(f"reference: 'answer' must be a text that is not empty, not {answer!r}")
+        raise DymoeError(f"reference: 'answer' must be a text that is not empty, not {brief(answer)}")
+    return answer
+
+
+def read_text(reference: Mapping[str, Any]) -> str:
+    """Return the reference's answer, which CoIN's own rules take even when it is empty.
+
+    Raises:
+        DymoeError: it is missing or not text.
+    """
+    answer = reference.get("answer")
+    if not isinstance(answer, str):
+        raise DymoeError(f"reference: 'answer' must be a text, not {brief(answer)}")
     return answer
 
 

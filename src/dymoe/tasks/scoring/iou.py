@@ -1,4 +1,10 @@
-"""Grounding: the box in the answer must overlap the true one with an intersection over union above one half."""
+"""Grounding: the box in the answer must overlap the true one with an intersection over union above one half.
+
+Also `corrected/grounding`. A box is (x0, y0, x1, y1), each number divided by the long side of the padded square. CoIN's
+rule (`coin_grounding`) loses the first and the last character of the prediction, so that 0.67 at the end is read as
+0.6, and takes whatever four numbers remain; here the prediction must be a box in brackets and nothing is cut off. An
+intersection over union does not change with scale, so `size` is checked and not used.
+"""
 
 import math
 import re
@@ -6,8 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dymoe.errors import DymoeError
+from dymoe.tasks.scoring.text import brief
 
 THRESHOLD = 0.5
+SLACK = 0.05
+LARGEST_SIDE = 1e6
 _NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _BOX = re.compile(rf"\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
 _NUMBERS = re.compile(rf"(?<![0-9.A-Za-z]){_NUMBER}(?![0-9A-Za-z])")
@@ -16,10 +25,13 @@ Box = tuple[float, float, float, float]
 
 
 def strict(prediction: str, reference: Mapping[str, Any]) -> float:
-    """1.0 when the prediction is "[x0,y0,x1,y1]" and its IoU with `reference["bbox"]` is strictly above 0.5.
+    """1.0 when the prediction is "[x0,y0,x1,y1]" and its IoU with the true box is strictly above 0.5.
+
+    Args:
+        reference: `answer_bbox` ("[x0,y0,x1,y1]") and `size` ([w, h]) as CoIN publishes them, or `bbox`, four numbers.
 
     Raises:
-        DymoeError: the reference's box cannot be read.
+        DymoeError: the reference's box or size cannot be read.
     """
     truth = read_box(reference)
     found = _BOX.fullmatch(prediction.strip())
@@ -32,16 +44,25 @@ def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
     Raises:
         DymoeError: the reference's box cannot be read.
     """
-    truth = read_box(reference)
     if strict(prediction, reference):
         return 1.0
+    return float(loosely(prediction, read_box(reference)))
+
+
+def loosely(prediction: str, truth: Box) -> bool:
+    """Whether the four numbers in the prediction, however they are written, are a box that overlaps `truth`."""
     numbers = _NUMBERS.findall(prediction)
     if len(numbers) != 4:
-        return 0.0
+        return False
     x0, y0, x1, y1 = _floats(numbers)
     scale = 100.0 if max(x0, y0, x1, y1) > 1.5 else 1.0
     box = (min(x0, x1) / scale, min(y0, y1) / scale, max(x0, x1) / scale, max(y0, y1) / scale)
-    return float(iou(box, truth) > THRESHOLD)
+    return iou(box, truth) > THRESHOLD
+
+
+def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
+    """Whether the prediction is four numbers in brackets."""
+    return _BOX.fullmatch(prediction.strip()) is not None
 
 
 def iou(first: Box, second: Box) -> float:
@@ -60,21 +81,69 @@ def iou(first: Box, second: Box) -> float:
 
 
 def read_box(reference: Mapping[str, Any]) -> Box:
-    """Return the reference's box.
+    """Return the reference's box: `answer_bbox` where it is there, else `bbox`.
+
+    Published boxes are rounded: they may leave the picture by `SLACK` and a thin one may have no area (no answer can
+    overlap it).
 
     Raises:
-        DymoeError: it is not four finite numbers x0 < x1, y0 < y1 between 0 and 1.
+        DymoeError: it is not four finite numbers x0 < x1, y0 < y1 between 0 and 1, or the size is no size.
     """
+    if "answer_bbox" in reference:
+        if "size" in reference:
+            read_long_side(reference)
+        published = read_published(reference)
+        inside = all(-SLACK <= value <= 1 + SLACK for value in published)
+        if not inside or published[0] > published[2] or published[1] > published[3]:
+            raise DymoeError(
+                "reference: 'answer_bbox' must be [x0,y0,x1,y1] with x0 <= x1 and y0 <= y1, each divided by the long "
+                f"side of the picture, not {brief(reference['answer_bbox'])}"
+            )
+        return published
     box = reference.get("bbox")
     right = "four numbers [x0, y0, x1, y1] between 0 and 1 with x0 < x1 and y0 < y1"
     if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
-        raise DymoeError(f"reference: 'bbox' must be {right}, not {box!r}")
+        raise DymoeError(f"reference: 'bbox' must be {right}, not {brief(box)}")
     if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in box):
-        raise DymoeError(f"reference: 'bbox' must be {right}, not {box!r}")
+        raise DymoeError(f"reference: 'bbox' must be {right}, not {brief(box)}")
     x0, y0, x1, y1 = (float(value) for value in box)
     if x0 >= x1 or y0 >= y1:
-        raise DymoeError(f"reference: 'bbox' must be {right}, not {box!r}")
+        raise DymoeError(f"reference: 'bbox' must be {right}, not {brief(box)}")
     return x0, y0, x1, y1
+
+
+def read_published(reference: Mapping[str, Any]) -> Box:
+    """Return the four numbers of `answer_bbox`, a text "[x0,y0,x1,y1]" or a list, in any order and size.
+
+    Raises:
+        DymoeError: it is not four finite numbers.
+    """
+    value = reference.get("answer_bbox")
+    parts = value.replace("[", "").replace("]", "").split(",") if isinstance(value, str) else value
+    try:
+        if not isinstance(parts, list | tuple) or any(isinstance(part, bool) for part in parts):
+            raise TypeError
+        x0, y0, x1, y1 = (float(part) for part in parts)
+        if not all(map(math.isfinite, (x0, y0, x1, y1))):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        right = 'four numbers, "[x0,y0,x1,y1]"'
+        raise DymoeError(f"reference: 'answer_bbox' must be {right}, not {brief(value)}") from None
+    return x0, y0, x1, y1
+
+
+def read_long_side(reference: Mapping[str, Any]) -> float:
+    """Return the longer of the two numbers of `size`, in pixels.
+
+    Raises:
+        DymoeError: `size` is not two positive numbers.
+    """
+    size = reference.get("size")
+    if isinstance(size, list | tuple) and len(size) == 2:
+        numbers = [isinstance(side, int | float) and not isinstance(side, bool) for side in size]
+        if all(numbers) and all(0 < side <= LARGEST_SIDE for side in size):
+            return float(max(size))
+    raise DymoeError(f"reference: 'size' must be [width, height] in pixels, not {brief(size)}")
 
 
 def _floats(texts: Sequence[str]) -> Box:

@@ -1,11 +1,16 @@
-"""Multiple choice: the letter of the right choice, A to E."""
+"""Multiple choice: the letter of the right choice, A to E. Also `corrected/scienceqa`.
+
+CoIN's rule (`coin_scienceqa`) takes the first word of one character wherever it stands: "I think B" answers I, and
+"a whale" answers A because of the article. Here a letter counts as an answer where it stands alone or leads
+("B", "(B)", "B. whale"); everything else is format drift at best.
+"""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.scoring.text import contains_words, process_answer
+from dymoe.tasks.scoring.text import brief, contains_words, process_answer
 
 LETTERS = "ABCDE"
 _ALONE = re.compile(r"\(?([A-Ea-e])[.):]?")
@@ -18,13 +23,16 @@ _STANDING = re.compile(r"(?<![\w'])(?:([B-E])(?![\w'])|\(([A-E])\)|(A)[.)]?$)")
 def strict(prediction: str, reference: Mapping[str, Any]) -> float:
     """1.0 when the prediction is the right letter ("B", "b", "B.", "(B)") or starts with it ("B. bird").
 
+    Args:
+        reference: `answer` is a letter A to E, as in CoIN's test files, or an index 0 to 4, as in ScienceQA's
+            problems.json; `choices` (texts) may be missing.
+
     Raises:
         DymoeError: the reference's letter or choices cannot be read.
     """
-    answer, choices = _read(reference)
-    text = prediction.strip()
-    found = _ALONE.fullmatch(text) or _LEADING.fullmatch(text)
-    return float(found is not None and _valid(found[1], choices) == answer)
+    answer, choices = read_choice(reference)
+    found = _said(prediction)
+    return float(found is not None and _valid(found, choices) == answer)
 
 
 def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
@@ -35,11 +43,11 @@ def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
     Raises:
         DymoeError: the reference's letter or choices cannot be read.
     """
-    answer, choices = _read(reference)
+    answer, choices = read_choice(reference)
     if strict(prediction, reference):
         return 1.0
     text = prediction.strip()
-    if _ALONE.fullmatch(text) or _LEADING.fullmatch(text):
+    if _said(text) is not None:
         return 0.0
     named = {found.upper() for found in _NAMED.findall(text)}
     if not named:
@@ -47,6 +55,18 @@ def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
     if not named:
         named = _by_text(process_answer(text), choices)
     return float(len(named) == 1 and _valid(named.pop(), choices) == answer)
+
+
+def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
+    """Whether the strict rule finds a letter in the prediction that one of the choices has."""
+    found = _said(prediction)
+    return found is not None and _valid(found, read_choice(reference)[1]) is not None
+
+
+def _said(prediction: str) -> str | None:
+    text = prediction.strip()
+    found = _ALONE.fullmatch(text) or _LEADING.fullmatch(text)
+    return None if found is None else found[1]
 
 
 def _by_text(said: str, choices: list[str]) -> set[str]:
@@ -68,12 +88,19 @@ def _valid(letter: str, choices: list[str]) -> str | None:
     return upper if not choices or LETTERS.index(upper) < len(choices) else None
 
 
-def _read(reference: Mapping[str, Any]) -> tuple[str, list[str]]:
+def read_choice(reference: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return the letter of the right choice and the choices (an empty list when the reference has none).
+
+    Raises:
+        DymoeError: the answer is no letter and no index, the choices are no texts, or there is no such choice.
+    """
     answer, choices = reference.get("answer"), reference.get("choices", [])
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(LETTERS):
+        answer = LETTERS[answer]
     if not isinstance(answer, str) or len(answer) != 1 or answer not in LETTERS:
-        raise DymoeError(f"reference: 'answer' must be one letter of A to E, not {answer!r}")
+        raise DymoeError(f"reference: 'answer' must be one letter of A to E or its index 0 to 4, not {brief(answer)}")
     if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
-        raise DymoeError(f"reference: 'choices' must be a list of texts, not {choices!r}")
+        raise DymoeError(f"reference: 'choices' must be a list of texts, not {brief(choices)}")
     if len(choices) > len(LETTERS):
         raise DymoeError(f"reference: {len(choices)} choices, at most {len(LETTERS)} have a letter")
     if choices and LETTERS.index(answer) >= len(choices):

@@ -2,19 +2,25 @@
 
 Antol et al. 2015: an answer is right to the degree min(matches / 3, 1), averaged over the ten ways to leave one
 person out; so 0, 1, 2, 3 and 4 or more matches of 10 give 0, 0.3, 0.6, 0.9 and 1.
+
+Also `coin/textvqa` and `corrected/textvqa`: CoIN scores TextVQA with the published evaluation, so the rules are the
+same. Their denominators are not: CoIN's is the number of predictions, the corrected one the number of questions.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.scoring.text import contains_words, process_answer
+from dymoe.tasks.scoring.text import brief, contains_words, process_answer
 
 PEOPLE = 10
 
 
 def strict(prediction: str, reference: Mapping[str, Any]) -> float:
     """The soft accuracy of the prediction against `reference["answers"]`, both sides processed.
+
+    Args:
+        reference: `answers` holds ten texts, or ten mappings with the text under `answer` (VQAv2's and VizWiz's files).
 
     Raises:
         DymoeError: the reference does not hold ten answers.
@@ -39,6 +45,11 @@ def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
     return best
 
 
+def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
+    """Whether anything is left of the prediction once it is processed."""
+    return bool(process_answer(prediction))
+
+
 def _accuracy(said: str, answers: list[str]) -> float:
     matches = answers.count(said)
     # Leaving out one of the matching people leaves matches - 1, leaving out any other leaves all of them.
@@ -48,8 +59,10 @@ def _accuracy(said: str, answers: list[str]) -> float:
 
 def _read(reference: Mapping[str, Any]) -> list[str]:
     answers = reference.get("answers")
+    if isinstance(answers, list | tuple):
+        answers = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
     if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
-        raise DymoeError(f"reference: 'answers' must be a list of {PEOPLE} texts, not {answers!r}")
+        raise DymoeError(f"reference: 'answers' must be a list of {PEOPLE} texts, not {brief(answers)}")
     if len(answers) != PEOPLE:
         raise DymoeError(f"reference: 'answers' must hold {PEOPLE} texts, it holds {len(answers)}")
     return [process_answer(answer) for answer in answers]

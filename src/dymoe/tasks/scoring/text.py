@@ -1,8 +1,8 @@
 """Bringing free-text answers to one form, as the evaluation of the VQA challenges does.
 
-The rules (Goyal et al. 2017, VQA v2 evaluation; the same are used by TextVQA and VizWiz): lower case, no commas
-and question marks, possessives apart, punctuation dropped or turned into a space, number words to digits, no
-articles, apostrophes put back into contractions.
+The rules (Goyal et al. 2017, VQA v2 evaluation; the same are used by TextVQA and VizWiz and known as the EvalAI
+answer processor): lower case, no commas and question marks, possessives apart, punctuation dropped or turned into
+a space, number words to digits, no articles, apostrophes put back into contractions.
 """
 
 import re
@@ -15,24 +15,42 @@ _NUMBERS = {
     )
 }
 _ARTICLES = {"a", "an", "the"}
+# A contraction is known by its spelling with one apostrophe missing (dont, couldnt've). Those are left out whose bare
+# spelling is a commoner word of its own (id, ill, its, lets, shed, shell, wed, well, were), and im and ive, which the
+# published table spells with a capital and so never meets in lower case.
 _WITH_APOSTROPHE = (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how's "
-    "i'd i'm i've isn't it'd it'll let's ma'am might've mightn't must've mustn't needn't not've o'clock "
-    "oughtn't shan't she'd she's should've shouldn't somebody's someone's something's that'd that's there'd "
-    "there're there's they'd they'll they're they've 'twas wasn't we'd we've weren't what'll what're what's "
-    "what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've "
-    "wouldn't y'all you'd you'll you're you've"
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've "
+    "mustn't needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've "
+    "somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll "
+    "that'd that'd've that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas "
+    "wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've "
+    "who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd "
+    "you'd've you'll you're you've"
 )
-_CONTRACTIONS = {word.replace("'", ""): word for word in _WITH_APOSTROPHE.split()}
+_CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for word in _WITH_APOSTROPHE.split()
+    for place, letter in enumerate(word)
+    if letter == "'"
+}
 _COMMA_IN_NUMBER = re.compile(r"[0-9],[0-9]")
-_LOOSE_PERIOD = re.compile(r"\.(?![0-9])")
+_LOOSE_PERIOD = re.compile(r"\.(?!\d)")
+# The published evaluation passes a flag where the number of replacements stands, so it strips this many periods.
+_MOST_PERIODS = int(re.UNICODE)
 
 
 def process_answer(answer: str) -> str:
     """Return `answer` in the form in which answers are compared."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    return _words(_LOOSE_PERIOD.sub("", _punctuation(text)))
+    return _words(_LOOSE_PERIOD.sub("", _punctuation(text), count=_MOST_PERIODS))
+
+
+def same_answer(first: str, second: str) -> bool:
+    """Whether two answers are the same once processed; one that vanishes ("a", "...") is compared as it stands."""
+    said, wanted = process_answer(first), process_answer(second)
+    return said == wanted if wanted else first.strip().lower() == second.strip().lower()
 
 
 def _punctuation(text: str) -> str:
@@ -58,3 +76,9 @@ def contains_words(text: str, phrase: str, longest: int = 24) -> bool:
     if not wanted or len(words) > longest:
         return False
     return any(words[start : start + len(wanted)] == wanted for start in range(len(words)))
+
+
+def brief(value: object, longest: int = 80) -> str:
+    """`repr(value)`, cut where a message would become unreadable."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."

@@ -1,0 +1,60 @@
+"""`dymoe assemble`: LLaVA-1.5 before instruction tuning from Vicuna, CLIP and the pretrained projector."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from dymoe.errors import DymoeError
+
+HELP = """usage: dymoe assemble --llm MODEL --vision MODEL --projector FILE --output FOLDER [--dtype bfloat16]
+
+Build the base model of CoIN (LLaVA-1.5 before instruction tuning) as one folder that `model:` of a recipe names.
+
+  --llm MODEL       Vicuna as a folder or Hub id, for example lmsys/vicuna-7b-v1.5
+  --vision MODEL    CLIP as a folder or Hub id, for example openai/clip-vit-large-patch14-336
+  --projector FILE  LLaVA's pretrained mm_projector.bin (or .safetensors), of the same size of Vicuna
+  --output FOLDER   a new folder
+  --dtype DTYPE     bfloat16 (default), float16 or float32"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check every input, write the folder, say how to use it."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(HELP)
+        return 0 if argv else 2
+    found = _options(argv)
+    from dymoe.lvlm.llava import assemble
+
+    done = assemble(
+        found["--llm"],
+        found["--vision"],
+        found["--projector"],
+        found["--output"],
+        found["--dtype"],
+        tell=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    print(
+        f"{done.folder}: {done.parameters / 1e9:.2f} billion parameters, {done.bytes / 1e9:.1f} GB, "
+        f"{done.image_tokens} tokens an image"
+    )
+    print(f"Use it: dymoe run RECIPE --model {shlex.quote(str(done.folder))}")
+    return 0
+
+
+def _options(argv: Sequence[str]) -> dict[str, str]:
+    from dymoe.methods.settings import nearest
+
+    known = ("--llm", "--vision", "--projector", "--output", "--dtype")
+    found = {"--dtype": "bfloat16"}
+    words = list(argv)
+    while words:
+        key, equals, value = words.pop(0).partition("=")
+        if key not in known:
+            raise DymoeError(f"assemble: {key}: unknown option; {nearest(key, known)}")
+        if not equals and (not words or words[0].startswith("--")):
+            raise DymoeError(f"assemble: {key}: expected a value after it")
+        found[key] = value if equals else words.pop(0)
+    for key in known:
+        if not found.get(key):
+            raise DymoeError(f"assemble: {key} is missing; see dymoe assemble --help")
+    return found

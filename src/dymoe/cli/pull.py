@@ -1,0 +1,32 @@
+"""`dymoe pull SOURCE FOLDER`: fetch a shared result and check all of it."""
+
+from collections.abc import Sequence
+
+from dymoe.errors import DymoeError
+
+HELP = """usage: dymoe pull SOURCE FOLDER
+
+Fetch what `dymoe push` shared. The folder appears when every file's SHA-256 and every group's hash were found right;
+pickles, links, paths that lead out of the folder and large unknown files are refused.
+
+  SOURCE  a folder (file:PATH or a path) or a Hub repository (owner/name or hub:owner/name)
+  FOLDER  where to; it must not exist or be empty"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fetch, check, put in place."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(HELP)
+        return 0 if argv else 2
+    if strange := [word for word in argv if word.startswith("--")]:
+        raise DymoeError(f"pull: {strange[0]}: unknown option; pull has none")
+    if len(argv) != 2:
+        raise DymoeError(f"pull: expected SOURCE and FOLDER, got {len(argv)} words; see dymoe pull --help")
+    from dymoe.learning.travel.pull import pull
+
+    done = pull(argv[0], argv[1])
+    print(f"stages {', '.join(done.stages)}: {done.folder}")
+    print(f"SHA-256 of manifest.json: {done.manifest}")
+    if done.left:
+        print(f"left behind, not in manifest.json: {', '.join(done.left)}")
+    return 0

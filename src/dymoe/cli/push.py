@@ -1,0 +1,76 @@
+"""`dymoe push RUN TARGET`: share a run's groups, recipe and numbers."""
+
+from collections.abc import Sequence
+
+from dymoe.errors import DymoeError
+
+HELP = """usage: dymoe push RUN TARGET [--stage N] [--private] [--message TEXT] [--license ID]
+
+Share a run: its expert groups (one PEFT adapter each), recipe, accuracy matrix and metrics, a model card, and a
+manifest with the SHA-256 of every file. All of it arrives or nothing; paths of this machine are left out.
+
+  RUN             a run folder with at least one finished stage
+  TARGET          a folder (file:PATH or a path) or a Hub repository (owner/name or hub:owner/name)
+  --stage N       the first N stages (all that are finished)
+  --private       make the Hub repository private
+  --message TEXT  message of the Hub's commit
+  --license ID    licence of the groups as the Hub names it, for example apache-2.0 (not stated)"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Collect, check, send."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(HELP)
+        return 0 if argv else 2
+    options, words = parse("push", argv, ("--stage", "--message", "--license"), ("--private",))
+    if len(words) != 2:
+        raise DymoeError(f"push: expected RUN and TARGET, got {len(words)} words; see dymoe push --help")
+    stage = options.get("--stage")
+    if stage is not None and not (stage.isascii() and stage.isdigit()):
+        raise DymoeError(f"push: --stage: expected a whole number of at least 1, got {stage!r}")
+    from dymoe.learning.travel.push import push
+
+    done = push(
+        words[0],
+        words[1],
+        None if stage is None else int(stage),
+        "--private" in options,
+        options.get("--message"),
+        options.get("--license"),
+    )
+    print(f"stages 1 to {done.stages}, {done.size / 2**20:.1f} MiB: {done.where}")
+    print(f"SHA-256 of manifest.json: {done.manifest}")
+    return 0
+
+
+def parse(
+    command: str, argv: Sequence[str], valued: Sequence[str], flags: Sequence[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """Options by name (flags with an empty text) and the words that belong to none.
+
+    Raises:
+        DymoeError: an unknown option, one without its value, or one given twice.
+    """
+    from dymoe.methods.settings import nearest
+
+    options: dict[str, str] = {}
+    found: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            found.append(word)
+            continue
+        key, equals, value = word.partition("=")
+        if key not in (*valued, *flags):
+            raise DymoeError(f"{command}: {key}: unknown option; {nearest(key, [*valued, *flags])}")
+        if key in options:
+            raise DymoeError(f"{command}: {key}: is there twice")
+        if key in valued and not equals:
+            if not words:
+                raise DymoeError(f"{command}: {key}: expected a value after it")
+            value = words.pop(0)
+        if key in flags and equals:
+            raise DymoeError(f"{command}: {key}: takes no value")
+        options[key] = value
+    return options, found

@@ -1,0 +1,94 @@
+"""`dymoe score --rule RULE --task TASK PREDICTIONS REFERENCES`: score answers in CoIN's own format."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dymoe.errors import DymoeError
+
+HELP = """usage: dymoe score --rule coin|corrected --task TASK PREDICTIONS REFERENCES [options]
+
+Score a file of predictions (JSON lines with question_id and text) against a file of test records (CoIN's test.json or
+val.json); print the accuracy and what was counted, and write them as JSON with the rule and the files' SHA-256.
+
+  --rule RULE        coin: as CoIN's published code, flaw for flaw; corrected: as a careful benchmark would
+  --task TASK        ScienceQA, TextVQA, ImageNet, GQA, VizWiz, Grounding, VQAv2 or OCRVQA, in any case
+  --annotations DIR  the image root (cl_dataset) or the task's folder in it: ScienceQA's problems.json and
+                     pid_splits.json, TextVQA's TextVQA_0.5.1_val.json (needed), GQA's testdev_balanced_questions.json
+  --variant NAME     with --rule coin: coin (default) or sefe (SEFE's code); they differ on ScienceQA alone
+  --output FILE      the JSON (beside the predictions: NAME.coin.json, NAME.sefe.json or NAME.corrected.json)"""
+
+OPTIONS = ("--rule", "--task", "--annotations", "--variant", "--output")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Score, print, write."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(HELP)
+        return 0 if argv else 2
+    options, files = _words(argv)
+    for needed in ("--rule", "--task"):
+        if needed not in options:
+            raise DymoeError(f"score: {needed} is missing; see dymoe score --help")
+    if len(files) != 2:
+        raise DymoeError(f"score: expected two files, PREDICTIONS and REFERENCES, got {len(files)}")
+    from dymoe.files import atomic_json
+    from dymoe.tasks.scoring.runner import score_files
+
+    predictions, references = files
+    scores = score_files(
+        predictions,
+        references,
+        options["--task"],
+        options["--rule"],
+        options.get("--annotations"),
+        options.get("--variant", "coin"),
+    )
+    owner = scores.rule.partition("/")[0]
+    output = Path(options.get("--output") or Path(predictions).with_suffix(f".{owner}.json"))
+    read = (scores.predictions, *scores.references)
+    if output.resolve() in [Path(source.path).resolve() for source in read]:
+        raise DymoeError(f"score: --output {output}: is one of the files to be read; name another")
+    print(told(scores))
+    atomic_json(output, scores.as_dict())
+    print(f"Scores: {output}")
+    return 0
+
+
+def told(scores: Any) -> str:
+    """The scores in a few lines."""
+    counts = scores.counts
+    return "\n".join(
+        [
+            f"{scores.task}, rule {scores.rule}: {scores.accuracy:.2f} % of {scores.denominator}",
+            f"  of: {scores.denominator_is}",
+            f"  right {counts.right}  partial {counts.partial}  wrong {counts.wrong}",
+            f"  unreadable {counts.unreadable}  missing {counts.missing}  skipped {counts.skipped}  "
+            f"duplicate ids {counts.duplicates}  unknown ids {counts.unknown}",
+            f"  lenient {scores.lenient_accuracy:.2f} %, so {scores.format_drift:.2f} points are format drift",
+            *(f"  note: {remark}" for remark in scores.remarks),
+        ]
+    )
+
+
+def _words(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Options by name, and the words that belong to none."""
+    from dymoe.tasks.naming import unknown
+
+    options: dict[str, str] = {}
+    files: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            files.append(word)
+            continue
+        key, equals, value = word.partition("=")
+        if key not in OPTIONS:
+            raise DymoeError(f"score: {unknown('option', key, OPTIONS)}")
+        if not equals and not words:
+            raise DymoeError(f"score: {key}: expected a value after it")
+        if key in options:
+            raise DymoeError(f"score: {key}: is there twice")
+        options[key] = value if equals else words.pop(0)
+    return options, files

@@ -1,0 +1,325 @@
+"""The manifest of a shared result: every file with its SHA-256, every stage with its groups; and all the checks.
+
+A shared result is a folder::
+
+    README.md  manifest.json  recipe.yaml  results.json  run.yaml
+    groups/NN-NAME/adapter_config.json
+    groups/NN-NAME/adapter_model.safetensors
+
+one folder per stage, as PEFT saves an adapter. Nothing else belongs to it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dymoe.errors import DymoeError
+
+FORMAT = "dymoe-results/1"
+MANIFEST = "manifest.json"
+TEXTS = ("README.md", "recipe.yaml", "results.json", "run.yaml")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+MANIFEST_BYTES = 4 * 2**20  # no manifest of a real run comes near
+TEXT_BYTES = 64 * 2**20
+STRAY_BYTES = 2**20  # a file that the manifest does not list may have this size, and is left behind
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".th", ".t7")
+PART = r"[^/\\:*?\"<>|\x00-\x1f\x7f]+"
+FOLDER = re.compile(rf"groups/\d{{2,}}-{PART}")
+SHA = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One expert group as a stage has it: its name in the model, its folder, its `dymoe.group_hash`."""
+
+    name: str
+    folder: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file must be: size in bytes and SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checked manifest.
+
+    Attributes:
+        base: the base model's name.
+        stages: name and groups, in the order they were added, of every stage.
+        files: every file by its path in the folder; the manifest itself is not among them.
+    """
+
+    base: str
+    stages: tuple[tuple[str, tuple[Group, ...]], ...]
+    files: Mapping[str, File]
+
+    def groups(self, stage: int | None, where: str) -> tuple[Group, ...]:
+        """The groups of `stage` (counted from 1), of the last one when None.
+
+        Raises:
+            DymoeError: there is no such stage.
+        """
+        count = len(self.stages)
+        number = count if stage is None else stage
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= count:
+            raise DymoeError(f"{where}: stage {stage!r}: there are stages 1 to {count}")
+        return self.stages[number - 1][1]
+
+    def to_json(self, **facts: Any) -> dict[str, Any]:
+        """The manifest as JSON values, `facts` (for readers, never read again) among them."""
+        return {
+            "format": FORMAT,
+            "base": self.base,
+            **facts,
+            "stages": [
+                {"stage": number, "name": name, "groups": [vars(group) for group in groups]}
+                for number, (name, groups) in enumerate(self.stages, start=1)
+            ],
+            "files": {name: {"bytes": file.size, "sha256": file.sha256} for name, file in sorted(self.files.items())},
+        }
+
+
+def parse(text: bytes, where: str) -> Manifest:
+    """Read a manifest and check all it says.
+
+    Raises:
+        DymoeError: it is no manifest of a shared result, lacks something, or names a file outside the layout.
+    """
+    told = f"{where}: {MANIFEST}"
+    if len(text) > MANIFEST_BYTES:
+        raise DymoeError(f"{told}: larger than {MANIFEST_BYTES} bytes; this is no manifest of dymoe push")
+    try:
+        values = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DymoeError(f"{told}: not valid JSON ({error})") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise DymoeError(f"{told}: format is {found!r}, expected {FORMAT!r}; this is no result of dymoe push")
+    files = _files(values.get("files"), told)
+    stages = tuple(_stage(number, entry, told) for number, entry in enumerate(_list(values, "stages", told), start=1))
+    known: dict[str, Group] = {}
+    for _, groups in stages:
+        for group in groups:
+            if known.setdefault(group.folder, group) != group:
+                raise DymoeError(f"{told}: {group.folder!r} is two different groups")
+    expected = {*TEXTS, *(f"{folder}/{name}" for folder in known for name in (CONFIG, WEIGHTS))}
+    if missing := sorted(expected - set(files)):
+        raise DymoeError(f"{told}: files: {missing[0]!r} is not listed")
+    if strange := sorted(set(files) - expected):
+        raise DymoeError(f"{told}: files: {strange[0]!r} does not belong to a shared result")
+    base = values.get("base")
+    return Manifest(base if isinstance(base, str) else "", stages, files)
+
+
+def _list(values: Mapping[str, Any], key: str, told: str) -> list[Any]:
+    found = values.get(key)
+    if not isinstance(found, list) or not found:
+        raise DymoeError(f"{told}: {key!r} is missing or empty; a list is needed")
+    return found
+
+
+def _files(values: Any, told: str) -> dict[str, File]:
+    if not isinstance(values, dict):
+        raise DymoeError(f"{told}: 'files' is missing; an object of paths is needed")
+    files = {}
+    for name, entry in values.items():
+        check_name(name, told)
+        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if not (type(size) is int and size >= 0 and isinstance(digest, str) and SHA.fullmatch(digest)):
+            raise DymoeError(f"{told}: files: {name!r}: bytes (a whole number) and sha256 (64 digits) are needed")
+        if not name.endswith(WEIGHTS) and size > TEXT_BYTES:
+            raise DymoeError(f"{told}: files: {name!r}: {size} bytes are too many for this file")
+        files[name] = File(size, digest)
+    return files
+
+
+def _stage(number: int, entry: Any, told: str) -> tuple[str, tuple[Group, ...]]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise DymoeError(f"{told}: stage {number}: an object with name and groups is needed")
+    groups = []
+    for row in _list(entry, "groups", f"{told}: stage {number}"):
+        parts = [row.get(key) for key in ("name", "folder", "hash")] if isinstance(row, dict) else [None]
+        if not all(isinstance(part, str) and part for part in parts):
+            raise DymoeError(f"{told}: stage {number}: a group needs name, folder and hash, got {row!r}")
+        group = Group(*parts)  # type: ignore[arg-type]
+        check_name(group.folder, told)
+        if not FOLDER.fullmatch(group.folder):
+            raise DymoeError(f"{told}: stage {number}: folder {group.folder!r}: expected groups/NN-NAME")
+        if not SHA.fullmatch(group.hash):
+            raise DymoeError(f"{told}: stage {number}: group {group.name!r}: hash needs 64 digits")
+        groups.append(group)
+    if len({group.name for group in groups}) != len(groups):
+        raise DymoeError(f"{told}: stage {number}: two groups of one name")
+    return entry["name"], tuple(groups)
+
+
+def check_name(name: str, told: str) -> None:
+    """Refuse the path of a file that would leave the folder, or that some machine would read otherwise.
+
+    Raises:
+        DymoeError: an absolute path, a ``..``, a backslash, a drive, an empty part or a control character.
+    """
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+        raise DymoeError(f"{told}: {name!r} is an absolute path; only paths inside the folder are taken")
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise DymoeError(f"{told}: {name!r} leads out of the folder; only plain paths inside it are taken")
+    if not re.fullmatch(rf"{PART}(/{PART})*", name):
+        raise DymoeError(f"{told}: {name!r} has a character that no path may have here")
+
+
+def check_strays(names: Mapping[str, int], listed: Iterable[str], where: str) -> list[str]:
+    """Look at the files (size in bytes by path) beside those that are listed; those that are left behind come back.
+
+    Raises:
+        DymoeError: a pickle, or a large file that nothing is known about.
+    """
+    known = {*listed, MANIFEST}
+    strays = sorted(name for name in names if name not in known)
+    for name in strays:
+        if name.lower().endswith(PICKLES):
+            raise DymoeError(f"{where}: {name}: a pickle can run code when it is read; a shared result has none")
+        if names[name] > STRAY_BYTES:
+            raise DymoeError(f"{where}: {name}: an unknown file of {names[name]} bytes that {MANIFEST} does not list")
+    return [name for name in strays if name != ".gitattributes"]
+
+
+def tree(root: Path, where: str) -> dict[str, int]:
+    """Size of every file below `root` by its path; git's and the Hub client's own folders are passed over.
+
+    Raises:
+        DymoeError: a link, or something that is neither file nor folder; a file that begins like a pickle though the
+            manifest cannot know it.
+    """
+    found: dict[str, int] = {}
+    try:
+        for place, folders, files in os.walk(root, followlinks=False, onerror=_raise):
+            if Path(place) == root:
+                folders[:] = [name for name in folders if name not in (".git", ".cache")]
+            for name in (*folders, *files):
+                path = Path(place) / name
+                told, mode = path.relative_to(root).as_posix(), path.lstat().st_mode
+                if stat.S_ISLNK(mode):
+                    raise DymoeError(f"{where}: {told}: is a link; a shared result has plain files alone")
+                if stat.S_ISREG(mode):
+                    # The header's length, with which safetensors files begin, may look like a pickle's first bytes.
+                    if not name.endswith(".safetensors") and pickled(path):
+                        raise DymoeError(f"{where}: {told}: begins like a pickle, which can run code when it is read")
+                    found[told] = path.stat().st_size
+                elif not stat.S_ISDIR(mode):
+                    raise DymoeError(f"{where}: {told}: is no plain file")
+    except OSError as error:
+        raise DymoeError(f"{where}: cannot be read ({error.strerror or error})") from error
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def pickled(path: Path) -> bool:
+    """Whether a file begins as pickles of protocol 2 to 5 do, or as the zip files that torch.save writes."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    return head[:4] == b"PK\x03\x04" or (len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5)
+
+
+def file_of(path: Path) -> File:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as opened:
+        return File(os.fstat(opened.fileno()).st_size, hashlib.file_digest(opened, "sha256").hexdigest())
+
+
+def check_file(path: Path, name: str, expected: File, where: str) -> None:
+    """Compare a file with what the manifest says of it.
+
+    Raises:
+        DymoeError: it is missing, cannot be read, or differs.
+    """
+    if not path.is_file():
+        raise DymoeError(f"{where}: {name}: is missing")
+    try:
+        size = path.stat().st_size
+        if size != expected.size:
+            raise DymoeError(f"{where}: {name}: has {size} bytes, {MANIFEST} says {expected.size}")
+        if file_of(path).sha256 != expected.sha256:
+            raise DymoeError(f"{where}: {name}: its SHA-256 is not the one in {MANIFEST}; the file was changed")
+    except OSError as error:
+        raise DymoeError(f"{where}: {name}: cannot be read ({error.strerror or error})") from error
+
+
+def check_group(folder: Path, group: Group, where: str) -> None:
+    """Check that a folder holds an expert group with this hash, and nothing that would import code when loaded.
+
+    Raises:
+        DymoeError: the config is of another PEFT method or names a library other than transformers, the weights
+            cannot be read or are not those that the hash was made of.
+    """
+    told = f"{where}: {group.folder}/{CONFIG}"
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DymoeError(f"{told}: cannot be read ({error})") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "DYMOE":
+        raise DymoeError(f"{told}: is not the config of an expert group (peft_type DYMOE)")
+    mapping = config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else "transformers."
+    # PEFT's AutoPeftModel imports what is named here.
+    if not isinstance(library, str) or not library.startswith("transformers."):
+        raise DymoeError(f"{told}: auto_mapping names {library!r}, which is no module of transformers")
+    if stored_hash(folder / WEIGHTS, f"{where}: {group.folder}/{WEIGHTS}") != group.hash:
+        raise DymoeError(f"{where}: {group.folder}: expert group {group.name!r} is not the one saved (hash differs)")
+
+
+def stored_hash(file: Path, where: str) -> str:
+    """`dymoe.group_hash` of a saved group, without a model: PEFT's keys are the names that go into the hash.
+
+    Raises:
+        DymoeError: the file is no safetensors file.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    digest = hashlib.sha256()
+    try:
+        with safe_open(file, "pt") as tensors:
+            for name in sorted(tensors.keys()):
+                tensor = tensors.get_tensor(name)
+                digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DymoeError(f"{where}: cannot be read as safetensors ({error})") from None
+    return digest.hexdigest()
+
+
+def check_tree(root: Path, where: str) -> Manifest:
+    """Check a whole shared result: exactly the files that its manifest lists, each as it says, every group's hash.
+
+    Args:
+        root: the folder.
+        where: what messages call it.
+
+    Raises:
+        DymoeError: the first thing that is wrong.
+    """
+    manifest = parse((root / MANIFEST).read_bytes(), where)
+    found = tree(root, where)
+    if strange := sorted(set(found) - set(manifest.files) - {MANIFEST}):
+        raise DymoeError(f"{where}: {strange[0]}: {MANIFEST} does not list it")
+    for name, expected in manifest.files.items():
+        check_file(root / name, name, expected, where)
+    for group in {group.folder: group for _, groups in manifest.stages for group in groups}.values():
+        check_group(root / group.folder, group, where)
+    return manifest

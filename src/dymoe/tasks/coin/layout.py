@@ -1,0 +1,262 @@
+"""Finding the parts of a CoIN tree: instruction folders, task folders, image root, annotation files.
+
+Published layouts (`published.json`): CoIN's repository (``playground/Instructions_Original``) and data set
+(``Instruction_Original``, ``Instruction_Type2``), the fork (``Instructions``, ``Instructions_Diverse``,
+``Instructions_10Type``) and SEFE (``annotations`` with ``train_ori.json``, ``train_x20.json`` ..). Which instruction
+type a folder holds is read off its text where that says so, else off its name.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dymoe.errors import DymoeError
+from dymoe.files import read_json
+from dymoe.tasks import instructions
+from dymoe.tasks.llava import parse
+from dymoe.tasks.source import Source
+
+PUBLISHED = Path(__file__).parent / "published.json"
+TASKS = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCRVQA")
+BELOW = ("", "playground", "data", "datasets")  # where below the root the folders may stand
+PEEK_BYTES, PEEK_RECORDS = 1 << 18, 40
+
+
+@cache
+def published() -> dict[str, Any]:
+    """What is published about the data: sizes, folder names, annotation files, with the source."""
+    values: dict[str, Any] = read_json(PUBLISHED)
+    return values
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything is.
+
+    Attributes:
+        root: the tree.
+        instructions: the folder with a folder per task.
+        images: the image root.
+        variant: whose tree it is, ``coin``, ``fork``, ``sefe``, or ``unknown``.
+        replaced: whether the text there is of the original type while another was asked for, so that templates
+            replace it.
+    """
+
+    root: Path
+    instructions: Path
+    images: Path
+    variant: str
+    replaced: bool
+
+    def task_folder(self, task: str) -> Path:
+        """The folder of a task's files.
+
+        Raises:
+            DymoeError: there is none; the message says which there are.
+        """
+        found = task_folders(self.instructions).get(task)
+        if found is None:
+            there = sorted(path.name for path in self.instructions.iterdir() if path.is_dir())
+            raise DymoeError(f"{self.instructions}: no folder for task {task!r}; there is {', '.join(there) or 'none'}")
+        return found
+
+    def train_file(self, task: str, name: str | None = None) -> Path:
+        """A task's training file, `name` if it is given.
+
+        Raises:
+            DymoeError: there is none; the message says which files there are.
+        """
+        folder = self.task_folder(task)
+        return _file(folder, "train", [json_name(name)] if name else train_names(self.variant))
+
+    def test_file(self, task: str) -> Path:
+        """A task's test file: the published name first, then the other one.
+
+        Raises:
+            DymoeError: there is none; the message says which files there are.
+        """
+        first: str = published()["tasks"][task]["test_file"]
+        return _file(self.task_folder(task), "test", [first, "test.json" if first == "val.json" else "val.json"])
+
+    def annotations(self, task: str) -> tuple[Path, ...]:
+        """The annotation files that are joined into a task's references to score it.
+
+        Raises:
+            DymoeError: one is missing.
+        """
+        paths = tuple(self.images / name for name in published()["annotation_files"].get(task, ()))
+        for path in paths:
+            if not path.is_file():
+                raise DymoeError(f"{path}: no such file; {task} cannot be scored without it (docs/coin.md)")
+        return paths
+
+    def image_name(self, name: str) -> str:
+        """A record's image path relative to the image root: without ``./`` and the root's own name before it."""
+        while name.startswith("./"):
+            name = name[2:]
+        first, slash, rest = name.partition("/")
+        return rest if slash and first in ("cl_dataset", self.images.name) and not self._holds(first) else name
+
+    def _holds(self, name: str) -> bool:
+        return (self.images / name).is_dir()
+
+
+def train_names(variant: str) -> list[str]:
+    """Names of training files, the wanted one first; SEFE's unchanged file says so in its name."""
+    return ["train_ori.json", "train.json"] if variant == "sefe" else ["train.json"]
+
+
+def json_name(name: str) -> str:
+    """A file name with its ending."""
+    return name if name.endswith((".json", ".jsonl", ".parquet")) else f"{name}.json"
+
+
+def _file(folder: Path, what: str, names: Sequence[str]) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    there = sorted(path.name for path in folder.iterdir() if path.is_file())
+    raise DymoeError(f"{folder}: no {what} file {' or '.join(names)}; there is {', '.join(there) or 'nothing'}")
+
+
+def task_folders(folder: Path) -> dict[str, Path]:
+    """Task -> its folder below `folder`, whatever the case and dashes of its name (``OCR-VQA``)."""
+    plain = {re.sub("[^a-z0-9]", "", task.lower()): task for task in TASKS}
+    found: dict[str, Path] = {}
+    for path in _folders(folder):
+        task = plain.get(re.sub("[^a-z0-9]", "", path.name.lower()))
+        if task is not None and (task not in found or path.name == task) and next(_training_files(path), None):
+            found[task] = path
+    return found
+
+
+def _training_files(folder: Path) -> Iterator[Path]:
+    yield from sorted(path for path in folder.glob("train*.json") if path.is_file())
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return []
+
+
+def find(source: Source, kind: str, tasks: Sequence[str]) -> Layout:
+    """Find the parts of the tree that `source` names.
+
+    Args:
+        source: the recipe's part.
+        kind: instruction type asked for.
+        tasks: the tasks wanted.
+
+    Raises:
+        DymoeError: no root, nothing in it that fits, or several things that do; the message says what was found.
+    """
+    if source.root is None:
+        raise DymoeError("data.root: stream 'coin' needs the folder that holds CoIN's files (docs/coin.md)")
+    root = Path(source.root).expanduser()
+    if not root.is_dir():
+        raise DymoeError(f"data.root: no such folder {root}")
+    folder, replaced = _instructions(root, source, kind, tasks)
+    known = {row["name"]: row["variant"] for row in published()["folders"]}
+    return Layout(root, folder, _images(root, source), known.get(folder.name, "unknown"), replaced)
+
+
+def instruction_folders(root: Path) -> list[Path]:
+    """The folders in a tree that hold a folder with training files for at least one task."""
+    places = [root] + [path for name in BELOW for path in _folders(root / name)]
+    return [path for path in dict.fromkeys(places) if task_folders(path)]
+
+
+def _instructions(root: Path, source: Source, kind: str, tasks: Sequence[str]) -> tuple[Path, bool]:
+    """The instruction folder, and whether its original text is to be replaced."""
+    if source.instructions_folder is not None:
+        name = Path(source.instructions_folder).expanduser()
+        places = [name] if name.is_absolute() else [root / below / name for below in BELOW]
+        folders = [place for place in places if task_folders(place)][:1]
+        if not folders:
+            there = ", ".join(str(path) for path in instruction_folders(root)) or "none"
+            raise DymoeError(f"data.instructions_folder: {name}: holds no task's training files; found: {there}")
+    else:
+        folders = instruction_folders(root)
+        known = {row["name"]: row["variant"] for row in published()["folders"]}
+        if source.variant != "auto":
+            folders = [path for path in folders if known.get(path.name) == source.variant]
+    kinds = {folder: kinds_of(folder, tasks) for folder in folders}
+    for wanted, replaced in ((kind, False), ("original", True)):
+        fits = [folder for folder in folders if wanted in kinds[folder]]
+        if len(fits) > 1:
+            raise DymoeError(
+                f"{root}: several folders hold {wanted} instructions: {', '.join(map(str, fits))}; "
+                "choose one with data.instructions_folder or data.variant"
+            )
+        if fits and (not replaced or source.templates):
+            return fits[0], replaced
+    told = "; ".join(f"{path} ({' or '.join(kinds[path])})" for path in folders) or "none"
+    hint = "; data.templates: true puts the type's sentences into the original text" if folders else ""
+    of = "" if source.variant == "auto" else f" of variant {source.variant!r}"
+    raise DymoeError(f"{root}: no instruction folder{of} with {kind!r} text; found: {told}{hint}")
+
+
+def kinds_of(folder: Path, tasks: Sequence[str]) -> tuple[str, ...]:
+    """The instruction types that a folder may hold: by its text, or by its name where the text does not say.
+
+    Some sentences belong to several types and some tasks have the same one in all, so there may be more than one;
+    a folder with an unknown name whose sentences are unknown or contradict each other counts as original.
+    """
+    possible = set(instructions.TYPES)
+    said = False
+    for task, path in task_folders(folder).items():
+        if task not in tasks:
+            continue
+        names = [path / name for name in ("train_ori.json", "train.json")]
+        file = next((name for name in names if name.is_file()), next(_training_files(path)))
+        for question in _peek(file):
+            kinds = instructions.kinds(task, question)
+            possible &= kinds or possible
+            said = said or bool(kinds)
+    by_name = {row["name"]: row["type"] for row in published()["folders"]}.get(folder.name, "original")
+    if not said or not possible or by_name in possible:
+        return (by_name,)
+    return tuple(kind for kind in instructions.TYPES if kind in possible)
+
+
+def _peek(path: Path) -> Iterator[str]:
+    """The first questions of a training file, from its beginning alone; what cannot be read is passed over."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(PEEK_BYTES).decode("utf-8-sig", errors="ignore")
+    except OSError:
+        return
+    decoder, place = json.JSONDecoder(), text.find("[") + 1
+    for _ in range(PEEK_RECORDS):
+        place += len(text[place:]) - len(text[place:].lstrip(" \t\r\n,"))
+        try:
+            value, place = decoder.raw_decode(text, place)
+            yield parse(value, test=False).question
+        except DymoeError:
+            continue
+        except (ValueError, RecursionError):
+            return
+
+
+def _images(root: Path, source: Source) -> Path:
+    if source.images is not None:
+        images = Path(source.images).expanduser()
+        images = images if images.is_absolute() or images.is_dir() else root / images
+        if not images.is_dir():
+            raise DymoeError(f"data.images: no such folder {images}")
+        return images
+    known = set(published()["image_folders"])
+    places = [root / below / name for below in BELOW for name in ("cl_dataset", "images", "")]
+    for place in dict.fromkeys(places):
+        # A task's instruction folder may have the same name as its image folder: then it holds training files.
+        if any(path.name in known and not any(_training_files(path)) for path in _folders(place)):
+            return place
+    raise DymoeError(
+        f"{root}: no image root found (cl_dataset with {', '.join(sorted(known))}); say where it is with data.images"
+    )

@@ -1,0 +1,115 @@
+"""The stream "coin": CoIN's eight tasks from its published files (docs/coin.md)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dymoe.errors import DymoeError
+from dymoe.tasks.base import Stream, Task
+from dymoe.tasks.coin import references
+from dymoe.tasks.coin.layout import TASKS as NAMES
+from dymoe.tasks.coin.layout import Layout, find
+from dymoe.tasks.index import Index, Plan, held_out, index, listed, scorable, usable
+from dymoe.tasks.lazy import Records, View
+from dymoe.tasks.source import Source
+
+__all__ = ["TASKS", "Limits", "TaskIndexes", "indexes", "load"]
+
+MOST_HELD_OUT = 1000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Longest answers in tokens, the end token included: what the task's answers need, and CoIN's own."""
+
+    short: int
+    coin: int
+
+
+# The short ones: a letter; words; a label of up to eight words; a box of four numbers, two tokens a digit at most;
+# names of several authors.
+TASKS = {
+    "ScienceQA": Limits(16, 1024),
+    "TextVQA": Limits(32, 128),
+    "ImageNet": Limits(32, 1024),
+    "GQA": Limits(16, 128),
+    "VizWiz": Limits(32, 128),
+    "Grounding": Limits(48, 1024),
+    "VQAv2": Limits(16, 1024),
+    "OCRVQA": Limits(64, 128),
+}
+assert tuple(TASKS) == NAMES
+
+
+@dataclass(frozen=True)
+class TaskIndexes:
+    """The indexes of a task's two files; what the checks before a run look at."""
+
+    task: str
+    train: Index
+    test: Index
+
+
+def indexes(layout: Layout, task: str, source: Source) -> TaskIndexes:
+    """Index a task's files, or take the indexes from the cache; records that cannot be used are listed in them.
+
+    Raises:
+        DymoeError: a file is missing, unreadable or no list of records, or the cache cannot be written.
+    """
+    annotations = layout.annotations(task)
+
+    rule = f"{source.scoring}/{task.lower()}"
+
+    def one(path: Path, test: bool) -> Index:
+        # Training records need their task's annotation file only for ScienceQA's choices.
+        extra = annotations if test or task == "ScienceQA" else ()
+        plan = Plan(path, layout.images, test, rule, extra, source.outside_links)
+        return index(plan, lambda: references.make(task, test, extra, rule), task == "ScienceQA", layout.image_name)
+
+    return TaskIndexes(task, one(layout.train_file(task, source.train_file), False), one(layout.test_file(task), True))
+
+
+def load(names: Sequence[str], instructions: str, seed: int, source: Source) -> Stream:
+    """Load the tasks `names` in this order.
+
+    Args:
+        names: tasks.
+        instructions: instruction type.
+        seed: of the sentence that a template of type "10type" gives a sample.
+        source: the recipe's part `data`.
+
+    Raises:
+        DymoeError: something is missing or broken; the message names file and record.
+    """
+    layout = find(source, instructions, names)
+    found = [indexes(layout, name, source) for name in names]
+    tasks = [_task(layout, each, instructions, seed, source) for each in found]
+    skipped = [*listed([each for both in found for each in (both.train, both.test)])]
+    for task, both in zip(tasks, found, strict=True):
+        if uncounted := both.test.kept - len(task.test):
+            told = f"{uncounted} questions are not of the balanced set, which alone counts"
+            skipped.append({"file": str(both.test.path), "record": None, "id": None, "error": told})
+    return Stream("coin", tuple(tasks), tuple(skipped))
+
+
+def _task(layout: Layout, found: TaskIndexes, kind: str, seed: int, source: Source) -> Task:
+    template = (found.task, kind, seed) if layout.replaced else None
+    for each in (found.train, found.test):
+        usable(each, source.on_bad)
+        if template is not None and each.without_instruction:
+            raise DymoeError(
+                f"{each.path}: {each.without_instruction} of {each.kept} questions carry no known instruction, so "
+                "data.templates cannot replace it"
+            )
+    train, validation = held_out(found.train.table, source.validation_share, MOST_HELD_OUT)
+    view = View(found.train.path, layout.images, source.outside_links, template=template)
+    asked = replace(view, source=found.test.path)
+    limits = TASKS[found.task]
+    return Task(
+        found.task,
+        Records(found.train.table, train, view, found.train.digest),
+        Records(found.train.table, validation, replace(view, first_turn=True), found.train.digest),
+        Records(found.test.table, scorable(found.test.table), asked, found.test.digest),
+        f"{source.scoring}/{found.task.lower()}",
+        limits.coin if source.generation == "coin" else limits.short,
+    )

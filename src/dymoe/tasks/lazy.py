@@ -1,0 +1,261 @@
+"""Samples that stay on disk: a record is read when it is asked for, its picture when `Sample.image` is."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from dymoe.errors import DymoeError
+from dymoe.tasks import instructions
+from dymoe.tasks.base import Sample
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+CHUNK = 256  # records read together when samples are gone through in order
+
+
+def image_path(root: Path, name: str, outside_links: bool = False) -> Path:
+    """The path of the image `name` below `root`.
+
+    Args:
+        root: the image root.
+        name: what a record says, relative to the root, with forward slashes.
+        outside_links: allow symbolic links that leave the root.
+
+    Raises:
+        DymoeError: the name is absolute, goes up (``..``), is empty, or a link leads out of the root.
+    """
+    parts = name.replace("\\", "/").split("/")  # what goes up or away on any system
+    absolute = parts[0] == "" or parts[0][1:2] == ":"
+    if absolute or ".." in parts or "\0" in name:
+        raise DymoeError(f"image {name!r}: expected a path relative to the image root, without '..'")
+    if not outside_links:
+        top = _real(root)
+        if not f"{os.path.realpath(os.path.join(top, name))}/".startswith(f"{top.rstrip('/')}/"):
+            raise DymoeError(
+                f"image {name!r}: a symbolic link leads out of the image root {root}; "
+                "data.outside_links: true allows it"
+            )
+    return root / name
+
+
+@lru_cache(maxsize=64)
+def _real(root: Path) -> str:
+    return os.path.realpath(root)
+
+
+def image_size(root: Path, name: str, outside_links: bool = False) -> int:
+    """Bytes of the image `name` below `root`.
+
+    Raises:
+        DymoeError: as `image_path`; or there is no such file, or it is empty.
+    """
+    path = image_path(root, name, outside_links)
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DymoeError(f"image {name!r}: {path}: {error.strerror or error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise DymoeError(f"image {name!r}: {path} is no file")
+    if not found.st_size:
+        raise DymoeError(f"image {name!r}: {path} is empty")
+    return found.st_size
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A picture in a file below an image root, opened by `read` alone.
+
+    Attributes:
+        root: the image root.
+        name: path relative to it.
+        size: bytes that the file had when the records were read.
+        where: file and record that name the picture, for messages.
+        outside_links: whether a symbolic link may leave the root.
+    """
+
+    root: Path
+    name: str
+    size: int
+    where: str
+    outside_links: bool = False
+
+    def read(self) -> bytes:
+        """The encoded picture.
+
+        Raises:
+            DymoeError: the file is gone, has another size than when the records were read, or lies outside the root.
+        """
+        try:
+            found = image_size(self.root, self.name, self.outside_links)
+            if found != self.size:
+                raise DymoeError(
+                    f"image {self.name!r}: it has {found} bytes, {self.size} when the records were read; "
+                    "remove the folder 'coin' of the cache (DYMOE_CACHE) to read them again"
+                )
+            return image_path(self.root, self.name, self.outside_links).read_bytes()
+        except OSError as error:
+            raise DymoeError(f"{self.where}: image {self.name!r}: {error.strerror or error}") from None
+        except DymoeError as error:
+            raise DymoeError(f"{self.where}: {error}") from None
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A picture whose bytes came with its record (parquet); they stay in the memory-mapped table."""
+
+    table: Path
+    row: int
+
+    def read(self) -> bytes:
+        """The encoded picture."""
+        data: bytes = open_table(self.table).data.column("data")[self.row].as_py()
+        return data
+
+
+@cache
+def open_table(path: Path) -> "Dataset":
+    """The memory-mapped table of an index; one handle per process."""
+    from datasets import Dataset
+
+    return Dataset.from_file(str(path))
+
+
+@dataclass(frozen=True)
+class View:
+    """How rows of an index become samples.
+
+    Attributes:
+        source: the file that the records come from, for messages.
+        images: the image root.
+        outside_links: whether images may lie behind links that leave the root.
+        first_turn: leave out the later turns of a conversation, which are trained on but cannot be scored.
+        template: (task, instruction type, seed) whose sentence replaces the one in the text; None keeps it.
+    """
+
+    source: Path
+    images: Path
+    outside_links: bool = False
+    first_turn: bool = False
+    template: tuple[str, str, int] | None = None
+
+    def sample(self, row: dict[str, Any], table: Path, number: int) -> Sample:
+        """The sample of one row (number `number` of the table)."""
+        picture: ImageFile | StoredImage | None = None
+        if row["image"] is not None:
+            where = f"{self.source}: record {row['record']}"
+            picture = ImageFile(self.images, row["image"], row["size"], where, self.outside_links)
+        elif row["size"]:
+            picture = StoredImage(table, number)
+        question = row["question"]
+        if self.template is not None:
+            task, kind, seed = self.template
+            question = instructions.apply(task, instructions.strip(question), kind, row["id"], seed)
+        turns = () if self.first_turn or not row["turns"] else tuple((q, a) for q, a in json.loads(row["turns"]))
+        return Sample(row["id"], picture, question, row["answer"], json.loads(row["reference"]), turns)
+
+
+@dataclass(frozen=True)
+class Records(Sequence[Sample]):
+    """Samples in an index on disk; one is made each time it is asked for, and none is kept.
+
+    Slices are views as well, and so is what a worker process gets: the paths and row numbers alone travel.
+
+    Attributes:
+        table: the index's Arrow file.
+        rows: row numbers (an int64 array or a range).
+        view: how rows become samples.
+        digest: SHA-256 over the contents of the whole index.
+    """
+
+    table: Path
+    rows: Any
+    view: View
+    digest: str = field(default="", repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Records": ...
+    def __getitem__(self, place: int | slice) -> "Sample | Records":
+        if isinstance(place, slice):
+            return Records(self.table, self.rows[place], self.view, self.digest)
+        number = int(self.rows[place])
+        return self.view.sample(self._columns()[number], self.table, number)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for start in range(0, len(self.rows), CHUNK):
+            numbers = [int(number) for number in self.rows[start : start + CHUNK]]
+            columns = self._columns()[numbers]
+            for place, number in enumerate(numbers):
+                yield self.view.sample({key: value[place] for key, value in columns.items()}, self.table, number)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Records) and self.fingerprint == other.fingerprint and self.table == other.table
+
+    def __hash__(self) -> int:
+        return hash((self.table, self.fingerprint))
+
+    def _columns(self) -> Any:
+        """The table without the pictures."""
+        return _without_pictures(self.table)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over which samples these are: the index's contents, the rows, the instruction template.
+
+        The index's contents are the records' texts, answers and references and the images' paths and sizes.
+        """
+        rows = ",".join(map(str, self.rows)) if not isinstance(self.rows, range) else repr(self.rows)
+        told = json.dumps([self.digest, rows, self.view.first_turn, self.view.template])
+        return hashlib.sha256(told.encode()).hexdigest()
+
+
+@cache
+def _without_pictures(path: Path) -> "Dataset":
+    return open_table(path).remove_columns("data")
+
+
+@dataclass(frozen=True)
+class Joined(Sequence[Sample]):
+    """Several sequences of samples, one after another, none of them copied."""
+
+    parts: tuple[Sequence[Sample], ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, place: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = place + len(self) if place < 0 else place
+        for part in self.parts:
+            if 0 <= number < len(part):
+                return part[number]
+            number -= len(part)
+        raise IndexError(place)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for part in self.parts:
+            yield from part
+
+
+def joined(parts: Iterable[Sequence[Sample]]) -> Sequence[Sample]:
+    """The samples of all parts in order: a new list, or a view where a part stays on disk."""
+    kept = [part for part in parts if len(part)]
+    if not any(isinstance(part, Records | Joined) for part in kept):
+        return [sample for part in kept for sample in part]
+    return kept[0] if len(kept) == 1 else Joined(tuple(kept))

@@ -1,0 +1,203 @@
+"""Your own data as a stream: a YAML file that names JSON, JSON lines or parquet files in LLaVA's format.
+
+name: birds-and-plates
+images: pictures                # image root of all tasks, relative to this file
+tasks:
+  birds:
+    train: birds/train.json
+    test: birds/test.parquet
+    scorer: exact_match
+    max_new_tokens: 16
+  plates: {train: plates/train.jsonl, test: plates/test.jsonl, images: plates, scorer: soft_accuracy}
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dymoe.errors import DymoeError
+from dymoe.tasks.base import Stream, Task
+from dymoe.tasks.index import Index, Plan, Reference, held_out, index, listed, usable
+from dymoe.tasks.lazy import Records, View
+from dymoe.tasks.llava import Record, read_box
+from dymoe.tasks.naming import unknown
+from dymoe.tasks.source import Source
+
+KEYS = ("name", "images", "tasks")
+TASK_KEYS = ("train", "test", "validation", "images", "scorer", "max_new_tokens")
+MOST_HELD_OUT = 1000
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """One task of the file.
+
+    Attributes:
+        name: of the task.
+        train: file of training records.
+        test: file of test records.
+        validation: file of validation records; none carves them out of the training records.
+        images: image root.
+        scorer: rule by name, see `dymoe.tasks.scoring`.
+        max_new_tokens: longest answer in tokens, the end token included.
+    """
+
+    name: str
+    train: Path
+    test: Path
+    validation: Path | None
+    images: Path
+    scorer: str
+    max_new_tokens: int
+
+
+def read(path: Path) -> tuple[str, tuple[TaskFiles, ...]]:
+    """The stream's name and its tasks.
+
+    Raises:
+        DymoeError: a missing or unreadable file, an unknown, missing or wrong key; the message names it.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DymoeError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DymoeError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, Mapping) or not isinstance(values.get("tasks"), Mapping) or not values["tasks"]:
+        raise DymoeError(f"{path}: expected the keys name and tasks, tasks with one entry per task (docs/coin.md)")
+    _known(path, "", values, KEYS)
+    name = _text(path, "name", values.get("name", path.stem))
+    folder = path.expanduser().parent
+    tasks = []
+    for task, given in values["tasks"].items():
+        if not isinstance(task, str) or not task or "/" in task or task.startswith("."):
+            raise DymoeError(f"{path}: tasks: {task!r}: a task's name must be a text without '/' that no '.' begins")
+        if not isinstance(given, Mapping):
+            raise DymoeError(f"{path}: tasks.{task}: expected the keys {', '.join(TASK_KEYS)}")
+        _known(path, f"tasks.{task}.", given, TASK_KEYS)
+        tasks.append(_task_files(path, task, given, folder, values.get("images", ".")))
+    return name, tuple(tasks)
+
+
+def _task_files(path: Path, task: str, given: Mapping[str, Any], folder: Path, images: Any) -> TaskFiles:
+    def file(key: str) -> Path:
+        if key not in given:
+            raise DymoeError(f"{path}: tasks.{task}.{key}: it is missing; name a JSON, JSON lines or parquet file")
+        return folder / Path(_text(path, f"tasks.{task}.{key}", given[key])).expanduser()
+
+    tokens = given.get("max_new_tokens", 32)
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise DymoeError(f"{path}: tasks.{task}.max_new_tokens: expected a whole number from 1, got {tokens!r}")
+    root = _text(path, f"tasks.{task}.images", given.get("images", images))
+    return TaskFiles(
+        task,
+        file("train"),
+        file("test"),
+        file("validation") if "validation" in given else None,
+        folder / Path(root).expanduser(),
+        _text(path, f"tasks.{task}.scorer", given.get("scorer", "exact_match")),
+        tokens,
+    )
+
+
+def _known(path: Path, prefix: str, values: Mapping[Any, Any], keys: Sequence[str]) -> None:
+    for key in values:
+        if key not in keys:
+            raise DymoeError(f"{path}: {prefix}{key}: {unknown('key', key, keys)}")
+
+
+def _text(path: Path, key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise DymoeError(f"{path}: {key}: expected a text, got {value!r}")
+    return value
+
+
+def task_names(path: Path) -> tuple[str, ...]:
+    """The names of the file's tasks in its order.
+
+    Raises:
+        DymoeError: as `read`.
+    """
+    return tuple(task.name for task in read(path)[1])
+
+
+def load(path: Path, names: Sequence[str], instructions: str, source: Source) -> Stream:
+    """Load the tasks `names` of the file, in this order.
+
+    Raises:
+        DymoeError: as `read`; an unknown scorer; a record that cannot be used (unless `source.on_bad` is ``skip``);
+            an instruction type other than ``original``, since your own text is taken as it is.
+    """
+    from dymoe.tasks.scoring import scorer
+
+    if instructions != "original":
+        raise DymoeError(f"instructions: {instructions!r} is CoIN's; the text of {path} is taken as it is (original)")
+    name, tasks = read(path)
+    by_name = {task.name: task for task in tasks}
+    chosen = [by_name[wanted] for wanted in names]
+    for task in chosen:
+        try:
+            scorer(task.scorer)
+        except DymoeError as error:
+            raise DymoeError(f"{path}: tasks.{task.name}.scorer: {error}") from None
+    loaded = [_load(task, source) for task in chosen]
+    return Stream(
+        name,
+        tuple(task for task, _ in loaded),
+        listed([each for _, found in loaded for each in found]),
+    )
+
+
+def _load(task: TaskFiles, source: Source) -> tuple[Task, list[Index]]:
+    def one(path: Path, test: bool) -> Index:
+        plan = Plan(path, task.images, test, f"own/{task.scorer}", outside_links=source.outside_links)
+        return usable(index(plan, lambda: _reference(task.scorer, test)), source.on_bad)
+
+    train, test = one(task.train, False), one(task.test, True)
+    found = [train, test]
+    view = View(train.path, task.images, source.outside_links)
+    if task.validation is None:
+        rows, held = held_out(train.table, source.validation_share, MOST_HELD_OUT)
+        validation = Records(train.table, held, replace(view, first_turn=True), train.digest)
+    else:
+        checked = one(task.validation, True)
+        found.append(checked)
+        rows = range(train.kept)
+        validation = Records(checked.table, range(checked.kept), replace(view, source=checked.path), checked.digest)
+    made = Task(
+        task.name,
+        Records(train.table, rows, view, train.digest),
+        validation,
+        Records(test.table, range(test.kept), replace(view, source=test.path), test.digest),
+        task.scorer,
+        task.max_new_tokens,
+    )
+    return made, found
+
+
+def _reference(rule: str, test: bool) -> Reference:
+    """The reference of a record of one's own: its own keys and its answer in the forms that the rules read.
+
+    A test record's must be readable to the task's rule; a training record whose is not is never held out.
+    """
+    from dymoe.tasks.scoring import scorer
+
+    score = scorer(rule)
+
+    def reference(record: Record) -> tuple[dict[str, Any], bool]:
+        told = {"question_id": record.id, **record.fields, "answer": record.answer}
+        told.setdefault("answers", [record.answer] * 10)
+        if told.get("bbox") is None and (box := read_box(record.answer)) is not None:
+            told["bbox"] = list(box)
+        try:
+            score(record.answer, told)
+        except DymoeError:
+            if test:
+                raise
+            return told, False
+        return told, True
+
+    return reference

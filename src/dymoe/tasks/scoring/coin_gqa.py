@@ -1,0 +1,35 @@
+"""`coin/gqa`: CoIN's rule, flaw for flaw: the text without trailing periods, in lower case, is the answer.
+
+Space around the prediction is kept, and the answer is taken as it stands, so one with a capital cannot be matched.
+Only balanced questions count, and only those predicted (the runner does that). `exact_match` is the corrected rule.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dymoe.tasks.scoring import exact_match
+
+
+def strict(prediction: str, reference: Mapping[str, Any]) -> float:
+    """1.0 when the prediction, without periods at its end and in lower case, is `reference["answer"]`.
+
+    Raises:
+        DymoeError: the reference's answer is not text.
+    """
+    return float(prediction.rstrip(".").lower() == exact_match.read_text(reference))
+
+
+def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
+    """What `strict` or the corrected rule's lenient twin accepts.
+
+    Raises:
+        DymoeError: the reference's answer is not text.
+    """
+    if strict(prediction, reference) or not exact_match.read_text(reference).strip():
+        return strict(prediction, reference)
+    return exact_match.lenient(prediction, reference)
+
+
+def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
+    """Whether the prediction says anything."""
+    return exact_match.readable(prediction, reference)

@@ -1,0 +1,37 @@
+"""`coin/imagenet`: CoIN's rule, flaw for flaw: right when one text contains the other, case-sensitive.
+
+An empty prediction is contained in every answer and so right, and so is a single letter of the name. The answers are
+taken by position in the file, not by question_id (the runner does that). `processed_match` is the corrected rule.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dymoe.tasks.scoring import processed_match
+from dymoe.tasks.scoring.exact_match import read_text
+
+
+def strict(prediction: str, reference: Mapping[str, Any]) -> float:
+    """1.0 when `reference["answer"]` is part of the prediction or the prediction part of it.
+
+    Raises:
+        DymoeError: the reference's answer is not text.
+    """
+    answer = read_text(reference)
+    return float(answer in prediction or prediction in answer)
+
+
+def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
+    """What `strict` or the corrected rule's lenient twin accepts.
+
+    Raises:
+        DymoeError: the reference's answer is not text.
+    """
+    if strict(prediction, reference) or not read_text(reference).strip():
+        return strict(prediction, reference)
+    return processed_match.lenient(prediction, reference)
+
+
+def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
+    """Whether the prediction says anything (which this rule does not ask)."""
+    return processed_match.readable(prediction, reference)

@@ -1,0 +1,41 @@
+"""`coin/ocrvqa`: CoIN's rule, flaw for flaw: equal in lower case; what holds "Unanswerable" is skipped.
+
+A skipped prediction stays in the denominator and so is wrong. `exact_match` is the corrected rule.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dymoe.tasks.scoring import exact_match
+from dymoe.tasks.scoring.exact_match import read_text
+
+
+def strict(prediction: str, reference: Mapping[str, Any]) -> float:
+    """1.0 when prediction and `reference["answer"]` are equal in lower case and the prediction is not skipped.
+
+    Raises:
+        DymoeError: the reference's answer is not text.
+    """
+    answer = read_text(reference)
+    return float(not skipped(prediction) and prediction.lower() == answer.lower())
+
+
+def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
+    """What `strict` or the corrected rule's lenient twin accepts.
+
+    Raises:
+        DymoeError: the reference's answer is not text.
+    """
+    if strict(prediction, reference) or not read_text(reference).strip():
+        return strict(prediction, reference)
+    return exact_match.lenient(prediction, reference)
+
+
+def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
+    """Whether the prediction says anything."""
+    return exact_match.readable(prediction, reference)
+
+
+def skipped(prediction: str) -> bool:
+    """Whether CoIN's code passes over the prediction."""
+    return "Unanswerable" in prediction

@@ -1,0 +1,65 @@
+"""`coin/scienceqa`: CoIN's rule, flaw for flaw: the first word of one character is the answer.
+
+The whole text is a letter; else it starts with a letter and ". "; else the first single character between word
+boundaries, upper-cased. So "a whale" answers A and "I think B" answers I. A letter beyond the question's choices is
+wrong; as the right answer is always one of the choices, that never changes a score, and `choices` may be missing.
+`letter` is the corrected rule.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dymoe.tasks.scoring import letter
+
+_LONE = re.compile(r"\b(\w)\b")
+
+
+def strict(prediction: str, reference: Mapping[str, Any]) -> float:
+    """1.0 when CoIN's parser finds the right letter.
+
+    Args:
+        reference: `answer` is a letter A to E (CoIN's test files) or an index 0 to 4 (problems.json).
+
+    Raises:
+        DymoeError: the reference's letter or choices cannot be read.
+    """
+    return float(parse(prediction) == letter.read_choice(reference)[0])
+
+
+def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
+    """What `strict` or the corrected rule's lenient twin accepts.
+
+    Raises:
+        DymoeError: the reference's letter or choices cannot be read.
+    """
+    return max(strict(prediction, reference), letter.lenient(prediction, reference))
+
+
+def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
+    """Whether the parser finds the letter of one of the choices."""
+    return is_choice(parse(prediction), reference)
+
+
+def is_choice(said: str | None, reference: Mapping[str, Any]) -> bool:
+    """Whether `said` is the letter of one of the reference's choices."""
+    count = len(letter.read_choice(reference)[1]) or len(letter.LETTERS)
+    return said is not None and said in list(letter.LETTERS[:count])
+
+
+def parse(prediction: str) -> str | None:
+    """The answer that CoIN's code reads out of a prediction, None when it finds nothing."""
+    found = leading(prediction)
+    if found is None:
+        lone = _LONE.search(prediction)
+        found = None if lone is None else lone[1].upper()
+    return found
+
+
+def leading(prediction: str) -> str | None:
+    """The first two steps, which CoIN and SEFE share: the text is a letter, or starts with a letter and ". "."""
+    if prediction in list(letter.LETTERS):
+        return prediction
+    if prediction[:1] in list(letter.LETTERS) and prediction[1:3] == ". ":
+        return prediction[0]
+    return None

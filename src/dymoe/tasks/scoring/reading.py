@@ -1,0 +1,238 @@
+"""Reading what a file of answers is scored with: predictions (JSON lines), references (JSON), published annotations.
+
+Formats: CoIN's. A prediction has `question_id` and `text`; a reference has `question_id` and the fields that its rule
+reads. Ids are numbers in some files and texts in others, so they are compared as texts.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dymoe.errors import DymoeError
+from dymoe.tasks.scoring import letter
+from dymoe.tasks.scoring.text import brief
+
+ANNOTATIONS: Mapping[str, tuple[str, ...]] = {
+    "ScienceQA": ("problems.json", "pid_splits.json"),
+    "TextVQA": ("TextVQA_0.5.1_val.json",),
+    "GQA": ("testdev_balanced_questions.json",),
+}
+SPLIT = "test"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file as it was read: its path, the SHA-256 of its bytes, and how many records it holds."""
+
+    path: str
+    sha256: str
+    records: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer of a model: the line it stands on, counted from 1, the question's id and the text."""
+
+    line: int
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class References:
+    """What is right, by question id in the order of the file; `origin` is the file that messages name."""
+
+    records: Mapping[str, Mapping[str, Any]]
+    origin: str
+    sources: tuple[Source, ...]
+    remarks: tuple[str, ...] = field(default=())
+
+
+def read_predictions(path: str | Path) -> tuple[list[Prediction], Source]:
+    """Read a predictions file, one JSON object a line.
+
+    Raises:
+        DymoeError: names the file and the first line that is no JSON object with a `question_id` and a `text`.
+    """
+    data, sha256 = _bytes(path)
+    found = []
+    # Lines end with a newline and nothing else: an answer may hold other characters that count as line ends.
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data.strip() else [], start=1):
+        where = f"{path}: line {number}"
+        record = _parse(line, where)
+        if not isinstance(record, dict):
+            raise DymoeError(f"{where}: must be a JSON object with question_id and text, not {brief(record)}")
+        identity = _identity(record, where)
+        if not isinstance(record.get("text"), str):
+            raise DymoeError(
+                f"{where} (question_id {identity!r}): 'text' must be a text, not {brief(record.get('text'))}"
+            )
+        found.append(Prediction(number, identity, record["text"]))
+    return found, Source(str(path), sha256, len(found))
+
+
+def read_references(path: str | Path, task: str, annotations: str | Path | None = None) -> References:
+    """Read a references file and, where the task has them, its annotation files.
+
+    Args:
+        path: the JSON list of test records, CoIN's test.json or val.json.
+        task: CoIN's name of the task.
+        annotations: the image root (cl_dataset) or the folder with the task's annotation files. ScienceQA's
+            problems.json and pid_splits.json then say which questions there are and what is right, TextVQA's
+            validation file gives `answers`, GQA's testdev file `answer` and `isBalanced`. Other tasks have none.
+
+    Raises:
+        DymoeError: names the file and the record that cannot be used.
+    """
+    data, sha256 = _bytes(path)
+    value = _parse(data, str(path))
+    if not isinstance(value, list) or not value:
+        raise DymoeError(f"{path}: must be a JSON list of test records that is not empty, not {brief(value)}")
+    records: dict[str, Mapping[str, Any]] = {}
+    for number, record in enumerate(value, start=1):
+        where = f"{path}: record number {number}"
+        if not isinstance(record, dict):
+            raise DymoeError(f"{where}: must be a JSON object, not {brief(record)}")
+        identity = _identity(record, where)
+        if identity in records:
+            raise DymoeError(f"{where}: question_id {identity!r} is there twice; ids must be unique")
+        records[identity] = record
+    found = References(records, str(path), (Source(str(path), sha256, len(records)),))
+    if annotations is None:
+        return found
+    folder = Path(annotations)
+    if not folder.is_dir():
+        raise DymoeError(f"{folder}: no such folder; give the image root (cl_dataset) or the task's folder in it")
+    if task == "ScienceQA":
+        return _with_problems(found, folder)
+    if task == "TextVQA":
+        return _with_answers(found, folder)
+    return _with_balance(found, folder) if task == "GQA" else found
+
+
+def _with_problems(references: References, folder: Path) -> References:
+    problems_path, splits_path = (_find(folder, "ScienceQA", name) for name in ANNOTATIONS["ScienceQA"])
+    problems, first = _object(problems_path)
+    splits, second = _object(splits_path)
+    ids = splits.get(SPLIT)
+    if not isinstance(ids, list) or not ids:
+        raise DymoeError(f"{splits_path}: {SPLIT!r} must be a list of question ids, not {brief(ids)}")
+    records: dict[str, Mapping[str, Any]] = {}
+    for identity in map(str, ids):
+        problem = problems.get(identity)
+        if not isinstance(problem, dict):
+            raise DymoeError(f"{problems_path}: record {identity!r}: must be an object, as {splits_path} names it")
+        records[identity] = {key: problem.get(key) for key in ("answer", "choices")}
+    remarks = []
+    outside = [identity for identity in references.records if identity not in records]
+    if outside:
+        remarks.append(
+            f"{len(outside)} records of {references.origin} are not in the {SPLIT} split of {splits_path} and do not "
+            f"count (first: {outside[0]!r})"
+        )
+    other = [key for key, record in references.records.items() if key in records and _differ(record, records[key])]
+    if other:
+        remarks.append(
+            f"{len(other)} records of {references.origin} have another answer than {problems_path}, which counts "
+            f"(first: {other[0]!r})"
+        )
+    return References(records, str(problems_path), (*references.sources, first, second), tuple(remarks))
+
+
+def _differ(record: Mapping[str, Any], problem: Mapping[str, Any]) -> bool:
+    """Whether both name an answer, and not the same."""
+    try:
+        return letter.read_choice({"answer": record.get("answer")})[0] != letter.read_choice(problem)[0]
+    except DymoeError:
+        return False
+
+
+def _with_answers(references: References, folder: Path) -> References:
+    path = _find(folder, "TextVQA", ANNOTATIONS["TextVQA"][0])
+    content, source = _object(path)
+    entries = content.get("data")
+    if not isinstance(entries, list):
+        raise DymoeError(f"{path}: 'data' must be a list of questions, not {brief(entries)}")
+    answers = {}
+    for number, entry in enumerate(entries, start=1):
+        where = f"{path}: record number {number} of 'data'"
+        if not isinstance(entry, dict):
+            raise DymoeError(f"{where}: must be a JSON object, not {brief(entry)}")
+        answers[_identity(entry, where)] = entry.get("answers")
+    return _extended(references, path, source, {key: {"answers": value} for key, value in answers.items()})
+
+
+def _with_balance(references: References, folder: Path) -> References:
+    path = _find(folder, "GQA", ANNOTATIONS["GQA"][0])
+    content, source = _object(path)
+    more = {}
+    for identity in references.records:
+        question = content.get(identity)
+        if not isinstance(question, dict):
+            continue
+        balanced = question.get("isBalanced")
+        if not isinstance(balanced, bool):
+            raise DymoeError(f"{path}: record {identity!r}: 'isBalanced' must be true or false, not {brief(balanced)}")
+        more[identity] = {key: question.get(key) for key in ("answer", "isBalanced")}
+    return _extended(references, path, source, more)
+
+
+def _extended(references: References, path: Path, source: Source, more: Mapping[str, Mapping[str, Any]]) -> References:
+    lacking = [identity for identity in references.records if identity not in more]
+    if lacking:
+        raise DymoeError(
+            f"{path}: record {lacking[0]!r} of {references.origin} is missing ({len(lacking)} are); do the two belong "
+            "together?"
+        )
+    records = {identity: {**record, **more[identity]} for identity, record in references.records.items()}
+    return References(records, str(path), (*references.sources, source))
+
+
+def _find(folder: Path, task: str, name: str) -> Path:
+    for path in (folder / name, folder / task / name):
+        if path.is_file():
+            return path
+    raise DymoeError(
+        f"{folder}: no {name} here and none in {task}/; give the image root (cl_dataset) or its {task} folder"
+    )
+
+
+def _object(path: Path) -> tuple[dict[str, Any], Source]:
+    data, sha256 = _bytes(path)
+    value = _parse(data, str(path))
+    if not isinstance(value, dict):
+        raise DymoeError(f"{path}: must be a JSON object, not {brief(value)}")
+    return value, Source(str(path), sha256, len(value))
+
+
+def _bytes(path: str | Path) -> tuple[bytes, str]:
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DymoeError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise DymoeError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    return data, hashlib.sha256(data).hexdigest()
+
+
+def _parse(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise DymoeError(f"{where}: not valid JSON ({place}: {error.msg})") from error
+    except RecursionError as error:
+        raise DymoeError(f"{where}: not usable JSON (nested too deeply)") from error
+    except ValueError as error:
+        # No UTF-8, or a number with thousands of digits.
+        raise DymoeError(f"{where}: not usable JSON ({error})") from error
+
+
+def _identity(record: Mapping[str, Any], where: str) -> str:
+    identity = record.get("question_id")
+    if isinstance(identity, bool) or not isinstance(identity, int | str) or identity == "":
+        raise DymoeError(f"{where}: 'question_id' must be a number or a text, not {brief(identity)}")
+    return str(identity)

@@ -1,0 +1,142 @@
+"""Every recipe and table of recipes/coin: resolved, built at full size without memory, counted against arithmetic."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from dymoe.learning.budget import groups_after, memory, shape_of
+from dymoe.learning.groups import stored_parameters, trainable_parameters
+from dymoe.learning.recipe import load_recipe
+from dymoe.learning.sweep import Plan, is_sweep, load_sweep
+from dymoe.lvlm.shapes import config_of, meta_model
+from tests.tasks import coin_tree
+
+ALL = sorted(Path("recipes/coin").rglob("*.yaml"))
+RECIPES = [path for path in ALL if not is_sweep(path)]
+TABLES = sorted(Path("recipes/coin/tables").glob("*.yaml"))
+ZERO = "zero-shot"
+
+# LLaVA-1.5's Llama: hidden size, FFN size, layers. Seven linears a layer: q, k, v, o, gate, up, down.
+SIZES = {"llava-1.5-7b": (4096, 11008, 32), "llava-1.5-13b": (5120, 13824, 40)}
+
+
+def sums(shape: str) -> tuple[int, int]:
+    """Sum over all linears of in + out, and of in."""
+    hidden, inner, layers = SIZES[shape]
+    both = layers * (4 * (hidden + hidden) + 3 * (hidden + inner))
+    inputs = layers * (4 * hidden + 2 * hidden + inner)
+    return both, inputs
+
+
+def bank(experts: int, rank: int, router: bool, shape: str = "llava-1.5-7b") -> int:
+    both, inputs = sums(shape)
+    return experts * rank * both + (experts * inputs if router else 0)
+
+
+# What trains in the first task, as the papers' settings say.
+EXPECTED = {
+    "lora": 128 * 32 * (4 * 8192 + 3 * 15104),
+    "ewc": bank(1, 128, False),
+    "lwf": bank(1, 128, False),
+    "moelora": bank(8, 16, True),
+    "inclora": bank(1, 16, False),
+    "olora": bank(1, 16, False),
+    "incmoelora": 16 * 4 * 32 * (4 * 8192 + 3 * 15104) + 16 * 32 * (6 * 4096 + 11008),
+    "dymoe": bank(16, 4, True),
+    "small-gpu": bank(16, 4, True),
+    "dymoe-13b": 16 * 4 * 40 * (4 * 10240 + 3 * 18944) + 16 * 40 * (6 * 5120 + 13824),
+    "incmoelora-13b": bank(16, 4, True, "llava-1.5-13b"),
+    "small-gpu-13b": bank(16, 4, True, "llava-1.5-13b"),
+}
+
+
+def test_there_is_a_recipe_for_every_table_and_method() -> None:
+    assert {path.stem for path in RECIPES} >= {ZERO, *EXPECTED}
+    assert {path.name[:2] for path in TABLES} >= {"01", *(f"{n:02d}" for n in range(6, 16))}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: "/".join(path.parts[2:]))
+def test_a_recipe_has_the_papers_budget_and_the_arithmetics_parameters(path: Path) -> None:
+    recipe = load_recipe(path)
+    training = recipe.training
+    assert (recipe.stream, training.epochs, training.lr, training.warmup) == ("coin", 1.0, 2e-4, 0.03)
+    assert (training.scheduler, training.dtype, training.weight_decay) == ("cosine", "bfloat16", 0.0)
+    assert training.samples_of_step() == 128
+    assert training.gradient_checkpointing
+    assert (recipe.data.scoring, recipe.model_options.max_length) == ("coin", 2048)
+    if recipe.method == ZERO:
+        return
+    size = recipe.model_options.shape
+    base = meta_model(config_of("nowhere", recipe.model_options))
+    shape = shape_of(base)
+    assert shape.parameters == {"llava-1.5-7b": 7_063_427_072, "llava-1.5-13b": 13_351_494_656}[size]
+    assert len(shape.linears) == {"llava-1.5-7b": 224, "llava-1.5-13b": 280}[size]
+    base.requires_grad_(False)
+    groups = groups_after(recipe.build_method(), 2)
+    with torch.device("meta"):
+        model: Any = get_peft_model(base, groups.configs[0], adapter_name="g0")
+        layers = model.base_model.layers()
+        wrapped = {layer.name.split("language_model.")[1] for layer in layers}
+        leaves = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        parts = {leaf: "mlp" if leaf in leaves[4:] else "self_attn" for leaf in leaves}
+        count = SIZES[size][2]
+        assert wrapped == {f"layers.{n}.{parts[leaf]}.{leaf}" for n in range(count) for leaf in leaves}
+        first = trainable_parameters(model)
+        for number, config in enumerate(groups.configs[1:], start=1):
+            model.add_adapter(f"g{number}", config)
+    selector = recipe.method == "proglora"  # its keys and transform are not in the arithmetic
+    if path.stem in EXPECTED:
+        assert first == EXPECTED[path.stem]
+    assert memory(recipe, shape, 1).trainable == first or selector
+    assert memory(recipe, shape, 2).stored == stored_parameters(model) or selector
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_a_table_is_planned_on_a_made_tree(
+    path: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dymoe.report.leaderboard import published
+
+    words = ["--base.data.root", str(tree), "--base.tasks", "[ImageNet]", "--base.data.templates", "true"]
+    sweep = load_sweep(path, words)
+    plan = Plan(sweep, path)
+    assert len(plan.cells) >= 2
+    assert all(cell.recipe["training"]["lr"] == 2e-4 for cell in plan.cells)
+    assert sweep.results == f"docs/coin/{path.stem}.json"
+    if sweep.published:
+        rows = published(sweep.published)["rows"]
+        assert {row["label"] for row in rows} <= set(plan.labels)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return coin_tree.build(tmp_path_factory.mktemp("coin") / "tree", "release", tasks=("ImageNet",))
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYMOE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_tables_say_what_the_supplement_varies() -> None:
+    def labels(name: str) -> set[str]:
+        return {
+            str(row.get("label", row.get("recipe"))) if isinstance(row, dict) else row for row in sweep(name).recipes
+        }
+
+    def sweep(name: str) -> Any:
+        return load_sweep(Path("recipes/coin/tables") / f"{name}.yaml")
+
+    assert sweep("06-orders").orders == ["origin", "reverse", "alphabet"]
+    assert sweep("07-instructions").instructions == ["original", "diverse", "10type"]
+    assert sweep("08-top-k").vary == {"settings.top_k": [8, 16]}
+    assert sweep("13-replay").vary == {"with.replay.size": [200, 500, 1000]}
+    assert sweep("tau").vary == {"settings.tau": [0.1, 0.2, 0.3, 0.5]}
+    assert len(labels("10-rank")) == 6
+    eight = [row["set"] for row in sweep("09-experts").recipes if "set" in row]
+    # 8 experts of rank 8 are as large as 16 of rank 4.
+    assert all(row == {"settings.num_experts": 8, "settings.rank": 8} for row in eight)
+    assert bank(8, 8, False) == bank(16, 4, False)
