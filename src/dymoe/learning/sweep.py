@@ -45,6 +45,7 @@ COPIED = (
     "forgetting",
     "format_drift",
     "drift",
+    "group_hashes",
     "training",
     "trainable_parameters",
     "stored_parameters",
