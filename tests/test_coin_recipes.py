@@ -1,5 +1,9 @@
 """Every recipe and table of recipes/coin: resolved, built at full size without memory, counted against arithmetic."""
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +11,12 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from dymoe.learning.budget import groups_after, memory, shape_of
+from dymoe.adapter import DyMoEConfig
+from dymoe.learning.budget import Shape, groups_after, memory, shape_of
 from dymoe.learning.groups import stored_parameters, trainable_parameters
-from dymoe.learning.recipe import load_recipe
+from dymoe.learning.recipe import Recipe, load_recipe
 from dymoe.learning.sweep import Plan, is_sweep, load_sweep
-from dymoe.lvlm.shapes import config_of, meta_model
+from dymoe.lvlm.shapes import meta_model, published_config
 from tests.tasks import coin_tree
 
 ALL = sorted(Path("recipes/coin").rglob("*.yaml"))
@@ -58,40 +63,99 @@ def test_there_is_a_recipe_for_every_table_and_method() -> None:
     assert {path.name[:2] for path in TABLES} >= {"01", *(f"{n:02d}" for n in range(6, 16))}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: "/".join(path.parts[2:]))
-def test_a_recipe_has_the_papers_budget_and_the_arithmetics_parameters(path: Path) -> None:
-    recipe = load_recipe(path)
+def names_of(path: Path) -> str:
+    return "/".join(path.parts[2:])
+
+
+@cache
+def recipe_of(path: Path) -> Recipe:
+    return load_recipe(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=names_of)
+def test_a_recipe_has_the_papers_budget(path: Path) -> None:
+    recipe = recipe_of(path)
     training = recipe.training
     assert (recipe.stream, training.epochs, training.lr, training.warmup) == ("coin", 1.0, 2e-4, 0.03)
     assert (training.scheduler, training.dtype, training.weight_decay) == ("cosine", "bfloat16", 0.0)
     assert training.samples_of_step() == 128
     assert training.gradient_checkpointing
-    assert (recipe.data.scoring, recipe.model_options.max_length) == ("coin", 2048)
-    if recipe.method == ZERO:
-        return
-    size = recipe.model_options.shape
-    base = meta_model(config_of("nowhere", recipe.model_options))
-    shape = shape_of(base)
-    assert shape.parameters == {"llava-1.5-7b": 7_063_427_072, "llava-1.5-13b": 13_351_494_656}[size]
-    assert len(shape.linears) == {"llava-1.5-7b": 224, "llava-1.5-13b": 280}[size]
+    assert (recipe.data.scoring, recipe.data.generation, recipe.data.validation_share) == ("coin", "coin", 0)
+    assert recipe.model_options.max_length == 2048
+    assert recipe.model_options.shape == ("llava-1.5-13b" if "13b" in path.stem else "llava-1.5-7b")
+
+
+@cache
+def base_shape(size: str) -> Shape:
+    return shape_of(meta_model(published_config(size)))
+
+
+@pytest.mark.parametrize("size, parameters", [("llava-1.5-7b", 7_063_427_072), ("llava-1.5-13b", 13_351_494_656)])
+def test_the_base_has_the_published_size(size: str, parameters: int) -> None:
+    shape = base_shape(size)
+    assert shape.parameters == parameters
+    assert (shape.hidden, shape.inner, shape.layers) == SIZES[size]
+    assert {linear.name.split("language_model.")[1] for linear in shape.linears} == linear_names(size)
+
+
+def linear_names(size: str) -> set[str]:
+    parts = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+    layers = range(SIZES[size][2])
+    return {f"layers.{n}.{part}.{leaf}" for n in layers for part, leaves in parts.items() for leaf in leaves}
+
+
+# Fields of a config that no parameter depends on: recipes that differ in these alone are built once.
+NO_SHAPE = {
+    *("lora_alpha", "lora_dropout", "top_k", "temperature", "tau", "guidance", "load_balance", "balance_over"),
+    *("exclusivity", "specialization", "rsr_temperature", "rsr_start"),
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    wrapped: frozenset[str]
+    first: int  # trains in the first task
+    stored: int  # is stored after the second
+
+
+def counted(recipe: Recipe) -> Built:
+    """The recipe's first two groups on the base of true size, on the meta device."""
+    configs = groups_after(recipe.build_method(), 2).configs
+    rows = [{key: value for key, value in config.to_dict().items() if key not in NO_SHAPE} for config in configs]
+    told = tuple(json.dumps(row, sort_keys=True, default=sorted) for row in rows)
+    if (key := (recipe.model_options.shape, told)) not in BUILT:
+        BUILT[key] = build(recipe.model_options.shape, configs)
+    return BUILT[key]
+
+
+BUILT: dict[Any, Built] = {}
+
+
+def build(size: str, configs: Sequence[DyMoEConfig]) -> Built:
+    base = meta_model(published_config(size))
     base.requires_grad_(False)
-    groups = groups_after(recipe.build_method(), 2)
     with torch.device("meta"):
-        model: Any = get_peft_model(base, groups.configs[0], adapter_name="g0")
-        layers = model.base_model.layers()
-        wrapped = {layer.name.split("language_model.")[1] for layer in layers}
-        leaves = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        parts = {leaf: "mlp" if leaf in leaves[4:] else "self_attn" for leaf in leaves}
-        count = SIZES[size][2]
-        assert wrapped == {f"layers.{n}.{parts[leaf]}.{leaf}" for n in range(count) for leaf in leaves}
+        model: Any = get_peft_model(base, configs[0], adapter_name="g0")
         first = trainable_parameters(model)
-        for number, config in enumerate(groups.configs[1:], start=1):
+        for number, config in enumerate(configs[1:], start=1):
             model.add_adapter(f"g{number}", config)
-    selector = recipe.method == "proglora"  # its keys and transform are not in the arithmetic
+    wrapped = frozenset(layer.name.split("language_model.")[1] for layer in model.base_model.layers())
+    return Built(wrapped, first, stored_parameters(model))
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != ZERO], ids=names_of)
+def test_a_recipe_has_the_arithmetics_layers_and_parameters(path: Path) -> None:
+    recipe = recipe_of(path)
+    size = recipe.model_options.shape
+    made, shape = counted(recipe), base_shape(size)
+    assert made.wrapped == linear_names(size)
     if path.stem in EXPECTED:
-        assert first == EXPECTED[path.stem]
-    assert memory(recipe, shape, 1).trainable == first or selector
-    assert memory(recipe, shape, 2).stored == stored_parameters(model) or selector
+        assert made.first == EXPECTED[path.stem]
+    if recipe.method == "proglora":  # its keys and transform are not in the budget's arithmetic
+        assert made.first > memory(recipe, shape, 1).trainable
+        return
+    assert memory(recipe, shape, 1).trainable == made.first
+    assert memory(recipe, shape, 2).stored == made.stored
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
@@ -136,7 +200,8 @@ def test_tables_say_what_the_supplement_varies() -> None:
     assert sweep("13-replay").vary == {"with.replay.size": [200, 500, 1000]}
     assert sweep("tau").vary == {"settings.tau": [0.1, 0.2, 0.3, 0.5]}
     assert len(labels("10-rank")) == 6
-    eight = [row["set"] for row in sweep("09-experts").recipes if "set" in row]
-    # 8 experts of rank 8 are as large as 16 of rank 4.
-    assert all(row == {"settings.num_experts": 8, "settings.rank": 8} for row in eight)
+    # 8 experts of rank 8 are as large as 16 of rank 4; the pocket stream's study is made alike.
+    for table in (sweep("09-experts"), load_sweep(Path("recipes/pocket/studies/experts.yaml"))):
+        eight = [row["set"] for row in table.recipes if "set" in row]
+        assert eight == [{"settings.num_experts": 8, "settings.rank": 8}] * 2
     assert bank(8, 8, False) == bank(16, 4, False)

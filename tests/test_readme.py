@@ -1,15 +1,24 @@
-"""The README's Python example runs as it stands (with fewer steps), from an empty folder."""
+"""What the README shows runs as it stands: the first example with fewer steps, loading a stage on a tiny model."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from dymoe.cli import COMMANDS, main
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
 def test_the_python_example_runs(tmp_path):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    block, _ = blocks("python")
     assert "max_steps=20" in block
     script = tmp_path / "example.py"
     shortened = block.replace("max_steps=20", "max_steps=1, per_device_train_batch_size=2, use_cpu=True")
@@ -20,6 +29,38 @@ def test_the_python_example_runs(tmp_path):
     first, second = (re.findall(r"'ScienceQA': '(\w+)'", line) for line in lines)
     assert first == second, "the old group must not change"
     assert (tmp_path / "runs" / "example" / "groups" / "ImageNet" / "adapter_model.safetensors").is_file()
+
+
+def test_a_shared_stage_is_loaded_as_shown(tiny_folder, tmp_path, monkeypatch):
+    import dymoe
+    from dymoe.lvlm import load
+    from tests.learning.tiny import write_recipe
+
+    tasks, training = ["ScienceQA", "TextVQA", "GQA"], {"steps_per_task": 2, "batch_size": 2, "limit": 4}
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_folder, tasks=tasks, training=training, evaluation={"limit": 1})
+    assert main(["run", str(recipe)]) == 0
+    assert main(["push", str(tmp_path / "r"), f"file:{tmp_path}/results/dymoe"]) == 0
+    monkeypatch.chdir(tmp_path)
+    _, block = blocks("python")
+    assert "./models/llava-7b-base" in block
+    names: dict = {}
+    exec(block.replace("./models/llava-7b-base", str(tiny_folder)), names)
+    assert list(names["model"].peft_config) == tasks[:2]
+    checked = dymoe.load_stage("results/dymoe", load(str(tiny_folder)).model, stage=2)
+    tokens = torch.arange(5, 25).reshape(2, 10)
+    with torch.no_grad():
+        shown, same = (model(input_ids=tokens).logits for model in (names["model"], checked))
+    assert torch.equal(shown, same)
+
+
+def test_the_commands_name_what_there_is():
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    shown = [words[words.index("dymoe") + 1 :] for words in lines if "dymoe" in words]
+    assert [words[0] for words in shown] == ["assemble", "doctor", "run", "run", "score", "push", "sweep"]
+    assert all(words[0] in COMMANDS for words in shown)
+    for name in [word for words in lines for word in words if word.startswith("recipes/")]:
+        assert (ROOT / name).is_file(), name
 
 
 def test_the_links_lead_somewhere():

@@ -1,8 +1,8 @@
 """Atomic writes: a file or folder is either there in full or not there at all."""
 
+import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,27 +44,35 @@ def atomic_json(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` (replacing it) when the block ends without an error.
+    """Yield an empty folder that takes the place of `path` in one step when the block ends without an error.
 
     Raises:
-        DymoeError: the folder cannot be written; nothing half-written is left and an older `path` is kept.
+        DymoeError: the folder cannot be written; nothing half-written is left and what stood at `path` stands there
+            still.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as room:
+            new, old = Path(room) / "new", Path(room) / "old"
+            new.mkdir()
+            yield new
+            if path.exists():
+                os.rename(path, old)
+            try:
+                os.rename(new, path)
+            except OSError:
+                if old.exists():
+                    os.rename(old, path)
+                raise
     except OSError as error:
         raise DymoeError(f"{path}: cannot be written ({error.strerror or error})") from error
-    try:
-        yield temporary
-        os.chmod(temporary, 0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DymoeError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: str | Path) -> Any:
@@ -73,12 +81,67 @@ def read_json(path: str | Path) -> Any:
     Raises:
         DymoeError: the file is missing or is not JSON; the message names it and the line.
     """
-    path = Path(path)
+    return parse_json(read_bytes(path), str(path))
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        DymoeError: it is missing or cannot be read.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise DymoeError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DymoeError(f"{path}: cannot be read ({error})") from error
-    except json.JSONDecodeError as error:
-        raise DymoeError(f"{path}: not valid JSON (line {error.lineno}: {error.msg})") from error
+    except (OSError, ValueError) as error:
+        raise DymoeError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """The value of a JSON text; `where` is what messages call it.
+
+    Raises:
+        DymoeError: it is not JSON, nested too deeply, no UTF-8, or plainly another kind of file.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        if instead := not_itself(data):
+            raise DymoeError(f"{where}: {instead}") from None
+        if isinstance(error, json.JSONDecodeError):
+            line = f"line {error.lineno}, " if b"\n" in data.strip() else ""
+            reason = f"not valid JSON ({line}column {error.colno}: {error.msg})"
+        elif isinstance(error, RecursionError):
+            reason = "not usable JSON (nested too deeply)"
+        else:  # no UTF-8, or a number with thousands of digits
+            reason = f"not usable JSON ({error})"
+        raise DymoeError(f"{where}: {reason}") from error
+
+
+_POINTER = (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+_PACKED = (
+    (b"PK\x03\x04", "a zip archive; unpack it"),
+    (b"\x1f\x8b", "packed with gzip; unpack it"),
+    (b"<!doctype", "a web page, not the file itself; fetch it again"),
+    (b"<html", "a web page, not the file itself; fetch it again"),
+)
+
+
+def not_itself(data: bytes, packed: bool = True) -> str | None:
+    """What a file is that should be something else, by its first bytes: "is a Git LFS pointer ..", "is empty" ..
+
+    Args:
+        data: the file, or its beginning.
+        packed: whether archives and web pages are told too; torch's own files are zip archives.
+
+    Returns:
+        The end of a message, None where the bytes say nothing.
+    """
+    head = data[:64].lstrip().lower()
+    if not head and len(data) < 64:
+        return "is empty"
+    for mark, what in (_POINTER, *(_PACKED if packed else ())):
+        if head.startswith(mark.lower()):
+            return f"is {what}"
+    return None

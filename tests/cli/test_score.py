@@ -63,7 +63,7 @@ def test_the_corrected_rule_and_another_output(folder: Path, capsys: pytest.Capt
     [
         (["score", "--rule", "coin", "predictions.jsonl", "references.json"], "score: --task is missing"),
         (COMMAND[:-1], "score: expected two files, PREDICTIONS and REFERENCES, got 1"),
-        ([*COMMAND, "--anotations", "x"], "score: unknown option '--anotations': did you mean '--annotations'"),
+        ([*COMMAND, "--anotations", "x"], "score: --anotations: unknown option; did you mean --annotations?"),
         ([*COMMAND, "--output"], "score: --output: expected a value after it"),
         ([*COMMAND, "--task", "GQA"], "score: --task: is there twice"),
         ([*COMMAND, "--output", "./references.json"], "is one of the files to be read"),

@@ -1,7 +1,7 @@
 """Runs `dymoe` where accelerate's FSDP and DeepSpeed work on a CPU: `accelerate launch ... on_cpu.py run RECIPE`.
 
-accelerate shards on accelerators alone: with `cpu=True` it ignores both. What it does after that question works on a CPU
-as well (gloo), so here it takes this machine's CPU for an accelerator. Nothing else is changed.
+accelerate shards on accelerators alone: with `cpu=True` it ignores both. What it does after that question works on a
+CPU as well (gloo), so here it takes this machine's CPU for an accelerator. Nothing else is changed.
 """
 
 import os

@@ -77,7 +77,7 @@ def test_a_missing_picture_file_and_model_are_wrong(tmp_path: Path, tiny: Path) 
     found = check(recipe)
     assert any(what == "records" and "ImageNet" in where for what, where in wrong(found))
     recipe = load_recipe("recipes/coin/dymoe.yaml", ["--data.root", str(tmp_path / "nowhere")])
-    assert {("folders", "data.root"), ("model", "models/llava-7b-base")} <= wrong(check(recipe))
+    assert {("folders", "data.root"), ("model", "./models/llava-7b-base")} <= wrong(check(recipe))
 
 
 def test_the_pocket_stream(tmp_path: Path, tiny: Path) -> None:

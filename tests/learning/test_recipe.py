@@ -16,7 +16,9 @@ from dymoe.learning.sweep import is_sweep
 from dymoe.methods import available
 from dymoe.methods.settings import keys
 
-RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml") if not is_sweep(path))
+# Those below recipes/accelerate are configurations of the launcher.
+FILES = sorted(path for path in Path("recipes").rglob("*.yaml") if path.parent.name != "accelerate")
+RECIPES = [path for path in FILES if not is_sweep(path)]
 GOOD = {"method": "dymoe", "training": {"steps_per_task": 5}}
 
 

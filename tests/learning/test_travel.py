@@ -23,12 +23,13 @@ import dymoe
 from dymoe.adapter import DyMoEConfig
 from dymoe.cli import main
 from dymoe.errors import DymoeError
+from dymoe.files import atomic_dir
 from dymoe.learning.groups import load_group, save_group, train_group
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.travel.card import Shared, card, escape
 from dymoe.learning.travel.manifest import MANIFEST, TEXT_BYTES, Group, file_of, parse, stored_hash
 from dymoe.learning.travel.paths import base_kind, without_paths
-from dymoe.learning.travel.places import place_of, staged
+from dymoe.learning.travel.places import place_of
 from dymoe.learning.travel.push import push
 from dymoe.lvlm import load
 from tests.learning.hub_server import Hub
@@ -381,7 +382,7 @@ def test_a_manifest_with_a_part_replaced_is_refused_or_read(pushed, data):
 
 
 def half_write(target: Path) -> None:
-    with staged(target) as new:
+    with atomic_dir(target) as new:
         (new / "half").write_text("")
         raise KeyboardInterrupt
 
@@ -420,7 +421,7 @@ def test_a_push_checks_the_run_first(learned, tmp_path, capsys):
     for words, message in (
         ([str(run), str(tmp_path / "out")], "'ImageNet' is not the one saved (hash differs)"),
         ([str(run), str(tmp_path / "out"), "--stage", "4"], "--stage 4: stages 1 to 3 are finished"),
-        ([str(run), str(tmp_path / "out"), "--stage", "0"], "--stage 0: stages 1 to 3 are finished"),
+        ([str(run), str(tmp_path / "out"), "--stage", "0"], "--stage: expected a whole number of at least 1, got '0'"),
         ([str(run), str(tmp_path / "out"), "--stage", "x"], "--stage: expected a whole number"),
         ([str(run), str(tmp_path / "out"), "--stagee", "1"], "unknown option; did you mean --stage?"),
         ([str(run), str(tmp_path / "out"), "--private"], "--private and --message are for Hub repositories"),

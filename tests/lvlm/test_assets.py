@@ -135,7 +135,7 @@ def make_wheel(folder: Path) -> assets.Wheel:
             digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
             record += f"{name},sha256={digest},{len(data)}\n"
         archive.writestr(f"{info}/RECORD", f"{record}{info}/RECORD,,\n")
-    return assets.Wheel("made-thing", "1.0", assets.file_sha256(path), "made_thing/weights.bin")
+    return assets.Wheel("made-thing", "1.0", assets.sha256_of(path), "made_thing/weights.bin")
 
 
 @pytest.fixture

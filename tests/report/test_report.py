@@ -358,7 +358,7 @@ SAMPLE = {"task": "scienceqa", "id": "1", "question": "q", "answer": "a"}
     [
         (lambda run: (run / "results.json").unlink(), r"results\.json: no such file; a run folder"),
         (shutil.rmtree, r"results\.json: no such file"),
-        (text("results.json", '{"name": '), r"results\.json: not valid JSON \(line 1"),
+        (text("results.json", '{"name": '), r"results\.json: not valid JSON \(column 10: "),
         (text("results.json", "[]"), r"results\.json: holds a list; an object"),
         (drop("matrix"), r'results\.json: "matrix" is missing'),
         (drop("seed"), r'results\.json: "seed" is missing; a int'),

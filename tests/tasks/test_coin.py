@@ -125,7 +125,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         load_stream("coin")
     with pytest.raises(DymoeError, match=r"data\.root: no such folder"):
         load(tmp_path / "nowhere")
-    with pytest.raises(DymoeError, match="no folder for task 'VizWiz'; there is GQA, TextVQA"):
+    with pytest.raises(DymoeError, match=r"no folder for task 'VizWiz': no such folder; in .* there is GQA, TextVQA"):
         load(root, "VizWiz")
     with pytest.raises(DymoeError, match=r"data\.images: no such folder"):
         load(root, "GQA", images="nowhere")
@@ -138,6 +138,37 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(DymoeError, match=r"no image root found .*data\.images"):
         load(root, "TextVQA")
     assert len(load(root, "TextVQA", images="pictures").tasks[0].test) == 4
+
+
+PACKED = [
+    ("playground/Instructions_Original", r"no instruction folder .*; unpack .*/Instructions_Original\.zip$"),
+    (
+        "playground/Instructions_Original/ImageNet",
+        r"no folder for task 'ImageNet': no such folder; unpack .*/ImageNet\.zip$",
+    ),
+    ("cl_dataset", r"no image root found .*; unpack .*/cl_dataset\.zip$"),
+    ("cl_dataset/ImageNet_withlabel/train", r"record 0 .*: no folder .*/train; unpack .*/train\.zip; 11 more cannot"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), PACKED, ids=[name for name, _ in PACKED])
+def test_what_was_not_unpacked_is_named(name: str, message: str, tmp_path: Path) -> None:
+    root = tree.build(tmp_path / "tree", "coin", tasks=("GQA", "ImageNet"))
+    (root / name).rename(tmp_path / "away")
+    (root / f"{name}.zip").write_bytes(b"PK")
+    with pytest.raises(DymoeError, match=message):
+        load(root, "ImageNet")
+
+
+def test_what_is_there_instead_is_named(tmp_path: Path) -> None:
+    root = small(tmp_path)
+    (root / "cl_dataset/ImageNet_withlabel").rename(root / "cl_dataset/ImageNet")
+    with pytest.raises(DymoeError, match=r"no folder .*/ImageNet_withlabel; in .*/cl_dataset there is GQA, ImageNet, "):
+        load(root, "ImageNet")
+    with pytest.raises(
+        DymoeError, match=r"/cl_dataset: no instruction folder .*; in .*/cl_dataset there is GQA, ImageNet, "
+    ):
+        load(root / "cl_dataset", "ImageNet")
 
 
 def test_orders_and_names() -> None:
@@ -512,6 +543,9 @@ def test_bad_records_are_skipped_counted_and_listed_when_asked(tmp_path: Path) -
         ('[{"id": 1}, {"id": 2', r"record 1: not valid JSON .*is the file whole"),
         ('[{"id": 1} {"id": 2}]', r"after record 0: expected ',' or '\]', found '{'"),
         ('{"id": 1}', r"expected a JSON list of records, it starts with '{"),
+        ("", "is empty"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:aa\n", "is a Git LFS pointer, not the file itself"),
+        ("<!DOCTYPE html>", "is a web page"),
         ("[] []", r"something stands behind the end"),
         ("[" * 100000, r"record 0: not valid JSON"),
         ("[]", r"it holds no records"),
@@ -756,6 +790,7 @@ def test_two_tasks_end_to_end(tiny_folder: Path, tmp_path: Path) -> None:
 
     from dymoe.learning.recipe import load_recipe
     from dymoe.learning.run import run
+    from dymoe.tasks.scoring.runner import score_files
     from tests.learning.tiny import write_recipe
 
     root = tree.build(tmp_path / "tree", "fork", trained=10, tested=3, tasks=("ScienceQA", "VQAv2"))
@@ -785,6 +820,14 @@ def test_two_tasks_end_to_end(tiny_folder: Path, tmp_path: Path) -> None:
     assert described["data"]["scorers"]["VQAv2"] == {"scorer": "corrected/vqav2", "max_new_tokens": 16}
     assert described["data"]["samples"]["ScienceQA"] == {"train": 8, "validation": 2, "test": 3}
     assert described["recipe"]["data"]["on_bad"] == "skip"
+    # Its answers can be scored again from the files, and come to the same.
+    for place, task in enumerate(("ScienceQA", "VQAv2")):
+        asked = root / "playground/Instructions" / task / ("val.json" if task == "VQAv2" else "test.json")
+        references = tree.save(tmp_path / f"{task}.json", tree.load(asked)[:2])
+        (answers,) = folder.glob(f"stages/02-*/predictions/{task}.jsonl")
+        again = score_files(answers, references, task, "corrected")
+        assert (again.accuracy, again.denominator) == (results["matrix"][1][place], 2)
+        assert score_files(answers, references, task, "coin").rule == f"coin/{task.lower()}"
     # The tree may move: what counts is what is in it.
     moved = tmp_path / "moved"
     root.rename(moved)

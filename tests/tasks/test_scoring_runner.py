@@ -193,7 +193,7 @@ def test_ids_of_no_question_are_refused(run: Run) -> None:
     [
         ([], r"merge\.jsonl: no predictions"),
         (["{"], r"merge\.jsonl: line 1: not valid JSON"),
-        ([line(1, "x"), "", line(2, "y")], r"line 2: not valid JSON"),
+        ([line(1, "x"), "", line(2, "y")], r"line 2: is empty"),
         (["[1]"], "line 1: must be a JSON object"),
         ([line(1, "x"), line(2, None)], r"line 2 \(question_id '2'\): 'text' must be a text, not None"),
         ([line(1, ["x"])], "'text' must be a text, not "),

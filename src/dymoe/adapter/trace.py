@@ -55,6 +55,8 @@ class RoutingTrace:
         num_layers: wrapped layers that carry the training group; terms are means over them.
         token_mask: (batch, tokens), true for tokens that are not padding; None for all.
         prompt_mask: the same without the answers' tokens, where labels are known; else equal to `token_mask`.
+        finished: (batch,), true for rows of a batch in generation that have ended; their tokens do not count. Set by
+            whoever generates, None when nobody does.
         selection: what a selector decided for the samples, (groups, (samples, groups) without gradient), or None.
         selection_gradient: collects the layers' gradients of the selection while a selector learns, else None.
     """
@@ -68,6 +70,7 @@ class RoutingTrace:
         self.token_mask: Tensor | None = None
         self.prompt_mask: Tensor | None = None
         self.labels: Tensor | None = None
+        self.finished: Tensor | None = None
         self.selection: tuple[tuple[str, ...], Tensor] | None = None
         self.selection_gradient: SelectionGradient | None = None
         self.upstream: Tensor = torch.ones(())
@@ -102,6 +105,8 @@ class RoutingTrace:
         """
         mask = kwargs.get("attention_mask")
         self.token_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if self.token_mask is not None and self.finished is not None:
+            self.token_mask = self.token_mask & ~self.finished.unsqueeze(-1)
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
         known = labels if labels is not None else self.labels
         self.labels = None

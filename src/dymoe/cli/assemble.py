@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from dymoe.cli.options import parse
 from dymoe.errors import DymoeError
 
 HELP = """usage: dymoe assemble --llm MODEL --vision MODEL --projector FILE --output FOLDER [--dtype bfloat16]
@@ -42,18 +43,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options(argv: Sequence[str]) -> dict[str, str]:
-    from dymoe.methods.settings import nearest
-
     known = ("--llm", "--vision", "--projector", "--output", "--dtype")
-    found = {"--dtype": "bfloat16"}
-    words = list(argv)
-    while words:
-        key, equals, value = words.pop(0).partition("=")
-        if key not in known:
-            raise DymoeError(f"assemble: {key}: unknown option; {nearest(key, known)}")
-        if not equals and (not words or words[0].startswith("--")):
-            raise DymoeError(f"assemble: {key}: expected a value after it")
-        found[key] = value if equals else words.pop(0)
+    found, words = parse("assemble", argv, known)
+    if words:
+        raise DymoeError(f"assemble: {words[0]!r}: every value needs its option before it; see dymoe assemble --help")
+    found = {"--dtype": "bfloat16", **found}
     for key in known:
         if not found.get(key):
             raise DymoeError(f"assemble: {key} is missing; see dymoe assemble --help")

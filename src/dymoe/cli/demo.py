@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
 
 HELP = """usage: dymoe demo [--output FOLDER] [--steps N]
@@ -46,20 +47,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _options(argv: Sequence[str]) -> tuple[Path, int]:
     """The output folder and the steps per task."""
-    from dymoe.methods.settings import nearest
-
-    found = {"--output": "runs/demo", "--steps": str(STEPS)}
-    words = list(argv)
-    while words:
-        key, equals, value = words.pop(0).partition("=")
-        if key not in found:
-            raise DymoeError(f"demo: {key}: unknown option; {nearest(key, found)}")
-        if not equals and not words:
-            raise DymoeError(f"demo: {key}: expected a value after it")
-        found[key] = value if equals else words.pop(0)
-    if not found["--steps"].isdigit() or int(found["--steps"]) < 1:
-        raise DymoeError(f"demo: --steps: expected a whole number of at least 1, got {found['--steps']!r}")
-    return Path(found["--output"]), int(found["--steps"])
+    options, words = parse("demo", argv, ("--output", "--steps"))
+    if words:
+        raise DymoeError(f"demo: {words[0]!r}: expected options alone; see dymoe demo --help")
+    return Path(options.get("--output", "runs/demo")), whole("demo", options, "--steps") or STEPS
 
 
 def _run(method: str, output: Path, steps: int) -> Path:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
 
 HELP = """usage: dymoe doctor RECIPE [--all] [--samples N] [--json] [--KEY VALUE ...]
@@ -48,18 +49,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _samples(words: Sequence[str]) -> tuple[int, list[str]]:
-    """The value of --samples, and the other words."""
+    """The value of --samples, and the other words (the recipe's keys are known to the recipe alone)."""
+    own: list[str] = []
     rest: list[str] = []
     given = list(words)
-    count = 64
     while given:
         word = given.pop(0)
-        key, equals, value = word.partition("=")
-        if key != "--samples":
+        if word.partition("=")[0] != "--samples":
             rest.append(word)
             continue
-        value = value if equals else (given.pop(0) if given else "")
-        if not value.isdigit() or int(value) < 1:
-            raise DymoeError(f"doctor: --samples: expected a whole number of at least 1, got {value!r}")
-        count = int(value)
-    return count, rest
+        own += [word] if "=" in word else [word, *given[:1]]
+        del given[: 0 if "=" in word else 1]
+    options, _ = parse("doctor", own, ("--samples",))
+    return whole("doctor", options, "--samples") or 64, rest

@@ -50,6 +50,8 @@ def recipes() -> dict[str, str]:
     """Recipe files below ``recipes/``, each with the comment on its first line."""
     found = {}
     for path in sorted(Path("recipes").rglob("*.yaml")):
+        if path.parent.name == "accelerate":
+            continue  # configs of the launcher
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         found[str(path)] = first.lstrip("# ").strip() if first.startswith("#") else ""
     if not found:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from dymoe.cli.options import parse
 from dymoe.errors import DymoeError
 
 HELP = """usage: dymoe pull SOURCE FOLDER
@@ -18,13 +19,12 @@ def main(argv: Sequence[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(HELP)
         return 0 if argv else 2
-    if strange := [word for word in argv if word.startswith("--")]:
-        raise DymoeError(f"pull: {strange[0]}: unknown option; pull has none")
-    if len(argv) != 2:
-        raise DymoeError(f"pull: expected SOURCE and FOLDER, got {len(argv)} words; see dymoe pull --help")
+    _, words = parse("pull", argv, ())
+    if len(words) != 2:
+        raise DymoeError(f"pull: expected SOURCE and FOLDER, got {len(words)} words; see dymoe pull --help")
     from dymoe.learning.travel.pull import pull
 
-    done = pull(argv[0], argv[1])
+    done = pull(*words)
     print(f"stages {', '.join(done.stages)}: {done.folder}")
     print(f"SHA-256 of manifest.json: {done.manifest}")
     if done.left:

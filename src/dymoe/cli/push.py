@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
 
 HELP = """usage: dymoe push RUN TARGET [--stage N] [--private] [--message TEXT] [--license ID]
@@ -25,15 +26,13 @@ def main(argv: Sequence[str]) -> int:
     options, words = parse("push", argv, ("--stage", "--message", "--license"), ("--private",))
     if len(words) != 2:
         raise DymoeError(f"push: expected RUN and TARGET, got {len(words)} words; see dymoe push --help")
-    stage = options.get("--stage")
-    if stage is not None and not (stage.isascii() and stage.isdigit()):
-        raise DymoeError(f"push: --stage: expected a whole number of at least 1, got {stage!r}")
+    stage = whole("push", options, "--stage")
     from dymoe.learning.travel.push import push
 
     done = push(
         words[0],
         words[1],
-        None if stage is None else int(stage),
+        stage,
         "--private" in options,
         options.get("--message"),
         options.get("--license"),
@@ -41,36 +40,3 @@ def main(argv: Sequence[str]) -> int:
     print(f"stages 1 to {done.stages}, {done.size / 2**20:.1f} MiB: {done.where}")
     print(f"SHA-256 of manifest.json: {done.manifest}")
     return 0
-
-
-def parse(
-    command: str, argv: Sequence[str], valued: Sequence[str], flags: Sequence[str] = ()
-) -> tuple[dict[str, str], list[str]]:
-    """Options by name (flags with an empty text) and the words that belong to none.
-
-    Raises:
-        DymoeError: an unknown option, one without its value, or one given twice.
-    """
-    from dymoe.methods.settings import nearest
-
-    options: dict[str, str] = {}
-    found: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            found.append(word)
-            continue
-        key, equals, value = word.partition("=")
-        if key not in (*valued, *flags):
-            raise DymoeError(f"{command}: {key}: unknown option; {nearest(key, [*valued, *flags])}")
-        if key in options:
-            raise DymoeError(f"{command}: {key}: is there twice")
-        if key in valued and not equals:
-            if not words:
-                raise DymoeError(f"{command}: {key}: expected a value after it")
-            value = words.pop(0)
-        if key in flags and equals:
-            raise DymoeError(f"{command}: {key}: takes no value")
-        options[key] = value
-    return options, found

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dymoe.errors import DymoeError
+from dymoe.cli.options import parse
 
 HELP = """usage: dymoe report RUN [RUN ...] [--output FILE]
 
@@ -12,24 +12,14 @@ Write one self-contained HTML page about the runs, side by side (RUN/report.html
 
 def main(argv: Sequence[str]) -> int:
     """Write the page and print its path."""
-    words = list(argv)
-    if not words or "-h" in words or "--help" in words:
+    if not argv or "-h" in argv or "--help" in argv:
         print(HELP)
-        return 0 if words else 2
-    output: Path | None = None
-    if "--output" in words:
-        at = words.index("--output")
-        if at + 1 == len(words):
-            raise DymoeError("report: --output: expected a file after it")
-        output = Path(words[at + 1])
-        del words[at : at + 2]
-    unknown = [word for word in words if word.startswith("--")]
-    if unknown:
-        raise DymoeError(f"report: {unknown[0]}: unknown option; there is --output")
+        return 0 if argv else 2
+    options, words = parse("report", argv, ("--output",))
     from dymoe.report import write_report
 
     runs = [Path(word) for word in words]
-    target = output or (runs[0] / "report.html" if runs else Path("report.html"))
+    target = Path(options.get("--output") or (runs[0] / "report.html" if runs else "report.html"))
     write_report(runs, target)
     print(target)
     return 0

@@ -22,7 +22,7 @@ keys and their defaults:"""
 
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, check the recipe in full, then learn."""
-    from dymoe.learning.recipe import load_recipe
+    from dymoe.learning.recipe import load_recipe, require_folder
 
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     recipe = load_recipe(argv[0], overrides)
     if "--dry-run" in argv[1:]:
         return _dry_run(recipe, overrides)
+    require_folder(recipe.model)
     from dymoe.learning.processes import first, together
 
     command = shlex.join(["dymoe", "run", argv[0], *overrides, "--resume"])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dymoe.cli.options import parse
 from dymoe.errors import DymoeError
 
 HELP = """usage: dymoe score --rule coin|corrected --task TASK PREDICTIONS REFERENCES [options]
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(HELP)
         return 0 if argv else 2
-    options, files = _words(argv)
+    options, files = parse("score", argv, OPTIONS)
     for needed in ("--rule", "--task"):
         if needed not in options:
             raise DymoeError(f"score: {needed} is missing; see dymoe score --help")
@@ -69,26 +70,3 @@ def told(scores: Any) -> str:
             *(f"  note: {remark}" for remark in scores.remarks),
         ]
     )
-
-
-def _words(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Options by name, and the words that belong to none."""
-    from dymoe.tasks.naming import unknown
-
-    options: dict[str, str] = {}
-    files: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            files.append(word)
-            continue
-        key, equals, value = word.partition("=")
-        if key not in OPTIONS:
-            raise DymoeError(f"score: {unknown('option', key, OPTIONS)}")
-        if not equals and not words:
-            raise DymoeError(f"score: {key}: expected a value after it")
-        if key in options:
-            raise DymoeError(f"score: {key}: is there twice")
-        options[key] = value if equals else words.pop(0)
-    return options, files

@@ -1,7 +1,7 @@
 """Answers by batched greedy generation, scored by each task's own rule, with the routing they caused."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +12,7 @@ from dymoe.errors import DymoeError
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from dymoe.adapter.trace import RoutingTrace
     from dymoe.lvlm import Collator, Lvlm
     from dymoe.tasks import Sample, Task
 
@@ -74,6 +75,7 @@ def generate(
     progress: Callable[[int], None] | None = None,
     part: tuple[int, int] = (0, 1),
     gather: Gather = lambda value: [value],
+    trace: "RoutingTrace | None" = None,
 ) -> list[str]:
     """Greedy answers, in the order of `samples`; a row ends at the end token.
 
@@ -87,6 +89,7 @@ def generate(
         progress: called with the number of answers done after each batch.
         part: which of how many processes this is; each answers its own batches (see `batches`).
         gather: gives every process's value, in order, to each of them.
+        trace: of the experts; it is told which rows have ended, so that their tokens do not count.
     """
     model: Any = lvlm.model
     tokenizer: Any = lvlm.processor.tokenizer  # type: ignore[attr-defined]
@@ -96,7 +99,8 @@ def generate(
     answers: dict[int, str] = {}
     for rows in batches(samples, batch_size, part):
         batch = to_device(collator.prompts([samples[i] for i in rows]), model.device)
-        with torch.inference_mode(), autocast(model.device.type, dtype):
+        watched = _finished_rows(trace, collator.stop_tokens)
+        with torch.inference_mode(), autocast(model.device.type, dtype), watched as watching:
             tokens = model.generate(
                 **batch,
                 max_new_tokens=max_new_tokens,
@@ -104,6 +108,7 @@ def generate(
                 num_beams=1,
                 eos_token_id=collator.stop_tokens,
                 pad_token_id=pad,
+                stopping_criteria=watching,
             )
         texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
@@ -112,6 +117,29 @@ def generate(
             progress(min(len(samples), len(answers) * part[1]))
     every = {place: answer for own in gather(answers) for place, answer in own.items()}
     return [every[place] for place in range(len(samples))]
+
+
+@contextmanager
+def _finished_rows(trace: "RoutingTrace | None", stop_tokens: list[int]) -> Iterator[list[Any]]:
+    """Give what watches one generation and tells the trace which rows have ended; it ends none itself."""
+    if trace is None:
+        yield []
+        return
+    from transformers import StoppingCriteria
+
+    def note(input_ids: torch.Tensor) -> torch.Tensor:
+        ended = torch.isin(input_ids[:, -1], torch.tensor(stop_tokens, device=input_ids.device))
+        trace.finished = ended if trace.finished is None else trace.finished | ended
+        return torch.zeros_like(ended)
+
+    class Finished(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            return note(input_ids)
+
+    try:
+        yield [Finished()]
+    finally:
+        trace.finished = None
 
 
 def batches(samples: Sequence["Sample"], batch_size: int, part: tuple[int, int] = (0, 1)) -> list[list[int]]:
@@ -166,7 +194,9 @@ def evaluate(
     trace = None if peft_model is None else cast(Any, peft_model.base_model).trace
     measuring = nullcontext() if trace is None else trace.measuring()
     with measuring as weights:
-        answers = generate(lvlm, collator, samples, task.max_new_tokens, batch_size, dtype, progress, part, gather)
+        answers = generate(
+            lvlm, collator, samples, task.max_new_tokens, batch_size, dtype, progress, part, gather, trace
+        )
     strict_rule, lenient_rule = scorer(task.scorer), lenient(task.scorer)
     predictions = []
     for sample, answer in zip(samples, answers, strict=True):

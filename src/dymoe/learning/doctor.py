@@ -171,6 +171,7 @@ def _coin(found: Checkup, recipe: Recipe) -> None:
 
 def _pictures(found: Checkup, task: "Task", samples: int | None) -> None:
     """Every picture is there and can be decoded."""
+    from dymoe.lvlm.images import decode
     from dymoe.tasks.coin.check import broken_images
 
     looked = 0
@@ -178,7 +179,7 @@ def _pictures(found: Checkup, task: "Task", samples: int | None) -> None:
     for split in ("train", "validation", "test"):
         part = getattr(task, split)
         looked += len(part) if samples is None else min(samples, len(part))
-        broken += list(broken_images(part, samples))
+        broken += list(broken_images(part, samples, decode=decode))
     if broken:
         name, why = broken[0]
         told = f"{len(broken)} of {looked} cannot be read, the first: sample {name!r}: {why}"

@@ -103,15 +103,24 @@ class Processes:
             )
 
 
+ALONE = Processes()
+
+
 def join() -> Processes:
     """Which process this is, as the launcher's environment says; the others are met here.
 
     Raises:
-        DymoeError: the launcher asks for FSDP1, for a base model loaded in one process alone, or for a library that is
-            missing.
+        DymoeError: the launcher asks for a precision of its own, for FSDP1, for a base model loaded in one process
+            alone, or for a library that is missing.
     """
     if "LOCAL_RANK" not in os.environ:
-        return Processes()
+        return ALONE
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision != "no":
+        raise DymoeError(
+            f"accelerate: mixed_precision is {precision!r}, but the recipe's training.dtype decides; set it to 'no' in "
+            "the launcher's config or command"
+        )
     strategy: Strategy = "ddp"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         strategy = "deepspeed"
@@ -136,13 +145,13 @@ def join() -> Processes:
     except ImportError as error:
         raise DymoeError(f"accelerate: {error}") from error
     if state.num_processes == 1 and strategy == "ddp":
-        return Processes()
+        return ALONE
     return Processes(state.process_index, state.num_processes, strategy)
 
 
 def first() -> bool:
     """Whether this is process 0, as the launcher's environment says; also before `join`."""
-    return os.environ.get("RANK", "0") == "0"
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -160,10 +169,11 @@ def together(command: str) -> Iterator[None]:
         return
     rank, count = os.environ.get("RANK", "0"), os.environ["WORLD_SIZE"]
     how = (
-        "what ended it stands above; where nothing does, the system did (out of memory, a lost machine). "
+        "what ended it stands above; where nothing does, the system did (out of memory, a lost machine, a time limit). "
         f"Go on, with any number of processes, with: {command}"
     )
-    _on_termination(f"process {rank} of {count} ended, since another one did: {how}", told=rank in ("0", "1"))
+    # Process 1 tells it too: process 0 may be the one that is gone.
+    _on_termination(f"process {rank} of {count} was told to end, since another one did: {how}", rank in ("0", "1"))
     try:
         yield
     except DymoeError as error:

@@ -80,7 +80,6 @@ class Training:
         for key in ("weight_decay", "max_grad_norm"):
             require(getattr(self, key) >= 0, key, "0 or more", getattr(self, key))
 
-
     def accumulation(self, processes: int = 1) -> int:
         """Forward passes per optimizer step and device, with so many devices.
 
@@ -184,8 +183,8 @@ class Recipe:
         """All keys with their values, defaults of method and companions included; what a run folder keeps.
 
         The key ``data`` is there only with a stream that is read from files, ``model_options``,
-        ``training.optimizer`` and ``training.samples_per_step`` only where they are not the defaults: records of earlier
-        runs lack them.
+        ``training.optimizer`` and ``training.samples_per_step`` only where they are not the defaults: records of
+        earlier runs lack them.
         """
         from dymoe.tasks import from_files
 
@@ -346,6 +345,23 @@ def _check(values: dict[str, Any], where: str) -> Recipe:
         task_names(recipe.stream, recipe.order, recipe.tasks)
     except DymoeError as error:
         raise DymoeError(f"{where}: {error}") from None
-    if recipe.model.startswith((".", "/", "~")) and not Path(recipe.model).expanduser().is_dir():
-        raise DymoeError(f"{where}: model: no such folder {recipe.model}; give pocket, a folder or a Hub id")
+    # A recipe that names its shape can be planned and dry-run before the model's folder is there.
+    if recipe.model_options.shape == "none":
+        try:
+            require_folder(recipe.model)
+        except DymoeError as error:
+            raise DymoeError(f"{where}: {error}") from None
     return recipe
+
+
+def require_folder(model: str) -> None:
+    """Refuse a model that names a folder which is not there.
+
+    Raises:
+        DymoeError: no such folder.
+    """
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise DymoeError(
+            f"model: no such folder {model}; give pocket, a folder (dymoe assemble builds LLaVA-1.5, docs/models.md) "
+            "or a Hub id"
+        )

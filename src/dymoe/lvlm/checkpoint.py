@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import read_json
+from dymoe.files import not_itself, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -167,8 +167,8 @@ def _torch_file(file: Path) -> Mapping[str, "torch.Tensor"]:
 
 def _reason(file: Path, error: Exception) -> str:
     with suppress(OSError), file.open("rb") as opened:
-        if opened.read(32).startswith(b"version https://git-lfs"):
-            return "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+        if instead := not_itself(opened.read(64), packed=False):
+            return instead
     if isinstance(error, pickle.UnpicklingError):
         return "is damaged or holds something other than tensors, which is not loaded (weights only)"
     return f"cannot be read as weights ({str(error).strip().splitlines()[0] if str(error).strip() else 'empty'})"

@@ -436,4 +436,4 @@ def _named(sample: "Sample", read: Any) -> Any:
     try:
         return read(sample.image)
     except DymoeError as error:
-        raise DymoeError(f"sample {sample.id!r}: {error}") from error
+        raise DymoeError(f"{sample.label}: {error}") from error

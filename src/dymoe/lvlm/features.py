@@ -55,7 +55,7 @@ class ImageFeatures:
         Raises:
             DymoeError: an image is broken; the message names its sample.
         """
-        self._add((f"sample {sample.id!r}: ", cast(bytes, sample.image)) for sample in samples if sample.has_image)
+        self._add((f"{sample.label}: ", cast(bytes, sample.image)) for sample in samples if sample.has_image)
 
     def get(self, image: bytes) -> torch.Tensor:
         """The image's tokens, (image_tokens, hidden), on the CPU; computed now if they are not there.

@@ -6,6 +6,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 from dymoe.errors import DymoeError
+from dymoe.files import not_itself
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,4 +39,6 @@ def decode(data: bytes) -> "Image":
         Image.DecompressionBombError,
     ) as error:
         reason = "not an image format that Pillow reads" if "cannot identify" in str(error) else str(error)
+        if instead := not_itself(data):
+            reason = f"it {instead}"
         raise DymoeError(f"broken image of {len(data)} bytes ({reason})") from error

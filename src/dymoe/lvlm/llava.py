@@ -12,7 +12,6 @@ transformers' own conversion of LLaVA-1.5: <image> and <pad> at the end, rows pa
 checked before anything is written; tensors pass through memory one output shard at a time.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_dir, atomic_json, read_json
+from dymoe.files import atomic_dir, atomic_json, read_json, sha256_of
 from dymoe.lvlm.checkpoint import INDEXES, Weights, fetch, weight_files
 
 if TYPE_CHECKING:
@@ -572,9 +571,7 @@ def _manifest(
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def image_backend(folder: Path) -> str | None:

@@ -114,9 +114,7 @@ def _from_transformers(
     name: str, dtype: "torch.dtype", cache_dir: Path | None, options: ModelOptions
 ) -> tuple["PreTrainedModel", "ProcessorMixin"]:
     """Any image-text model of transformers by folder or Hub id."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from dymoe.lvlm.llava import image_backend
+    from transformers import AutoModelForImageTextToText
 
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise DymoeError(f"model {name!r}: no such folder; give 'pocket', a folder or a Hub id")
@@ -130,10 +128,7 @@ def _from_transformers(
             cache_dir=cache_dir,
             **_quantization(place, dtype, options),
         )
-        backend = image_backend(Path(place))
-        # A folder that `dymoe assemble` wrote scales pictures as LLaVA's training did; transformers would not.
-        how = {} if backend is None else {"backend": backend}
-        processor = AutoProcessor.from_pretrained(place, trust_remote_code=False, cache_dir=cache_dir, **how)
+        processor = processor_at(place, cache_dir)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DymoeError(
@@ -143,3 +138,17 @@ def _from_transformers(
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise DymoeError(f"model {name!r}: its processor has no tokenizer and image processor")
     return model, processor
+
+
+def processor_at(place: str, cache_dir: Path | None = None) -> Any:
+    """The processor of a folder or Hub id.
+
+    A folder that `dymoe assemble` wrote scales pictures as LLaVA's training did; transformers alone would not.
+    """
+    from transformers import AutoProcessor
+
+    from dymoe.lvlm.llava import image_backend
+
+    backend = image_backend(Path(place))
+    how = {} if backend is None else {"backend": backend}
+    return AutoProcessor.from_pretrained(place, trust_remote_code=False, cache_dir=cache_dir, **how)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
-from dymoe.lvlm.model import Lvlm, check_4bit, freeze, linears
+from dymoe.lvlm.model import Lvlm, check_4bit, freeze, linears, processor_at
 from dymoe.lvlm.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def published_config(name: str) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     hidden, inner, layers, heads = LLAMA[name]
-    vision = CLIPVisionConfig(
+    vision: Any = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
         num_hidden_layers=24,
@@ -45,7 +45,7 @@ def published_config(name: str) -> Any:
         rms_norm_eps=1e-5,
         pad_token_id=PIECES + 1,
     )
-    return LlavaConfig(
+    config: Any = LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=PIECES,
@@ -53,8 +53,9 @@ def published_config(name: str) -> Any:
         projector_hidden_act="gelu",
         vision_feature_select_strategy="default",
         vision_feature_layer=-2,
-        pad_token_id=PIECES + 1,
     )
+    config.pad_token_id = PIECES + 1
+    return config
 
 
 def config_of(name: str, options: ModelOptions) -> Any:
@@ -153,17 +154,11 @@ def quantize(model: "PreTrainedModel", dtype: Any, options: ModelOptions) -> Non
 
 def processor_of(name: str, config: Any) -> Any:
     """The model's own processor; where its folder is not there, a made one (see `random_lvlm`)."""
-    from transformers import AutoProcessor
-
-    from dymoe.lvlm.llava import build_processor, image_backend
+    from dymoe.lvlm.llava import build_processor
 
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        backend = image_backend(folder)
-        how = {} if backend is None else {"backend": backend}
-        return AutoProcessor.from_pretrained(str(folder), trust_remote_code=False, **how)
-    if config.model_type != "llava":
-        return AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    if folder.is_dir() or config.model_type != "llava":
+        return processor_at(str(folder) if folder.is_dir() else name)
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     pixels = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}

@@ -52,6 +52,12 @@ class Sample:
     turns: tuple[tuple[str, str], ...] = ()
 
     @property
+    def label(self) -> str:
+        """What messages call it: its id, and the picture's path where that is a file."""
+        name = getattr(self.picture, "name", None)
+        return f"sample {self.id!r}" if name is None else f"sample {self.id!r} (image {name!r})"
+
+    @property
     def image(self) -> bytes | None:
         """The encoded picture, read now if it is not in memory, and not kept; None for a question of text alone.
 

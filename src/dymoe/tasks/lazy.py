@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CHUNK = 256  # records read together when samples are gone through in order
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".tar.xz", ".tar.bz2")
 
 
 def image_path(root: Path, name: str, outside_links: bool = False) -> Path:
@@ -60,12 +61,31 @@ def image_size(root: Path, name: str, outside_links: bool = False) -> int:
     try:
         found = path.stat()
     except OSError as error:
-        raise DymoeError(f"image {name!r}: {path}: {error.strerror or error}") from None
+        raise DymoeError(
+            f"image {name!r}: {_why_missing(root, path) or f'{path}: {error.strerror or error}'}"
+        ) from None
     if not stat.S_ISREG(found.st_mode):
         raise DymoeError(f"image {name!r}: {path} is no file")
     if not found.st_size:
         raise DymoeError(f"image {name!r}: {path} is empty")
     return found.st_size
+
+
+def _why_missing(root: Path, path: Path) -> str | None:
+    """Which folder above a missing picture is not there, and what stands in its place; None where all are."""
+    above = [folder for folder in path.parents if folder.is_relative_to(root)]
+    lacking = [folder for folder in above if not folder.is_dir()]
+    return f"no folder {lacking[-1]}{what_is_there(lacking[-1])}" if lacking else None
+
+
+def what_is_there(folder: Path, most: int = 8) -> str:
+    """The end of a message about a missing folder: its archive where nobody unpacked it, else what is beside it."""
+    names = sorted(path.name for path in folder.parent.iterdir()) if folder.parent.is_dir() else []
+    packed = [name for name in names if name.lower().startswith(f"{folder.name.lower()}.") and name.endswith(ARCHIVES)]
+    if packed:
+        return f"; unpack {folder.parent / packed[0]}"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"; in {folder.parent} there is {', '.join(names[:most]) or 'nothing'}{more}"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
+from dymoe.files import not_itself, read_bytes
 
 IMAGE_TOKEN = "<image>"
 ASKING, ANSWERING = ("human", "user"), ("gpt", "assistant")
@@ -63,11 +64,16 @@ def read_records(path: Path) -> Iterator[Any]:
     if path.suffix == ".parquet":
         yield from _parquet(path)
         return
+    data = read_bytes(path)
+    lines = path.suffix == ".jsonl"  # of which there may be none
+    if (instead := not_itself(data)) and not (lines and not data.strip()):
+        raise DymoeError(f"{path}: {instead}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise DymoeError(f"{path}: cannot be read ({error})") from error
-    yield from (_lines(path, text) if path.suffix == ".jsonl" else _list(path, text))
+    del data
+    yield from (_lines(path, text) if lines else _list(path, text))
 
 
 def _list(path: Path, text: str) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
+from dymoe.files import sha256_of
 
 FORMAT = "dymoe-results/1"
 MANIFEST = "manifest.json"
@@ -238,8 +239,7 @@ def pickled(path: Path) -> bool:
 
 def file_of(path: Path) -> File:
     """Size and SHA-256 of a file."""
-    with path.open("rb") as opened:
-        return File(os.fstat(opened.fileno()).st_size, hashlib.file_digest(opened, "sha256").hexdigest())
+    return File(path.stat().st_size, sha256_of(path))
 
 
 def check_file(path: Path, name: str, expected: File, where: str) -> None:

@@ -1,9 +1,7 @@
 """Where a shared result goes to and comes from: a folder of this machine or a repository of the Hub."""
 
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,31 +38,6 @@ def place_of(text: str) -> Path | str:
     if REPOSITORY.fullmatch(text) and not path.exists() and not path.parent.is_dir():
         return text
     return path
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `folder` in one step when the block ends without an error.
-
-    Raises:
-        DymoeError: it cannot be written; what stood at `folder` stands there still.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as room:
-            new, old = Path(room) / "new", Path(room) / "old"
-            new.mkdir()
-            yield new
-            if folder.exists():
-                os.rename(folder, old)
-            try:
-                os.rename(new, folder)
-            except OSError:
-                if old.exists():
-                    os.rename(old, folder)
-                raise
-    except OSError as error:
-        raise DymoeError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
 
 class Source(Protocol):

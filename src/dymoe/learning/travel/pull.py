@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dymoe.errors import DymoeError
+from dymoe.files import atomic_dir
 from dymoe.learning.travel.manifest import MANIFEST, check_strays, check_tree, file_of, parse
-from dymoe.learning.travel.places import open_source, staged
+from dymoe.learning.travel.places import open_source
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def pull(source: str | Path, folder: str | Path) -> Pulled:
             raise DymoeError(f"{place.where}: {name}: is missing")
         if names[name] != expected.size:
             raise DymoeError(f"{place.where}: {name}: has {names[name]} bytes, {MANIFEST} says {expected.size}")
-    with staged(target) as new:
+    with atomic_dir(target) as new:
         (new / MANIFEST).write_bytes(text)
         for name in manifest.files:
             place.fetch(name, new)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import read_json
+from dymoe.files import atomic_dir, read_json
 from dymoe.learning.folder import StageFolder
 from dymoe.learning.travel.card import Shared, card
 from dymoe.learning.travel.manifest import (
@@ -24,7 +24,7 @@ from dymoe.learning.travel.manifest import (
     file_of,
 )
 from dymoe.learning.travel.paths import base_kind, base_name, without_paths
-from dymoe.learning.travel.places import place_of, staged, upload
+from dymoe.learning.travel.places import place_of, upload
 
 LOCAL = ("root", "images", "instructions_folder")  # of a recipe's `data`: where things are on one machine
 
@@ -72,7 +72,7 @@ def push(
         if private or message is not None:
             raise DymoeError(f"{place}: is a folder; --private and --message are for Hub repositories (hub:owner/name)")
         _refuse_foreign(place)
-        with staged(place) as new:
+        with atomic_dir(place) as new:
             pushed = _collect(path, new, stage, licence, place.resolve().name, str(place))
         return pushed
     with tempfile.TemporaryDirectory(prefix="dymoe-push-") as room:

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dymoe.errors import DymoeError
@@ -46,22 +46,30 @@ def sizes(found: TaskIndexes) -> list[Size]:
     return rows
 
 
-def broken_images(samples: Sequence[Sample], count: int | None = None, seed: int = 0) -> Iterator[tuple[str, str]]:
+def broken_images(
+    samples: Sequence[Sample],
+    count: int | None = None,
+    seed: int = 0,
+    decode: Callable[[bytes], object] = check_image,
+) -> Iterator[tuple[str, str]]:
     """(id, what is wrong) of the samples whose picture cannot be read or decoded.
 
     Args:
         samples: any samples; their pictures are opened one at a time.
         count: look at so many, drawn at random; all when None.
         seed: of the draw.
+        decode: opens the encoded picture and raises `DymoeError` where it cannot.
     """
     places = range(len(samples))
     drawn = places if count is None or count >= len(samples) else random.Random(seed).sample(places, count)
     for place in sorted(drawn):
         sample = samples[place]
         try:
-            check_image(sample.image)
+            if (data := sample.image) is not None:
+                decode(data)
         except DymoeError as error:
-            yield sample.id, str(error)
+            name = getattr(sample.picture, "name", None)
+            yield sample.id, str(error) if name is None or name in str(error) else f"image {name!r}: {error}"
 
 
 def overlap(train: Sequence[Sample], test: Sequence[Sample]) -> list[tuple[str, str]]:

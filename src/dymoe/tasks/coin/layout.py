@@ -17,18 +17,21 @@ from typing import Any
 from dymoe.errors import DymoeError
 from dymoe.files import read_json
 from dymoe.tasks import instructions
+from dymoe.tasks.lazy import what_is_there
 from dymoe.tasks.llava import parse
+from dymoe.tasks.scoring.reading import ANNOTATIONS
 from dymoe.tasks.source import Source
 
 PUBLISHED = Path(__file__).parent / "published.json"
 TASKS = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCRVQA")
 BELOW = ("", "playground", "data", "datasets")  # where below the root the folders may stand
+NAMED = ("Instructions_Original", "Instruction_Original", "Instructions", "annotations", "playground")
 PEEK_BYTES, PEEK_RECORDS = 1 << 18, 40
 
 
 @cache
 def published() -> dict[str, Any]:
-    """What is published about the data: sizes, folder names, annotation files, with the source."""
+    """What is published about the data: sizes and folder names, with the source."""
     values: dict[str, Any] = read_json(PUBLISHED)
     return values
 
@@ -60,8 +63,9 @@ class Layout:
         """
         found = task_folders(self.instructions).get(task)
         if found is None:
-            there = sorted(path.name for path in self.instructions.iterdir() if path.is_dir())
-            raise DymoeError(f"{self.instructions}: no folder for task {task!r}; there is {', '.join(there) or 'none'}")
+            folder = self.instructions / task
+            reason = "it holds no training file" if folder.is_dir() else f"no such folder{what_is_there(folder)}"
+            raise DymoeError(f"{folder}: no folder for task {task!r}: {reason}")
         return found
 
     def train_file(self, task: str, name: str | None = None) -> Path:
@@ -88,7 +92,7 @@ class Layout:
         Raises:
             DymoeError: one is missing.
         """
-        paths = tuple(self.images / name for name in published()["annotation_files"].get(task, ()))
+        paths = tuple(self.images / task / name for name in ANNOTATIONS.get(task, ()))
         for path in paths:
             if not path.is_file():
                 raise DymoeError(f"{path}: no such file; {task} cannot be scored without it (docs/coin.md)")
@@ -196,10 +200,28 @@ def _instructions(root: Path, source: Source, kind: str, tasks: Sequence[str]) -
             )
         if fits and (not replaced or source.templates):
             return fits[0], replaced
+    of = "" if source.variant == "auto" else f" of variant {source.variant!r}"
+    if not folders and not instruction_folders(root):
+        raise DymoeError(
+            f"{root}: no instruction folder{of} (for example {NAMED[0]}/GQA/train.json or "
+            f"{BELOW[1]}/{NAMED[0]}/GQA/train.json below it){_unpacked(root, NAMED) or _there(root)}"
+        )
     told = "; ".join(f"{path} ({' or '.join(kinds[path])})" for path in folders) or "none"
     hint = "; data.templates: true puts the type's sentences into the original text" if folders else ""
-    of = "" if source.variant == "auto" else f" of variant {source.variant!r}"
     raise DymoeError(f"{root}: no instruction folder{of} with {kind!r} text; found: {told}{hint}")
+
+
+def _unpacked(root: Path, names: Sequence[str]) -> str:
+    """The end of a message: an archive with one of these names that nobody has unpacked."""
+    for folder in (root / below for below in BELOW):
+        for name in names:
+            if "; unpack" in (told := what_is_there(folder / name)):
+                return told
+    return ""
+
+
+def _there(root: Path) -> str:
+    return what_is_there(root / "*")
 
 
 def kinds_of(folder: Path, tasks: Sequence[str]) -> tuple[str, ...]:
@@ -259,4 +281,5 @@ def _images(root: Path, source: Source) -> Path:
             return place
     raise DymoeError(
         f"{root}: no image root found (cl_dataset with {', '.join(sorted(known))}); say where it is with data.images"
+        f"{_unpacked(root, ('cl_dataset', 'images')) or _there(root)}"
     )

@@ -14,6 +14,7 @@ from dymoe.errors import DymoeError
 from dymoe.files import read_json
 from dymoe.tasks.index import Reference
 from dymoe.tasks.llava import Record, box_text, read_box
+from dymoe.tasks.scoring.reading import answers_by_question
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _CHOICE = re.compile(r"^([A-Z])\. (.+)$", re.MULTILINE)
@@ -99,16 +100,7 @@ class _TextVQA:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.answers: dict[str, Any] = {}
-        if path is not None:
-            values = read_json(path)
-            rows = values.get("data") if isinstance(values, Mapping) else None
-            if not isinstance(rows, list):
-                raise DymoeError(f"{path}: expected an object with a list 'data'")
-            for number, row in enumerate(rows):
-                if not isinstance(row, Mapping) or "question_id" not in row:
-                    raise DymoeError(f"{path}: record {number} of 'data': it has no 'question_id'")
-                self.answers[str(row["question_id"])] = row.get("answers")
+        self.answers = {} if path is None else answers_by_question(read_json(path), path)
 
     def __call__(self, record: Record) -> tuple[dict[str, Any], bool]:
         told, _ = _plain(record)

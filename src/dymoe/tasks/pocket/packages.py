@@ -4,7 +4,6 @@ Only the benchmark's build script and the projector's training need them; whoeve
 files never comes here.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dymoe.errors import DymoeError
+from dymoe.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,6 @@ def default_cache() -> Path:
     """Where archives are kept: `$DYMOE_CACHE/packages`, else `~/.cache/dymoe/packages`."""
     root = os.environ.get("DYMOE_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "dymoe") / "packages"
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(name: str, cache: Path | None = None) -> Path:

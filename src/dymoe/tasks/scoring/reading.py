@@ -1,17 +1,18 @@
 """Reading what a file of answers is scored with: predictions (JSON lines), references (JSON), published annotations.
 
-Formats: CoIN's. A prediction has `question_id` and `text`; a reference has `question_id` and the fields that its rule
-reads. Ids are numbers in some files and texts in others, so they are compared as texts.
+Formats: CoIN's. A prediction has `question_id` and `text` (in a run's own files `id` and `prediction`); a reference has
+`question_id` and the fields that its rule reads. Ids are numbers in some files and texts in others, so they are
+compared as texts.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
+from dymoe.files import parse_json, read_bytes
 from dymoe.tasks.scoring import letter
 from dymoe.tasks.scoring.text import brief
 
@@ -52,19 +53,21 @@ class References:
 
 
 def read_predictions(path: str | Path) -> tuple[list[Prediction], Source]:
-    """Read a predictions file, one JSON object a line.
+    """Read a predictions file, one JSON object a line: CoIN's, or one of a run (`stages/*/predictions/<task>.jsonl`).
 
     Raises:
         DymoeError: names the file and the first line that is no JSON object with a `question_id` and a `text`.
     """
-    data, sha256 = _bytes(path)
+    data, sha256 = _read(path)
     found = []
     # Lines end with a newline and nothing else: an answer may hold other characters that count as line ends.
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data.strip() else [], start=1):
         where = f"{path}: line {number}"
-        record = _parse(line, where)
+        record = parse_json(line, where)
         if not isinstance(record, dict):
             raise DymoeError(f"{where}: must be a JSON object with question_id and text, not {brief(record)}")
+        if "question_id" not in record and {"id", "prediction"} <= record.keys():
+            record = {"question_id": record["id"], "text": record["prediction"]}
         identity = _identity(record, where)
         if not isinstance(record.get("text"), str):
             raise DymoeError(
@@ -87,8 +90,8 @@ def read_references(path: str | Path, task: str, annotations: str | Path | None 
     Raises:
         DymoeError: names the file and the record that cannot be used.
     """
-    data, sha256 = _bytes(path)
-    value = _parse(data, str(path))
+    data, sha256 = _read(path)
+    value = parse_json(data, str(path))
     if not isinstance(value, list) or not value:
         raise DymoeError(f"{path}: must be a JSON list of test records that is not empty, not {brief(value)}")
     records: dict[str, Mapping[str, Any]] = {}
@@ -153,7 +156,17 @@ def _differ(record: Mapping[str, Any], problem: Mapping[str, Any]) -> bool:
 def _with_answers(references: References, folder: Path) -> References:
     path = _find(folder, "TextVQA", ANNOTATIONS["TextVQA"][0])
     content, source = _object(path)
-    entries = content.get("data")
+    answers = answers_by_question(content, path)
+    return _extended(references, path, source, {key: {"answers": value} for key, value in answers.items()})
+
+
+def answers_by_question(content: Any, path: Path) -> dict[str, Any]:
+    """The answers in TextVQA's annotation file (its value, for messages its path) by question id, as they stand.
+
+    Raises:
+        DymoeError: names the first entry that cannot be used.
+    """
+    entries = content.get("data") if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise DymoeError(f"{path}: 'data' must be a list of questions, not {brief(entries)}")
     answers = {}
@@ -162,7 +175,7 @@ def _with_answers(references: References, folder: Path) -> References:
         if not isinstance(entry, dict):
             raise DymoeError(f"{where}: must be a JSON object, not {brief(entry)}")
         answers[_identity(entry, where)] = entry.get("answers")
-    return _extended(references, path, source, {key: {"answers": value} for key, value in answers.items()})
+    return answers
 
 
 def _with_balance(references: References, folder: Path) -> References:
@@ -201,34 +214,16 @@ def _find(folder: Path, task: str, name: str) -> Path:
 
 
 def _object(path: Path) -> tuple[dict[str, Any], Source]:
-    data, sha256 = _bytes(path)
-    value = _parse(data, str(path))
+    data, sha256 = _read(path)
+    value = parse_json(data, str(path))
     if not isinstance(value, dict):
         raise DymoeError(f"{path}: must be a JSON object, not {brief(value)}")
     return value, Source(str(path), sha256, len(value))
 
 
-def _bytes(path: str | Path) -> tuple[bytes, str]:
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DymoeError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise DymoeError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+def _read(path: str | Path) -> tuple[bytes, str]:
+    data = read_bytes(path)
     return data, hashlib.sha256(data).hexdigest()
-
-
-def _parse(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise DymoeError(f"{where}: not valid JSON ({place}: {error.msg})") from error
-    except RecursionError as error:
-        raise DymoeError(f"{where}: not usable JSON (nested too deeply)") from error
-    except ValueError as error:
-        # No UTF-8, or a number with thousands of digits.
-        raise DymoeError(f"{where}: not usable JSON ({error})") from error
 
 
 def _identity(record: Mapping[str, Any], where: str) -> str:
