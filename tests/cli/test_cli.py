@@ -29,6 +29,16 @@ def test_every_command_has_help(command, capsys):
     assert f"usage: dymoe {command}" in capsys.readouterr().out
 
 
+def test_only_run_is_started_in_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["sweep", "recipes/pocket/leaderboard.yaml", "--dry-run"]) == 2
+    assert "sweep: started in 2 processes by a launcher" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["sweep", "recipes/pocket/nothing.yaml"]) == 2
+    assert "launcher" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dymoe.methods.settings import nearest
 
             raise DymoeError(f"{words[0]}: unknown command; {nearest(words[0], COMMANDS)}")
+        if words[0] != "run" and "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise DymoeError(
+                f"{words[0]}: started in {os.environ['WORLD_SIZE']} processes by a launcher; only `dymoe run` shares "
+                f"its work, so call `dymoe {words[0]}` without the launcher"
+            )
         # Importing a submodule named `list` would hide the builtin in this package.
         module = "listing" if words[0] == "list" else words[0]
         return int(import_module(f"dymoe.cli.{module}").main(words[1:]))

@@ -128,6 +128,13 @@ def checked(stream: "Stream", recipe: Recipe) -> "Stream":
     return replace(stream, tasks=tuple(tasks))
 
 
+def free_name(wanted: str, taken: Sequence[str]) -> str:
+    """`wanted`, with underscores behind it until no task has that name (a group is named after its task)."""
+    while wanted in taken:
+        wanted += "_"
+    return wanted
+
+
 @dataclass
 class _Learner:
     """One run at work: the model with the groups learned so far, and where everything is written."""
@@ -316,7 +323,7 @@ class _Learner:
         probe = self.method.probe(stage, data)
         if probe is None:
             return
-        name = "probe"
+        name = free_name("probe", self.stream.names)
         set_seed(stage.seed)
         self.display.note(f"probing where {stage.name} needs experts")
         self.model = train_group(self.lvlm.model, self.model, name, probe.config)
