@@ -216,19 +216,11 @@ def test_every_sweep_of_the_repository_is_right(path):
     from dymoe.report.leaderboard import published
 
     few = [] if path.name == "tune.yaml" else ["--base.tasks", "[ImageNet]"]  # not the data of all eight tasks
-    whole = plan(path, "--tuned", "false", *few)
+    whole = plan(path, *few)  # with the rates of docs/tuning.json where the sweep asks for them
     assert len(whole.cells) >= 3
     if whole.sweep.published:
         rows = published(whole.sweep.published)["rows"]
         assert len({row["label"] for row in rows} & set(whole.labels)) == len({row["label"] for row in rows})
-
-
-def test_every_row_of_the_repository_has_a_tuned_rate(tmp_path):
-    tuned = {cell.of: 1e-3 for cell in plan(Path("recipes/pocket/tune.yaml")).cells}
-    (tmp_path / "tuning.json").write_text(json.dumps({"chosen": tuned}))
-    for path in SWEEPS:
-        if path.name != "tune.yaml":
-            plan(path, "--tuning", str(tmp_path / "tuning.json"), "--base.tasks", "[ImageNet]")
 
 
 def test_a_cell_whose_folder_another_process_holds_waits(tmp_path):

@@ -5,6 +5,7 @@ import difflib
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dymoe.errors import DymoeError
@@ -64,8 +65,12 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, prefix: str = "")
         raise DymoeError(f"{where}: {prefix}{error}") from None
 
 
+@cache
 def parser_of(cls: type) -> "ArgumentParser":
-    """A jsonargparse parser with one typed argument for every dotted key of the dataclass `cls`."""
+    """A jsonargparse parser with one typed argument for every dotted key of the dataclass `cls`.
+
+    Made once per class: a sweep builds hundreds of recipes, and making the parser costs more than using it.
+    """
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False, add_help=False)
