@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dymoe.evaluation.drift import drift
 from dymoe.evaluation.matrix import AccuracyMatrix
 from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.recipe import Recipe
@@ -129,21 +129,22 @@ def _probe_seconds(stage: StageFolder) -> float:
 
 
 def routing_drift(routing: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Earlier task -> share of routing weight (0 to 1) that its tokens put on groups added after its own.
+    """Earlier task -> its drift (see `dymoe.evaluation.drift`), one value for every stage since the task was learned.
 
-    One value for every stage since the task was learned; a task that has no group of its own (one adapter for
-    all tasks, all tasks at once) is left out.
+    A task without drift at some stage (no group of its own, or nothing is routed) is left out.
 
     Args:
         routing: routing.json of the stages in order; empty where a method routes nothing.
     """
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[float | None]] = {}
     for stage in routing:
         for task, row in stage.get("tasks", {}).items():
-            if task in stage["groups"]:
-                later = row["weight"][stage["groups"].index(task) + 1 :]
-                found.setdefault(task, []).append(round(math.fsum(later), 4))
-    return found
+            found.setdefault(task, []).append(drift(task, stage["groups"], row["weight"]))
+    return {
+        task: [round(value, 4) for value in values if value is not None]
+        for task, values in found.items()
+        if None not in values
+    }
 
 
 def routing_over_steps(events: Path) -> dict[str, dict[str, list[float]]]:

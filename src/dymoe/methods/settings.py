@@ -56,7 +56,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, prefix: str = "")
     from jsonargparse import ArgumentError
 
     _refuse_unknown(cls, values, where, prefix)
-    parser = parser_of(cls)
+    parser = parser_of(typing.cast(type, cls))
     try:
         return _construct(cls, parser.parse_object(dict(_leaves(cls, values))).as_dict())
     except ArgumentError as error:

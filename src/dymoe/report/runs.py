@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
+from dymoe.evaluation.drift import drift
 from dymoe.evaluation.matrix import AccuracyMatrix
 from dymoe.files import read_json
 
@@ -22,10 +23,8 @@ class Routing:
     weights: Mapping[str, tuple[float, ...]]
 
     def drift(self, task: str) -> float | None:
-        """Weight on groups added after the task's own, in 0..1; None if the task has no group of its own."""
-        if task not in self.groups or task not in self.weights:
-            return None
-        return math.fsum(self.weights[task][self.groups.index(task) + 1 :])
+        """The task's drift (see `dymoe.evaluation.drift`), in 0..1, None where there is none or it was not asked."""
+        return drift(task, self.groups, self.weights[task]) if task in self.weights else None
 
 
 @dataclass(frozen=True)
