@@ -166,10 +166,14 @@ def token_types(scores: Tensor, num_new: int, tau: float) -> Tensor:
         only = TokenType.OLD if num_new == 0 else TokenType.NEW
         return torch.full(scores.shape[:-1], int(only), dtype=torch.int8, device=scores.device)
     scores = _wide(scores.detach())
-    old, new = scores[..., :num_old].amax(-1), scores[..., num_old:].amax(-1)
+    return types_of_best(scores[..., :num_old].amax(-1), scores[..., num_old:].amax(-1), tau)
+
+
+def types_of_best(old: Tensor, new: Tensor, tau: float) -> Tensor:
+    """`token_types` from the largest old and the largest new score of each token, (...) each, float32 or float64."""
     gap = (new - old).abs()
     scale = torch.maximum(new.abs(), old.abs())
-    relative = torch.where(scale > 0, gap / scale.clamp(min=torch.finfo(scores.dtype).tiny), torch.zeros_like(gap))
+    relative = torch.where(scale > 0, gap / scale.clamp(min=torch.finfo(gap.dtype).tiny), torch.zeros_like(gap))
     clear = torch.where(new > old, int(TokenType.NEW), int(TokenType.OLD))
     return torch.where(relative > tau, clear, int(TokenType.AMBIGUOUS)).to(torch.int8)
 

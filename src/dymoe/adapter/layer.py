@@ -14,8 +14,10 @@ from dymoe import routing
 from dymoe.adapter.config import DyMoEConfig
 from dymoe.adapter.gates import GATES, Gating, Routing
 from dymoe.adapter.holder import GroupHolder
-from dymoe.adapter.ops import OPS, ExpertBlock
-from dymoe.adapter.trace import LayerRouting, RoutingTrace
+from dymoe.adapter.ops import OPS, Bank, Candidates, ExpertBlock, Rule, fused
+from dymoe.adapter.trace import TERMS, LayerRouting, RoutingTrace
+
+_compiling = torch.compiler.is_compiling
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class DyMoELayer(GroupHolder):
         """Return the packed frozen groups in the compute dtype; packed anew only after one of them changed."""
         key = (tuple(groups), dtype)
         found = self._packs.get(key)
-        versions = () if torch.compiler.is_compiling() else self._versions(groups)
+        versions = () if _compiling() else self._versions(groups)
         if found is not None and (not versions or found.versions == versions):
             return found
         with torch.no_grad(), torch.autocast(self.dymoe_A[groups[0]].device.type, enabled=False):
@@ -184,17 +186,84 @@ class DyMoELayer(GroupHolder):
         own = next(iter(self.dymoe_A.values())).dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own
         num_new = sizes[-1] if new is not None else 0
-        blocks, rows = self._bank(frozen, new if num_new else None, config, dtype)
+        new = new if num_new else None
+        selection = self.trace.selection_for(groups, x)
+        if config.compute == "stacked" and config.gate == "cosine" and selection is None and not _compiling():
+            return self._fused(x, result, frozen, new, groups, sizes, config, dtype)
+        blocks, rows = self._bank(frozen, new, config, dtype)
         if config.gate == "linear":
             none = x.new_zeros(0, self.in_features, dtype=own)  # a group that found and brought no experts here
             rows = [self.dymoe_router.get(group, none) for group in groups]
-        decision = self._route(x, rows, groups, sizes, config, num_new)
+        decision = self._route(x, rows, sizes, config, num_new, selection)
         output = OPS[config.compute](x.to(dtype), decision.weights, blocks)
         result = result + output.to(result.dtype)
         if self.training and num_new:
             result = self._leave_terms(result, decision, config, num_new)
         if self.trace.observers:
             self._leave_routing(x, decision, groups, sizes)
+        return result
+
+    def _fused(
+        self,
+        x: Tensor,
+        result: Tensor,
+        frozen: list[str],
+        new: str | None,
+        groups: list[str],
+        sizes: tuple[int, ...],
+        config: DyMoEConfig,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The cosine gate and the bank as one function (`ops.fused`)."""
+        trace, training = self.trace, self.training and new is not None
+        held = [group for group in frozen if group in self.dymoe_A]
+        pack = self._pack(held, dtype) if held else None
+        mask = trace.mask_for(x.shape[:-1]) if training else None
+        mask = None if mask is None else mask.reshape(-1)
+        penalty = config.exclusivity > 0 or config.specialization > 0
+        bank = Bank(
+            () if pack is None else pack.blocks,
+            None if pack is None else pack.directions,
+            Rule(
+                config.top_k,
+                config.temperature,
+                config.tau,
+                config.guidance if training else "none",
+                config.load_balance if training else 0.0,
+                config.balance_over == "all",
+                config.exclusivity,
+                config.specialization,
+                config.rsr_temperature,
+                # Before the regularization starts its terms are only reported.
+                training and penalty and (trace.rsr_active or trace.collect),
+                trace.num_layers,
+                training and trace.collect,
+            ),
+            dtype,
+            config.r,
+            config.scaling,
+            config.lora_dropout if training else 0.0,
+            mask,
+            trace.scale,
+            trace.upstream,
+        )
+        router = a = b = None
+        if new is not None:
+            router, a, b = self.dymoe_router[new], self.dymoe_A[new].flatten(0, 1), self.dymoe_B[new].flatten(0, 1)
+        result, outcome = fused(x, result, router, a, b, bank)
+        chosen = cast(Candidates, outcome.chosen)
+        if training and (chosen.total is not None or trace.collect):
+            zero = chosen.scores.new_zeros(())
+            terms = zero.expand(len(TERMS)) if chosen.terms is None else chosen.terms
+            statistics = None
+            if trace.collect:
+                decision = Routing(outcome.scores(), outcome.weights(), chosen.types)
+                statistics = self._statistics(decision, config, sizes[-1], mask)
+            trace.leave_terms(self.name, zero if chosen.total is None else chosen.total, terms, statistics)
+        if trace.observers:
+            tokens = x.shape[:-1]
+            scores, weights = (values.view(*tokens, -1) for values in (outcome.scores(), outcome.weights()))
+            self._leave_routing(x, Routing(scores, weights), groups, sizes)
         return result
 
     def _bank(
@@ -221,10 +290,10 @@ class DyMoELayer(GroupHolder):
         self,
         x: Tensor,
         rows: list[Tensor],
-        groups: list[str],
         sizes: tuple[int, ...],
         config: DyMoEConfig,
         num_new: int,
+        selection: Tensor | None,
     ) -> Routing:
         guide = None
         if self.training and config.guidance != "none" and 0 < num_new < sum(sizes):
@@ -234,7 +303,6 @@ class DyMoELayer(GroupHolder):
                 types = routing.token_types(scores, num_new, config.tau)
                 return routing.token_assignment_guidance(scores, num_new, config.tau, mask, types), types
 
-        selection = self.trace.selection_for(groups, x)
         return GATES[config.gate](x, Gating(sizes, tuple(rows), config.top_k, config.temperature, guide, selection))
 
     def _leave_terms(self, result: Tensor, decision: Routing, config: DyMoEConfig, num_new: int) -> Tensor:
