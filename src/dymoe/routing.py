@@ -171,11 +171,9 @@ def token_types(scores: Tensor, num_new: int, tau: float) -> Tensor:
 
 def types_of_best(old: Tensor, new: Tensor, tau: float) -> Tensor:
     """`token_types` from the largest old and the largest new score of each token, (...) each, float32 or float64."""
-    gap = (new - old).abs()
-    scale = torch.maximum(new.abs(), old.abs())
-    relative = torch.where(scale > 0, gap / scale.clamp(min=torch.finfo(gap.dtype).tiny), torch.zeros_like(gap))
-    clear = torch.where(new > old, int(TokenType.NEW), int(TokenType.OLD))
-    return torch.where(relative > tau, clear, int(TokenType.AMBIGUOUS)).to(torch.int8)
+    clear = (new - old).abs() > tau * torch.maximum(new.abs(), old.abs())  # D_rel > tau, without a division by 0
+    judged = torch.where(new > old, int(TokenType.NEW), int(TokenType.OLD))
+    return torch.where(clear, judged, int(TokenType.AMBIGUOUS)).to(torch.int8)
 
 
 def token_assignment_guidance(

@@ -22,10 +22,18 @@ _compiling = torch.compiler.is_compiling
 
 @dataclass(frozen=True)
 class Pack:
-    """The frozen active groups, packed once: blocks of equal rank, scale folded into B, router rows normalised."""
+    """The frozen active groups, packed once.
+
+    Attributes:
+        blocks: experts of equal rank, scale folded into B, in the compute dtype.
+        directions: unit router rows, float32.
+        rows: the same in the compute dtype.
+        versions: torch's counters of in-place changes of what was packed.
+    """
 
     blocks: tuple[ExpertBlock, ...]
     directions: Tensor | None
+    rows: Tensor | None
     versions: tuple[int, ...]
 
 
@@ -138,7 +146,9 @@ class DyMoELayer(GroupHolder):
         if found is not None and (not versions or found.versions == versions):
             return found
         with torch.no_grad(), torch.autocast(self.dymoe_A[groups[0]].device.type, enabled=False):
-            pack = Pack(self._pack_blocks(groups, dtype), self._pack_directions(groups), versions)
+            directions = self._pack_directions(groups)
+            rows = None if directions is None else directions.to(dtype)
+            pack = Pack(self._pack_blocks(groups, dtype), directions, rows, versions)
         self._packs = {key: pack}
         return pack
 
@@ -224,6 +234,7 @@ class DyMoELayer(GroupHolder):
         bank = Bank(
             () if pack is None else pack.blocks,
             None if pack is None else pack.directions,
+            None if pack is None else pack.rows,
             Rule(
                 config.top_k,
                 config.temperature,

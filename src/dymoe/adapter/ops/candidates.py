@@ -112,7 +112,7 @@ def choose(
         top = scores.topk(rule.top_k, dim=1, sorted=False).indices
         member = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, top, True)
     allowed = member
-    if guided:
+    if guided and chosen.types is not None:
         to_new = (chosen.types == int(routing.TokenType.NEW)).unsqueeze(1)
         on_new = torch.arange(count, device=scores.device) >= split
         allowed = on_new == to_new
@@ -127,7 +127,7 @@ def choose(
 
 def _softmax(scores: Tensor, allowed: Tensor | None, temperature: float) -> Tensor:
     if allowed is not None:
-        scores = scores.masked_fill(~allowed, float("-inf"))
+        scores = torch.where(allowed, scores, float("-inf"))
     return torch.softmax(scores / temperature, dim=1)
 
 

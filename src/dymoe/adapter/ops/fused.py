@@ -10,8 +10,9 @@ Backward, given g = dL / dy, with G = g B^T per side:
     ds = (gate's Jacobian) dw + upstream * slope of the loss terms
     dx = dh A + (ds / |x|) U - (sum_e ds_e s_e / |x|^2) x
 
-Only top_k scores a side have weight or slope, so ds is formed at the candidates alone (`candidates`). Where guidance
-sends few tokens to the new group, its products run over those tokens' rows only.
+Only top_k scores a side have weight or slope, so ds is formed at the candidates alone (`candidates`). What else a
+token does not use is left out on a CPU, where products of few rows pay (`sparse`): old experts outside its top k once
+the bank is large, and the new group where guidance sends few tokens there.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from dymoe.adapter.ops.block import ExpertBlock
 from dymoe.adapter.ops.candidates import Candidates, Rule, choose, through_softmax
+from dymoe.adapter.ops.sparse import Used, bag, few_rows
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Bank:
     Attributes:
         frozen: blocks of the old experts, scale folded into B, in the compute dtype.
         directions: their unit router rows, (old experts, d), float32 or wider; None without old experts.
+        rows: the same in the compute dtype.
         rule: of the gate.
         dtype: of the bank's products.
         r: rank of the new experts.
@@ -40,11 +43,13 @@ class Bank:
         dropout: on the new group's input.
         mask: (n,), true for tokens that count in the losses, or None.
         scale: of the regularization, 0-d, or None.
-        upstream: 0-d tensor that holds, once the backward pass arrives, the gradient of the loss terms' sum.
+        upstream: 0-d tensor that holds, once the backward pass arrives, the gradient of the loss terms' sum;
+            None is 1.
     """
 
     frozen: Sequence[ExpertBlock]
     directions: Tensor | None
+    rows: Tensor | None
     rule: Rule
     dtype: torch.dtype
     r: int = 1
@@ -117,56 +122,60 @@ class _Fused(torch.autograd.Function):
         bank: Bank,
         outcome: Outcome,
     ) -> Tensor:
-        dtype = bank.dtype
+        dtype, shape = bank.dtype, result.shape
         wide = torch.promote_types(x.dtype, torch.float32)
-        shape, x = result.shape, x.reshape(-1, x.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
         # In place where nobody else can hold the base's output: a fresh tensor, not a view.
         inplace = result.dtype == dtype and result._base is None and result.is_contiguous()
         inplace = inplace and not (result.is_leaf and result.requires_grad)
-        output = result.view(len(x), -1) if inplace else torch.zeros(len(x), shape[-1], dtype=dtype, device=x.device)
-        xw = x.to(wide)
-        inverse = 1 / torch.linalg.vector_norm(xw, dim=1, keepdim=True).clamp(min=1e-12)
-        directions = None if bank.directions is None else bank.directions.to(wide)
-        old = x.new_empty(len(x), 0, dtype=wide) if directions is None else (xw @ directions.t()).mul_(inverse)
-        unit = None if router is None else F.normalize(router.to(wide), dim=1, eps=1e-12)
-        new = x.new_empty(len(x), 0, dtype=wide) if unit is None else (xw @ unit.t()).mul_(inverse)
+        output = (
+            result.view(len(x), shape[-1]) if inplace else torch.zeros(len(x), shape[-1], dtype=dtype, device=x.device)
+        )
+        xw, xc = x.to(wide), x.to(dtype)
+        inverse = torch.linalg.vector_norm(xw, dim=1, keepdim=True).clamp_(min=1e-12).reciprocal_()
+        old = new = xw.new_empty(len(x), 0)
+        if bank.directions is not None:
+            old = (xw @ bank.directions.to(wide).t()).mul_(inverse)
+        if router is not None:
+            new = (xw @ F.normalize(router.to(wide), dim=1, eps=1e-12).t()).mul_(inverse)
         learning = any(ctx.needs_input_grad)
         chosen = choose(old, new, bank.rule, bank.mask, bank.scale, slope=learning)
-        xc = x.to(dtype)
         split = chosen.split
         saved: list[Tensor | None] = []
-        if bank.frozen:
+        used = Used.of(bank.frozen, chosen) if bank.frozen else None
+        if used is not None:
+            hidden = used.sampled(xc, used.block.a)
+            output.add_(used.summed(_gated(hidden, chosen.weights[:, :split].to(dtype), used.block.r), used.block.b))
+            saved.append(hidden)
+        elif bank.frozen:
             weights = chosen.spread(chosen.weights[:, :split], 0, old.shape[1]).to(dtype)
-            start = 0
-            for block in bank.frozen:
+            parts = weights.split([block.experts for block in bank.frozen], 1)
+            for block, part in zip(bank.frozen, parts, strict=True):
                 hidden = xc @ block.a.t()
-                part = weights[:, start : start + block.experts]
                 output.addmm_(_gated(hidden, part, block.r), block.b)
-                start += block.experts
                 saved.append(hidden)
         rows = None
         if a is not None and b is not None:
-            rows = _new_rows(chosen)
+            rows = few_rows(chosen.weights[:, split:]) if split else None
             own = chosen.spread(chosen.weights[:, split:], 1, new.shape[1])
-            xn = xc if rows is None else xc[rows]
-            own = own if rows is None else own[rows]
-            kept = None
+            xn, own = (xc, own) if rows is None else (xc.index_select(0, rows), own.index_select(0, rows))
+            kept = dropped = None
             if bank.dropout:
                 xn, kept = torch.native_dropout(xn, bank.dropout, True)
+                dropped = xn
             hidden = xn @ a.to(dtype).t()
             gated = _gated(hidden, (own * bank.scaling).to(dtype), bank.r)
             if rows is None:
                 output.addmm_(gated, b.to(dtype))
             else:
                 output.index_add_(0, rows, gated @ b.to(dtype))
-            saved += [hidden, xn if kept is not None else None, kept]
+            saved += [hidden, dropped, kept]
         if inplace:
             ctx.mark_dirty(result)
         else:
             result = result + output.view(shape).to(result.dtype)
         if learning:
-            ctx.bank, ctx.chosen, ctx.sizes = bank, chosen, (old.shape[1], new.shape[1])
-            ctx.shape = result.shape[:-1]
+            ctx.bank, ctx.chosen, ctx.used, ctx.tokens = bank, chosen, used, shape[:-1]
             ctx.save_for_backward(x, inverse, router, a, b, rows, *saved)
         outcome.old, outcome.new, outcome.chosen = old, new, chosen
         return result
@@ -180,90 +189,89 @@ class _Fused(torch.autograd.Function):
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, inverse, router, a, b, rows, *saved = ctx.saved_tensors
-    bank, chosen, (num_old, num_new) = ctx.bank, ctx.chosen, ctx.sizes
-    dtype, split = bank.dtype, chosen.split
-    wide = inverse.dtype
-    g = gradient.reshape(len(x), -1).to(dtype)
-    xc = x.to(dtype)
-    to_x = to_router = to_a = to_b = None
-    needs_x, _, needs_router, needs_a, needs_b = ctx.needs_input_grad[:5]
-    inner = torch.zeros_like(x, dtype=dtype) if needs_x else None
-    by_weight = []
-    if bank.frozen:
+    bank, chosen, used = ctx.bank, ctx.chosen, ctx.used
+    dtype, wide, split = bank.dtype, inverse.dtype, chosen.split
+    needs_x, needs_result, needs_router, needs_a, needs_b = ctx.needs_input_grad[:5]
+    g, xc = gradient.reshape(-1, gradient.shape[-1]).to(dtype), x.to(dtype)
+    num_old = 0 if bank.directions is None else len(bank.directions)
+    by_weight: list[Tensor] = []  # gradient at the candidates' weights
+    inner: list[tuple[Tensor, Tensor]] = []  # (gradient at hidden values, A): products that make up dx
+    if used is not None:
+        back = used.sampled(g, used.block.b)
+        by_weight.append(_rank_sum(back, saved[0], used.block.r, wide))
+        gathered = _gated(back, chosen.weights[:, :split].to(dtype), used.block.r)
+    elif bank.frozen:
         weights = chosen.spread(chosen.weights[:, :split], 0, num_old).to(dtype)
-        found, start = [], 0
-        for block, hidden in zip(bank.frozen, saved, strict=False):
+        parts = weights.split([block.experts for block in bank.frozen], 1)
+        found = []
+        for block, hidden, part in zip(bank.frozen, saved, parts, strict=False):
             back = g @ block.b.t()
             found.append(_rank_sum(back, hidden, block.r, wide))
-            if inner is not None:
-                inner.addmm_(_gated(back, weights[:, start : start + block.experts], block.r), block.a)
-            start += block.experts
+            inner.append((_gated(back, part, block.r), block.a))
         by_weight.append(chosen.picked(found[0] if len(found) == 1 else torch.cat(found, 1), 0))
+    to_router = to_a = to_b = through = kept = None
     if a is not None:
-        hidden, dropped, kept = saved[len(bank.frozen) :]
-        gn = g if rows is None else g[rows]
-        xn = dropped if dropped is not None else (xc if rows is None else xc[rows])
-        own = chosen.spread(chosen.weights[:, split:], 1, num_new)
-        own = ((own if rows is None else own[rows]) * bank.scaling).to(dtype)
+        hidden, dropped, kept = saved[-3:]
+        own = chosen.spread(chosen.weights[:, split:], 1, len(router))
+        gn, xn = g, xc
+        if rows is not None:
+            gn, xn, own = g.index_select(0, rows), xc.index_select(0, rows), own.index_select(0, rows)
+        xn = xn if dropped is None else dropped
+        own = (own * bank.scaling).to(dtype)
         back = gn @ b.to(dtype).t()
         per_expert = _rank_sum(back, hidden, bank.r, wide).mul_(bank.scaling)
         if rows is not None:
-            per_expert = per_expert.new_zeros(len(x), num_new).index_copy_(0, rows, per_expert)
+            per_expert = per_expert.new_zeros(len(x), len(router)).index_copy_(0, rows, per_expert)
         by_weight.append(chosen.picked(per_expert, 1))
         through = _gated(back, own, bank.r)
         if needs_b:
             to_b = (_gated(hidden, own, bank.r).t() @ gn).to(b.dtype)
         if needs_a:
             to_a = (through.t() @ xn).to(a.dtype)
-        if inner is not None:
-            if kept is not None:
-                part = (through @ a.to(dtype)).mul_(kept).mul_(1 / (1 - bank.dropout))
-                inner = inner.add_(part) if rows is None else inner.index_add_(0, rows, part)
-            elif rows is None:
-                inner.addmm_(through, a.to(dtype))
-            else:
-                inner.index_add_(0, rows, through @ a.to(dtype))
     slope = by_weight[0] if len(by_weight) == 1 else torch.cat(by_weight, 1)
     slope = through_softmax(chosen.weights, slope, bank.rule.temperature)
     if chosen.slope is not None:
-        slope.addcmul_(chosen.slope, bank.upstream.to(slope.device, wide))
-    along = (slope * chosen.scores).sum(1, keepdim=True)
+        slope.add_(chosen.slope if bank.upstream is None else chosen.slope * bank.upstream.to(slope.device, wide))
     scaled = slope * inverse
-    if needs_x:
-        to_x = inner.addcmul_(xc, (along * inverse.square()).to(dtype), value=-1)
-        if split:
-            to_x.addmm_(chosen.spread(scaled[:, :split], 0, num_old).to(dtype), bank.directions.to(dtype))
-    if router is not None:
-        at_new = chosen.spread(scaled[:, split:], 1, num_new)
-        norm = torch.linalg.vector_norm(router.to(wide), dim=1, keepdim=True).clamp(min=1e-12)
+    at_new = unit = norm = None
+    if router is not None and (needs_x or needs_router):
+        at_new = chosen.spread(scaled[:, split:], 1, len(router))
+        norm = torch.linalg.vector_norm(router.to(wide), dim=1, keepdim=True).clamp_(min=1e-12)
         unit = router.to(wide) / norm
-        if needs_x:
-            to_x.addmm_(at_new.to(dtype), unit.to(dtype))
         if needs_router:
             direct = at_new.t() @ x.to(wide)
             to_router = direct.addcmul_(unit, (direct * unit).sum(1, keepdim=True), value=-1).div_(norm)
             to_router = to_router.to(router.dtype)
-    result = gradient if ctx.needs_input_grad[1] else None
-    to_x = None if to_x is None else to_x.to(x.dtype).view(*ctx.shape, -1)
-    return to_x, result, to_router, to_a, to_b, None, None
+    result = gradient if needs_result else None
+    if not needs_x:
+        return None, result, to_router, to_a, to_b, None, None
+    along = (scaled * chosen.scores).sum(1, keepdim=True).mul_(inverse).neg_()
+    to_x = xc * along.to(dtype)
+    if used is not None:
+        to_x.add_(used.summed(gathered, used.block.a))
+    for values, matrix in inner:
+        to_x.addmm_(values, matrix)
+    if split:
+        index = chosen.index[0]
+        if index is None or not len(x):
+            to_x.addmm_(chosen.spread(scaled[:, :split], 0, num_old).to(dtype), bank.rows)
+        else:
+            to_x.add_(bag(index, scaled[:, :split].to(dtype), bank.rows))
+    if at_new is not None and unit is not None:
+        to_x.addmm_(at_new.to(dtype), unit.to(dtype))
+    if through is not None:
+        part = through @ a.to(dtype)
+        if kept is not None:
+            part.mul_(kept).mul_(1 / (1 - bank.dropout))
+        to_x = to_x.add_(part) if rows is None else to_x.index_add_(0, rows, part)
+    return to_x.to(x.dtype).view(*ctx.tokens, x.shape[1]), result, to_router, to_a, to_b, None, None
 
 
 def _gated(hidden: Tensor, weights: Tensor, r: int) -> Tensor:
     """Hidden values (n, experts * r) times their expert's weight (n, experts)."""
-    return (hidden.unflatten(1, (-1, r)) * weights.unsqueeze(2)).flatten(1)
+    return hidden * weights.repeat_interleave(r, 1)
 
 
 def _rank_sum(back: Tensor, hidden: Tensor, r: int, dtype: torch.dtype) -> Tensor:
     """Sum over each expert's ranks of back * hidden, (n, experts)."""
     return (back * hidden).unflatten(1, (-1, r)).sum(2, dtype=dtype)
-
-
-def _new_rows(chosen: Candidates) -> Tensor | None:
-    """Tokens with weight on the new group where they are known to be few, else None (all).
-
-    On a CPU alone: elsewhere counting them would wait for the device.
-    """
-    if chosen.split == 0 or chosen.weights.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    rows = chosen.weights[:, chosen.split :].amax(1).nonzero().squeeze(1)
-    return rows if len(rows) * 2 <= len(chosen.weights) else None
