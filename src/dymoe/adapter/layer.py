@@ -187,7 +187,9 @@ class DyMoELayer(GroupHolder):
         if self._disable_adapters:
             return result
         frozen, new = self.group_order()
-        groups = [*frozen, new] if new is not None else frozen
+        groups = frozen if new is None else [*frozen, new]
+        if not (self.training or torch.is_grad_enabled()):
+            frozen, new = groups, None  # nothing learns: the newest group is packed with the others
         sizes = tuple(self.experts_of(group) for group in groups)
         if not sum(sizes):
             return result

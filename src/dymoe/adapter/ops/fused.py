@@ -107,7 +107,9 @@ def fused(
     """
     outcome = Outcome()
     with torch.autocast(x.device.type, enabled=False):  # the function says itself what is computed in which dtype
-        return _Fused.apply(x, result, router, a, b, bank, outcome), outcome
+        if torch.is_grad_enabled():
+            return _Fused.apply(x, result, router, a, b, bank, outcome), outcome
+        return _Fused.forward(None, x, result, router, a, b, bank, outcome), outcome
 
 
 class _Fused(torch.autograd.Function):
@@ -138,7 +140,7 @@ class _Fused(torch.autograd.Function):
             old = (xw @ bank.directions.to(wide).t()).mul_(inverse)
         if router is not None:
             new = (xw @ F.normalize(router.to(wide), dim=1, eps=1e-12).t()).mul_(inverse)
-        learning = any(ctx.needs_input_grad)
+        learning = ctx is not None and any(ctx.needs_input_grad)
         chosen = choose(old, new, bank.rule, bank.mask, bank.scale, slope=learning)
         split = chosen.split
         saved: list[Tensor | None] = []
@@ -170,9 +172,9 @@ class _Fused(torch.autograd.Function):
             else:
                 output.index_add_(0, rows, gated @ b.to(dtype))
             saved += [hidden, dropped, kept]
-        if inplace:
+        if inplace and ctx is not None:
             ctx.mark_dirty(result)
-        else:
+        if not inplace:
             result = result + output.view(shape).to(result.dtype)
         if learning:
             ctx.bank, ctx.chosen, ctx.used, ctx.tokens = bank, chosen, used, shape[:-1]
