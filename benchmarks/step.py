@@ -1,21 +1,27 @@
 """Seconds of a training step: our bank, plain PEFT LoRA, the frozen base and a loop over experts, side by side.
 
 Random weights at a real model's shapes (speed does not depend on their values; random routers send most tokens to the
-old groups, as learned ones do in later tasks). The step is a forward and a backward pass of the decoder and the answer
-positions' logits, without the optimizer. The regularization runs at full scale, which in training it does only in a
-task's second half.
+old groups, as learned ones do in later tasks). The step is a forward and a backward pass of the decoder's layers, to
+the weights that learn and to the inputs, without vocabulary and optimizer. The regularization runs at full scale, which
+in training it does only in a task's second half.
+
+`counted` is what the bank must compute in floating-point operations at the speed that the base's own products reach
+here, plus the base's own step: scores of all experts and their way back; hidden values, output and their way back for
+the side that each token uses; weight gradients of the new group for the tokens that use it.
 """
 
 import argparse
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import interleaved, ratio, spread, write
+from measure import interleaved, ratio, spread, synchronize, write
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaModel
 
 from dymoe import DyMoEConfig
 from dymoe.adapter import DyMoELayer
@@ -41,7 +47,7 @@ SHAPES = {
 def decoder(shape: str, layers: int, device: str) -> nn.Module:
     """A Llama decoder of these shapes in bfloat16, frozen."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, **SHAPES[shape]))
+    model = LlamaModel(LlamaConfig(num_hidden_layers=layers, **SHAPES[shape]))
     return model.to(device, torch.bfloat16).requires_grad_(False)
 
 
@@ -53,7 +59,6 @@ class Steps:
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(options.batch, options.tokens, size, generator=generator).to(device, torch.bfloat16)
         self.mask = torch.ones(options.batch, options.tokens, dtype=torch.long, device=device)
-        self.labels = torch.randint(0, 1000, (options.batch, 4), generator=generator).to(device)
         self.device = device
 
     def of(self, model: Any) -> Callable[[], None]:
@@ -64,8 +69,8 @@ class Steps:
 
         def step() -> None:
             with torch.autocast(self.device, dtype=torch.bfloat16):
-                logits = model(inputs_embeds=inputs, attention_mask=self.mask, logits_to_keep=4).logits
-                loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), self.labels.flatten())
+                states = model(inputs_embeds=inputs, attention_mask=self.mask, use_cache=False).last_hidden_state
+                loss = states[:, -4:].float().square().mean()
             if trace is not None:
                 loss = trace.attach(loss)
             loss.backward()
@@ -74,6 +79,44 @@ class Steps:
                 parameter.grad = None
 
         return step
+
+
+def linears(shape: str) -> list[tuple[int, int]]:
+    """(in, out) of a decoder layer's seven projections."""
+    size, inner = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
+    keys = size // SHAPES[shape]["num_attention_heads"] * SHAPES[shape]["num_key_value_heads"]
+    return [(size, size), (size, keys), (size, keys), (size, size), (size, inner), (size, inner), (inner, size)]
+
+
+def base_speed(options: argparse.Namespace, device: str) -> float:
+    """Operations a second of the base's own products, forward and to the inputs, at these shapes."""
+    tokens, operations, seconds = options.batch * options.tokens, 0.0, 0.0
+    for inside, outside in linears(options.shape):
+        x = torch.randn(tokens, inside, device=device).bfloat16()
+        weight, back = torch.randn(outside, inside, device=device).bfloat16(), torch.randn(tokens, outside).to(x)
+        times = []
+        for _ in range(30):
+            synchronize()
+            started = time.perf_counter()
+            nn.functional.linear(x, weight)
+            back @ weight
+            synchronize()
+            times.append(time.perf_counter() - started)
+        operations += 4.0 * tokens * inside * outside
+        seconds += statistics.median(times)
+    return operations / seconds
+
+
+def counted(options: argparse.Namespace, tasks: int, share_new: float, experts: int = 16, r: int = 4) -> float:
+    """Operations of all banks in a step (see the top of the file)."""
+    tokens, ranks = options.batch * options.tokens, experts * r
+    total = 0.0
+    for inside, outside in linears(options.shape):
+        scores = 2 * 2 * inside * experts * tasks + 2 * inside * experts  # to and from x; the new router rows
+        side = 2 * 2 * ranks * (inside + outside)  # hidden, output and their way back
+        new = share_new * (side + 2 * ranks * (inside + outside))
+        total += tokens * (scores + new + (1 - share_new) * side * (tasks - 1))
+    return total * options.layers
 
 
 def configured(model: Any, **values: Any) -> None:
@@ -109,7 +152,8 @@ def main() -> None:
     model: Any = decoder(options.shape, options.layers, device)
     incremental = {"guidance": "none", "exclusivity": 0.0, "specialization": 0.0}
     ours = {"guidance": "exclusive", "exclusivity": 1e-3, "specialization": 1e-3}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    speed = base_speed(options, device)
     for tasks in range(1, max(options.tasks) + 1):
         config = DyMoEConfig(lora_dropout=0.0, compute=options.compute)
         if tasks == 1:
@@ -134,6 +178,10 @@ def main() -> None:
             actions["loop"] = with_settings(compute="reference", **ours)
         times = interleaved(actions, options.rounds)
         row: dict[str, Any] = {"tasks": tasks, "seconds": {name: spread(values) for name, values in times.items()}}
+        share = model.base_model.trace.summary()["share_new"]
+        bank = counted(options, tasks, share) / speed
+        row["share of tokens on the new group"] = round(share, 3)
+        row["dymoe / counted"] = spread([a / (b + bank) for a, b in zip(times["dymoe"], times["base"], strict=True)])
         row["dymoe / lora"] = ratio(times, "dymoe", "lora")
         row["dymoe / base"] = ratio(times, "dymoe", "base")
         row["dymoe / incmoelora"] = ratio(times, "dymoe", "incmoelora")
@@ -141,8 +189,13 @@ def main() -> None:
             own = [(a - b) / (c - b) for a, b, c in zip(times["loop"], times["base"], times["dymoe"], strict=True)]
             row["adapter's own time, loop / dymoe"] = spread(own)
         rows.append(row)
-        print(tasks, {name: value["median"] for name, value in row["seconds"].items()}, file=sys.stderr, flush=True)
-    write(options.name, {"options": vars(options), "rows": rows})
+        print(
+            f"{tasks} tasks",
+            {name: value["median"] for name, value in row["seconds"].items()},
+            file=sys.stderr,
+            flush=True,
+        )
+    write(options.name, {"options": vars(options), "base's products, GFLOP/s": round(speed / 1e9, 1), "rows": rows})
 
 
 if __name__ == "__main__":
