@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -304,8 +305,16 @@ def group_hash(model: nn.Module, group: str) -> str:
     Raises:
         ValueError: the model has no such group.
     """
+    return tensors_hash(sorted(group_tensors(model, group).items()))
+
+
+def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors of any dtype and device, one after the other.
+
+    A group's names are those under which PEFT saves it, so that the hash can be taken from the file alone.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(group_tensors(model, group).items()):
+    for name, tensor in named:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

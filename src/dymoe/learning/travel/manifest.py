@@ -9,7 +9,6 @@ A shared result is a folder::
 one folder per stage, as PEFT saves an adapter. Nothing else belongs to it.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -289,19 +288,15 @@ def stored_hash(file: Path, where: str) -> str:
     Raises:
         DymoeError: the file is no safetensors file.
     """
-    import torch
     from safetensors import SafetensorError, safe_open
 
-    digest = hashlib.sha256()
+    from dymoe.adapter import tensors_hash
+
     try:
         with safe_open(file, "pt") as tensors:
-            for name in sorted(tensors.keys()):
-                tensor = tensors.get_tensor(name)
-                digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            return tensors_hash((name, tensors.get_tensor(name)) for name in sorted(tensors.keys()))
     except (SafetensorError, OSError, ValueError) as error:
         raise DymoeError(f"{where}: cannot be read as safetensors ({error})") from None
-    return digest.hexdigest()
 
 
 def check_tree(root: Path, where: str) -> Manifest:
