@@ -108,13 +108,10 @@ def check(recipe: Recipe, path: str = "recipe", samples: int | None = 64, beside
 
 def _data(found: Checkup, recipe: Recipe) -> "Stream | None":
     """Load the stream; for CoIN also look at its indexes."""
-    from dymoe.tasks import load_stream
-
     if recipe.stream == "coin":
         _coin(found, recipe)
-    names = (recipe.stream, recipe.order, recipe.instructions, recipe.tasks)
     try:
-        stream = load_stream(*names, recipe.seed, recipe.data)
+        stream = recipe.load_stream()
     except DymoeError as error:
         said = str(error)
         if not any(finding.level == "wrong" and finding.found in said for finding in found.findings):
@@ -135,12 +132,11 @@ def _data(found: Checkup, recipe: Recipe) -> "Stream | None":
 
 def _coin(found: Checkup, recipe: Recipe) -> None:
     """Sizes, repeated ids and bad records of CoIN's files."""
-    from dymoe.tasks import task_names
     from dymoe.tasks.coin import check as coin
     from dymoe.tasks.coin.layout import find
     from dymoe.tasks.coin.stream import indexes
 
-    names = task_names("coin", recipe.order, recipe.tasks)
+    names = recipe.task_names()
     try:
         layout = find(recipe.data, recipe.instructions, names)
     except DymoeError as error:
@@ -319,7 +315,7 @@ def _machine(found: Checkup, recipe: Recipe, path: str, shape: "Shape | None", l
     if shape is None:
         found.add("note", "memory", path, "not estimated: the model's shapes are not known here")
         return
-    stages = len(_names(recipe))
+    stages = len(recipe.task_names())
     budget = memory(recipe, shape, stages, longest or None)
     told = f"{budget.peak / 1e9:.1f} GB at the last task of {stages}, {name} has {size / 1e9:.1f} GB"
     if budget.peak + SPARE > size:
@@ -338,12 +334,6 @@ def _machine(found: Checkup, recipe: Recipe, path: str, shape: "Shape | None", l
         found.add("wrong", "disk", str(place), told, "make room, or give --output on another disk")
     else:
         found.add("fine", "disk", str(place), told)
-
-
-def _names(recipe: Recipe) -> tuple[str, ...]:
-    from dymoe.tasks import task_names
-
-    return task_names(recipe.stream, recipe.order, recipe.tasks)
 
 
 def speed(dtype: str) -> float:
@@ -409,7 +399,7 @@ def _fits(found: Checkup, beside: Path) -> None:
                 shapes[key] = _shape(recipe, None)
             if shapes[key] is None:
                 continue
-            peak = memory(recipe, shapes[key], len(_names(recipe))).peak
+            peak = memory(recipe, shapes[key], len(recipe.task_names())).peak
         except DymoeError:
             continue
         found.fits.append({"recipe": str(file), "bytes": peak, "fits": peak + SPARE <= size})

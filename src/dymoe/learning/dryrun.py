@@ -212,17 +212,16 @@ def made_stream(recipe: Recipe, train: int, test: int) -> tuple["Stream", dict[s
 
     CoIN's samples are made (`made_task`), another stream's are its own, repeated as often as needed.
     """
-    from dymoe.tasks import Stream, load_stream, task_names
+    from dymoe.tasks import Stream
 
     if recipe.stream == "coin":
         from dymoe.tasks.coin.layout import published as coin
 
-        names = task_names("coin", recipe.order, recipe.tasks)
+        names = recipe.task_names()
         sizes = {name: (coin()["tasks"][name]["train"], coin()["tasks"][name]["test"]) for name in names}
         lengths = {name: Lengths(**published()["lengths"][name]) for name in names}
         return Stream("coin", tuple(made_task(name, lengths[name], train, test) for name in names)), sizes
-    names_of = (recipe.stream, recipe.order, recipe.instructions, recipe.tasks)
-    stream = load_stream(*names_of, recipe.seed, recipe.data)
+    stream = recipe.load_stream()
     sizes = {task.name: (len(task.train), len(task.test)) for task in stream.tasks}
     tasks = tuple(
         replace(task, train=_repeated(task.train, train), test=_repeated(task.test, test)) for task in stream.tasks

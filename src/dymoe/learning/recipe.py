@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dymoe.errors import DymoeError
 from dymoe.lvlm.options import ModelOptions
@@ -12,6 +12,9 @@ from dymoe.methods import Composed, Method, available, companion_settings, setti
 from dymoe.methods.base import require
 from dymoe.methods.settings import build, keys, nearest
 from dymoe.tasks.source import Source
+
+if TYPE_CHECKING:
+    from dymoe.tasks import Stream
 
 
 @dataclass
@@ -179,6 +182,26 @@ class Recipe:
         ]
         return Composed(method, companions) if companions else method
 
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks' names in their order, without loading them.
+
+        Raises:
+            DymoeError: as `load_stream`.
+        """
+        from dymoe.tasks import task_names
+
+        return task_names(self.stream, self.order, self.tasks)
+
+    def load_stream(self) -> "Stream":
+        """The recipe's tasks, every record checked.
+
+        Raises:
+            DymoeError: an unknown stream or task, a file or record that cannot be used (`dymoe.tasks.load_stream`).
+        """
+        from dymoe.tasks import load_stream
+
+        return load_stream(self.stream, self.order, self.instructions, self.tasks, self.seed, self.data)
+
     def resolved(self) -> dict[str, Any]:
         """All keys with their values, defaults of method and companions included; what a run folder keeps.
 
@@ -337,12 +360,10 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _check(values: dict[str, Any], where: str) -> Recipe:
     """The typed recipe, its method's settings checked as well."""
-    from dymoe.tasks import task_names
-
     recipe = build(Recipe, values, where)
     recipe.build_method(where)
     try:
-        task_names(recipe.stream, recipe.order, recipe.tasks)
+        recipe.task_names()
     except DymoeError as error:
         raise DymoeError(f"{where}: {error}") from None
     # A recipe that names its shape can be planned and dry-run before the model's folder is there.

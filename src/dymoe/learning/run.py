@@ -64,15 +64,11 @@ def run(recipe: Recipe, resume: bool = False, display: Display | None = None, ma
         DymoeError: a bad task, sample or folder, a full disk, a frozen group that changed; what is finished
             stays.
     """
-    from dymoe.tasks import load_stream
-
     processes = join()
     if processes.wrapped and made is not None:
         raise DymoeError("a dry run works in one process; start it without a launcher")
     method = recipe.build_method()
-    names = (recipe.stream, recipe.order, recipe.instructions, recipe.tasks)
-    whole = load_stream(*names, recipe.seed, recipe.data) if made is None else made.stream
-    stream = checked(whole, recipe)
+    stream = checked(recipe.load_stream() if made is None else made.stream, recipe)
     rounds = method.rounds(stream.tasks)
     description = {"recipe": recipe.resolved(), "data": data_description(stream), "versions": versions()}
     description["step"] = {"samples": recipe.training.samples_of_step(processes.count)}

@@ -520,13 +520,16 @@ def _data_fingerprint(
     from dymoe.learning.recipe import Evaluation, Training
     from dymoe.learning.results import data_description
     from dymoe.learning.run import checked
-    from dymoe.tasks import load_stream
 
+    chosen: dict[str, Any] = {"order": order, "instructions": instructions, "tasks": tasks, "seed": seed}
     recipe = Recipe(
-        training=Training(steps_per_task=1, limit=train_limit), evaluation=Evaluation(limit=limit, split=split)
+        stream=stream,
+        data=source,
+        training=Training(steps_per_task=1, limit=train_limit),
+        evaluation=Evaluation(limit=limit, split=split),
+        **chosen,
     )
-    whole = load_stream(stream, order, instructions, tasks, seed, source)
-    return str(data_description(checked(whole, recipe))["fingerprint"])
+    return str(data_description(checked(recipe.load_stream(), recipe))["fingerprint"])
 
 
 def record(cell: Cell) -> dict[str, Any]:
