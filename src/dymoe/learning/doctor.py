@@ -370,6 +370,7 @@ def _times(
         row |= {"tokens_mean": round(mean, 1), "tokens_longest": longest, "hours": None}
         if shape is not None and mean and recipe.method != "zero-shot":
             steps = training.steps_per_task
+            # Not whole steps: the last one of an epoch takes the samples that are left.
             samples = min(len(task.train), training.limit or len(task.train)) * (training.epochs or 1.0)
             seen = steps * training.samples_of_step() if steps is not None else samples
             stored = memory(recipe, shape, number).stored

@@ -5,7 +5,6 @@ two batches asked per task, the first of each to warm up.
 """
 
 import io
-import math
 import resource
 import sys
 import tempfile
@@ -117,7 +116,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
         seconds = seen.steps[task.name]
         asked = seen.asked[task.name]
         train, test = sizes[task.name]
-        steps = _steps(recipe, train, rows)
+        steps = recipe.training.steps(min(train, recipe.training.limit or train))
         minutes = published()["minutes"].get(recipe.method, {}).get(task.name) if recipe.stream == "coin" else None
         found.append(
             Measured(
@@ -134,13 +133,6 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
             )
         )
     return found
-
-
-def _steps(recipe: Recipe, samples: int, rows: int) -> int:
-    training = recipe.training
-    if training.steps_per_task is not None:
-        return training.steps_per_task
-    return math.ceil(min(samples, training.limit or samples) * (training.epochs or 1.0) / rows)
 
 
 def _tokens(lvlm: Any, task: "Task", recipe: Recipe, rows: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Recipes: one YAML file per experiment, typed, checked in full before any work starts."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -102,6 +103,12 @@ class Training:
     def samples_of_step(self, processes: int = 1) -> int:
         """Samples per optimizer step over all devices."""
         return self.batch_size * processes * self.accumulation(processes)
+
+    def steps(self, samples: int, tasks: int = 1, processes: int = 1) -> int:
+        """Optimizer steps of a stage that learns `tasks` tasks with `samples` samples together, on so many devices."""
+        if self.steps_per_task is not None:
+            return self.steps_per_task * tasks
+        return math.ceil(samples * (self.epochs or 1.0) / self.samples_of_step(processes))
 
 
 @dataclass

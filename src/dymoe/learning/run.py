@@ -7,7 +7,6 @@ decided by looking at the disk (`dymoe.learning.processes`).
 import gc
 import json
 import logging
-import math
 import shutil
 import time
 from collections import Counter
@@ -297,11 +296,7 @@ class _Learner:
         """The stage's samples, batches and budget."""
         training = self.recipe.training
         samples = self.method.training_samples(stage)
-        if training.steps_per_task is not None:
-            steps = training.steps_per_task * len(stage.tasks)
-        else:
-            rows = training.samples_of_step(self.processes.count)
-            steps = math.ceil(len(samples) * (training.epochs or 1.0) / rows)
+        steps = training.steps(len(samples), len(stage.tasks), self.processes.count)
         device = cast(Any, self.lvlm.model).device
         return Data(samples, self.collator, self._see, training, device, steps)
 
