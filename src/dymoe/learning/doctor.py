@@ -3,13 +3,13 @@
 import json
 import os
 import random
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dymoe.errors import DymoeError
+from dymoe.files import free_space
 from dymoe.learning.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -325,10 +325,7 @@ def _machine(found: Checkup, recipe: Recipe, path: str, shape: "Shape | None", l
         found.add("fine", "memory", path, told)
     # The groups of all stages, and two checkpoints of the group that trains with its optimizer state.
     needed = 4 * budget.stored + 2 * 12 * budget.trainable
-    place = Path(recipe.output or ".").absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    place, free = free_space(recipe.output or ".")
     told = f"{needed / 1e9:.1f} GB are written, {free / 1e9:.1f} GB are free"
     if needed > free:
         found.add("wrong", "disk", str(place), told, "make room, or give --output on another disk")

@@ -15,14 +15,13 @@ checked before anything is written; tensors pass through memory one output shard
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_dir, atomic_json, read_json, sha256_of
+from dymoe.files import atomic_dir, atomic_json, free_space, read_json, sha256_of
 from dymoe.lvlm.checkpoint import INDEXES, Weights, fetch, weight_files
 
 if TYPE_CHECKING:
@@ -455,8 +454,7 @@ def _check_left_over(weights: Mapping[str, Weights], parts: Sequence[_Part], con
 
 
 def _check_space(target: Path, total: int) -> None:
-    parent = next(folder for folder in [target, *target.absolute().parents] if folder.exists())
-    free = shutil.disk_usage(parent).free
+    _, free = free_space(target)
     if free < total * 1.01:
         raise DymoeError(f"{target}: needs {total / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free on this disk")
 
