@@ -22,7 +22,7 @@ from dymoe.learning.budget import (
 )
 from dymoe.learning.groups import stored_parameters, trainable_parameters
 from dymoe.learning.recipe import load_recipe
-from dymoe.lvlm.model import check_4bit
+from dymoe.lvlm.model import require_bitsandbytes
 from dymoe.lvlm.options import ModelOptions
 from dymoe.lvlm.shapes import meta_model, published_config
 
@@ -161,6 +161,7 @@ def test_a_linear_router_scores_the_older_experts_too() -> None:
 
 
 @pytest.mark.skipif(__import__("importlib.util").util.find_spec("bitsandbytes") is not None, reason="it is there")
-def test_without_bitsandbytes_four_bits_are_refused() -> None:
-    with pytest.raises(DymoeError, match="needs bitsandbytes, which is not installed"):
-        check_4bit()
+def test_without_bitsandbytes_the_key_that_needs_it_is_named() -> None:
+    for key in ("model_options.load_in_4bit", "training.optimizer"):
+        with pytest.raises(DymoeError, match=f"^{key}: needs bitsandbytes, which is not installed"):
+            require_bitsandbytes(key)

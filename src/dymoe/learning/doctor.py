@@ -205,12 +205,16 @@ def _twice(found: Checkup, task: "Task") -> None:
 def _model(found: Checkup, recipe: Recipe) -> "Lvlm | None":
     """The model's shapes with its own processor; None where the folder is not there."""
     from dymoe.lvlm import Lvlm, load
-    from dymoe.lvlm.model import check_4bit
+    from dymoe.lvlm.model import require_bitsandbytes
     from dymoe.lvlm.shapes import config_of, meta_model, processor_of
 
-    if recipe.model_options.load_in_4bit or recipe.training.optimizer == "paged-adamw":
+    asked = {
+        "model_options.load_in_4bit": recipe.model_options.load_in_4bit,
+        "training.optimizer": recipe.training.optimizer == "paged-adamw",
+    }
+    for key in (key for key, wanted in asked.items() if wanted):
         try:
-            check_4bit()
+            require_bitsandbytes(key)
         except DymoeError as error:
             found.add("wrong", "packages", "bitsandbytes", str(error), "pip install bitsandbytes")
     try:

@@ -39,7 +39,7 @@ def load(
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise DymoeError(f"dtype: {dtype!r} is not a floating dtype of torch; use bfloat16, float32 or float16")
     if options is not None and options.load_in_4bit:
-        check_4bit()
+        require_bitsandbytes("model_options.load_in_4bit")
         if name == "pocket":
             raise DymoeError("model_options.load_in_4bit: the pocket model is small and has no 4-bit form")
     if name == "pocket":
@@ -65,8 +65,11 @@ def freeze(model: "PreTrainedModel") -> "PreTrainedModel":
     return model
 
 
-def check_4bit() -> None:
+def require_bitsandbytes(key: str) -> None:
     """Refuse to go on without bitsandbytes.
+
+    Args:
+        key: the recipe's key that needs it, for the message.
 
     Raises:
         DymoeError: it is not installed.
@@ -75,8 +78,7 @@ def check_4bit() -> None:
 
     if find_spec("bitsandbytes") is None:
         raise DymoeError(
-            "model_options.load_in_4bit: needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or "
-            "take a recipe without it"
+            f"{key}: needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or leave this key out"
         )
 
 

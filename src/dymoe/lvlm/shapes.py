@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
-from dymoe.lvlm.model import Lvlm, check_4bit, freeze, linears, processor_at
+from dymoe.lvlm.model import Lvlm, freeze, linears, processor_at, require_bitsandbytes
 from dymoe.lvlm.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def random_lvlm(name: str, dtype: str, options: ModelOptions) -> Lvlm:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = config_of(name, options)
     if options.load_in_4bit:
-        check_4bit()
+        require_bitsandbytes("model_options.load_in_4bit")
         # Quantised while they move to the GPU, a linear at a time: the whole would not fit there.
         with torch.device("cpu"):
             model = AutoModelForImageTextToText.from_config(config, dtype=kind, trust_remote_code=False)
