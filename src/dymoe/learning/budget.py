@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dymoe.lvlm.decoder import decoder_linears
 from dymoe.lvlm.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -69,11 +70,8 @@ class Shape:
 
 def shape_of(model: Any) -> Shape:
     """The shapes of a model, on any device (`dymoe.lvlm.shapes.meta_model`), before it got experts."""
-    from dymoe.lvlm.model import linears
-
     text = model.config.get_text_config()
-    inside, _ = linears(model)
-    found = [(name, model.get_submodule(name)) for name in inside]
+    found = [(name, model.get_submodule(name)) for name in decoder_linears(model)]
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
+from dymoe.lvlm.decoder import decoder_linears
 from dymoe.lvlm.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -82,26 +83,18 @@ def require_bitsandbytes(key: str) -> None:
         )
 
 
-def linears(model: "PreTrainedModel") -> tuple[list[str], list[str]]:
-    """Names of the plain linears inside and outside the language model's decoder."""
-    from torch import nn
-
-    decoder = set(model.get_decoder().modules())
-    every = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    head = model.get_output_embeddings()
-    inside = [name for name, module in every if module in decoder and module is not head]
-    return inside, [name for name, _ in every if name not in set(inside)]
-
-
 def _quantization(place: str, dtype: "torch.dtype", options: ModelOptions) -> dict[str, Any]:
     """What makes transformers load the decoder's linears in 4 bits and nothing else; empty without."""
     if not options.load_in_4bit:
         return {}
+    from torch import nn
     from transformers import AutoConfig, BitsAndBytesConfig
 
     from dymoe.lvlm.shapes import meta_model
 
-    _, outside = linears(meta_model(AutoConfig.from_pretrained(place, trust_remote_code=False)))
+    model = meta_model(AutoConfig.from_pretrained(place, trust_remote_code=False))
+    inside = set(decoder_linears(model))
+    outside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in inside]
     made = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=options.quant_type,

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
-from dymoe.lvlm.model import Lvlm, freeze, linears, processor_at, require_bitsandbytes
+from dymoe.lvlm.decoder import decoder_linears
+from dymoe.lvlm.model import Lvlm, freeze, processor_at, require_bitsandbytes
 from dymoe.lvlm.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -127,8 +128,7 @@ def quantize(model: "PreTrainedModel", dtype: Any, options: ModelOptions) -> Non
     """Put 4-bit linears in the place of the language model's; they hold 4 bits once they are moved to a device."""
     import bitsandbytes as bnb
 
-    inside, _ = linears(model)
-    for path in inside:
+    for path in decoder_linears(model):
         parent, _, leaf = path.rpartition(".")
         holder = model.get_submodule(parent)
         old: Any = getattr(holder, leaf)
