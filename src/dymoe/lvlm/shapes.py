@@ -154,7 +154,7 @@ def quantize(model: "PreTrainedModel", dtype: Any, options: ModelOptions) -> Non
 
 def processor_of(name: str, config: Any) -> Any:
     """The model's own processor; where its folder is not there, a made one (see `random_lvlm`)."""
-    from dymoe.lvlm.llava import build_processor
+    from dymoe.lvlm.vicuna import build_processor
 
     folder = Path(name).expanduser()
     if folder.is_dir() or config.model_type != "llava":
