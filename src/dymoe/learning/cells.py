@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from dymoe.errors import DymoeError
-from dymoe.learning.sweep import Cell, record
+from dymoe.learning.records import Cell, record
 
 GRACE = 30.0  # seconds that a stopped process has to end by itself
 TAIL = 8192  # bytes of a file's end that are looked at
