@@ -83,7 +83,8 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
         DymoeError: the model has no configuration to be made from, or a stage fails as it would in the run.
     """
     from dymoe.learning.budget import memory, shape_of
-    from dymoe.learning.run import Made, run
+    from dymoe.learning.learner import Made
+    from dymoe.learning.run import run
     from dymoe.lvlm.shapes import config_of, meta_model, random_lvlm
 
     if recipe.method == "zero-shot":

@@ -1,6 +1,6 @@
 """What a method is: the four choices growth, gate, loss terms and data, and nothing else.
 
-The loop (`dymoe.learning.run`) and the trainer (`dymoe.learning.trainer`) know only this class. A method
+The loop (`dymoe.learning.learner`) and the trainer (`dymoe.learning.trainer`) know only this class. A method
 keeps its settings as dataclass fields; what it has to remember between tasks (a Fisher matrix, statistics) it
 writes below `Stage.memory` in `after_task` and reads from `Stage.earlier` in `before_task`, so that a
 resumed run finds it again. A companion (`dymoe.methods.companions`) has the same hooks and changes what a
