@@ -125,6 +125,16 @@ def test_groups_gradients_and_state_are_those_of_the_parameters(method: str) -> 
     assert found.training > found.asking - found.evaluation
 
 
+@pytest.mark.parametrize("method, copies", [("lora", 0), ("lwf", 1), ("ewc", 2)])
+@pytest.mark.parametrize("words", [[], ["--with", "[replay]"]], ids=["alone", "with replay"])
+def test_what_a_method_keeps_of_the_group_that_trains_is_counted(method: str, copies: int, words: list[str]) -> None:
+    recipe = load_recipe(Path("recipes/pocket") / f"{method}.yaml", words)
+    shape = shape_of(tiny())
+    first, second = memory(recipe, shape, 1), memory(recipe, shape, 2)
+    assert first.groups == 4 * first.stored
+    assert second.groups == 4 * (second.stored + copies * second.trainable)
+
+
 def test_four_bits_take_an_eighth_of_the_linears_and_their_scales() -> None:
     shape = shape_of(meta_model(published_config("llava-1.5-7b")))
     # 32 layers: q, k, v, o of 4096 x 4096; gate, up, down of 4096 x 11008.

@@ -105,6 +105,8 @@ class Method:
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    # Copies of what trains that the method holds in float32 from the second task on; the memory budget counts them.
+    copies: ClassVar[int] = 0
 
     lora_alpha: float = 128.0
     lora_dropout: float = 0.05
