@@ -134,6 +134,20 @@ class Method:
         """The adapter config of the group that `stage` adds: its experts, their gate, its routing terms."""
         raise NotImplementedError
 
+    def group_config(self, num_experts: int, rank: int, **choices: Any) -> DyMoEConfig:
+        """A group's config with the method's scale, dropout, layers and way to compute; what is not chosen is off.
+
+        Args:
+            num_experts: experts of the group.
+            rank: rank of each.
+            choices: further fields of `DyMoEConfig`; guidance and the routing terms are off unless they stand here.
+        """
+        from dymoe.adapter import DyMoEConfig
+
+        own = {key: getattr(self, key) for key in ("lora_alpha", "lora_dropout", "target_modules", "compute")}
+        off = {"guidance": "none", "load_balance": 0.0, "exclusivity": 0.0, "specialization": 0.0}
+        return DyMoEConfig(num_experts=num_experts, r=rank, **{**own, **off, **choices})
+
     def probe(self, stage: Stage, data: StageData) -> Probe | None:
         """A temporary group to train first, all others frozen; None for none."""
         return None
