@@ -11,15 +11,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dymoe.tasks.scoring import letter
+from dymoe.tasks.scoring.text import Scorer
 
 _LONE = re.compile(r"\b(\w)\b")
 
 
-_Rule = Callable[[str, Mapping[str, Any]], float]
 _Reads = Callable[[str, Mapping[str, Any]], bool]
 
 
-def rules(parse: Callable[[str], str | None]) -> tuple[_Rule, _Rule, _Reads]:
+def rules(parse: Callable[[str], str | None]) -> tuple[Scorer, Scorer, _Reads]:
     """The functions `strict`, `lenient` and `readable` of a rule that reads a letter out of a prediction.
 
     `strict` gives 1.0 for the right letter, `lenient` for what `strict` or the corrected rule's lenient twin accepts;
