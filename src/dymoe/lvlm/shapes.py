@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 # Llama 2 (arXiv 2307.09288) as Vicuna 1.5 has it: hidden size, FFN size, layers, heads.
 LLAMA = {"llava-1.5-7b": (4096, 11008, 32, 32), "llava-1.5-13b": (5120, 13824, 40, 40)}
 PIECES = 32000  # tokens of Vicuna's tokenizer
-SYSTEM_TOKENS = 36  # LLaVA's system prompt and its role words in Vicuna's tokens, about
 
 
 def published_config(name: str) -> Any:
