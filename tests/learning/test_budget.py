@@ -1,5 +1,6 @@
 """The memory arithmetic against what torch itself holds: autograd's saved tensors, parameters, AdamW's state."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,13 @@ def test_a_linear_router_scores_the_older_experts_too() -> None:
     config = DyMoEConfig(num_experts=4, r=2, top_k=4, gate="linear", guidance="none")
     inputs = 5 * (6 * 64 + 160)
     assert group_parameters(shape, config, older=8)[1] == 12 * inputs
+
+
+def test_the_page_holds_the_table_that_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path("tools/memory.py", run_name="__main__")
+    made = capsys.readouterr().out
+    assert made.count("\n| ") == 11
+    assert made in Path("docs/memory.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(__import__("importlib.util").util.find_spec("bitsandbytes") is not None, reason="it is there")
