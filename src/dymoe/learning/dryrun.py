@@ -21,8 +21,6 @@ from dymoe.learning.progress import Display
 from dymoe.learning.recipe import Recipe
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from dymoe.tasks import Sample, Stream, Task
 
 TIMES = Path(__file__).parent / "published_times.json"
@@ -275,31 +273,3 @@ def as_dict(rows: Sequence[Measured], recipe: Recipe) -> dict[str, Any]:
         "paper": {key: published()[key] for key in ("source", "hardware")},
         "tasks": [asdict(row) for row in rows],
     }
-
-
-def table(rows: Sequence[Measured]) -> "Table":
-    """The measurement as a table for a terminal."""
-    from rich.table import Table
-
-    made = Table(title="Dry run: random weights, made data")
-    heads = ("task", "s/step", "tokens/s", "answers/s", "peak GB", "by arithmetic", "steps", "hours", "hours to ask")
-    for head in (*heads, f"paper ({published()['hardware']})"):
-        made.add_column(head, justify="left" if head == "task" else "right", overflow="fold")
-
-    def number(value: float | None, places: int = 2) -> str:
-        return "-" if value is None else f"{value:,.{places}f}"
-
-    for row in rows:
-        made.add_row(
-            row.task,
-            number(row.step_seconds),
-            number(row.tokens_per_second, 0),
-            number(row.answers_per_second),
-            number(row.peak_bytes / 1e9, 1),
-            number(None if row.estimated_bytes is None else row.estimated_bytes / 1e9, 1),
-            number(row.steps, 0),
-            number(row.hours),
-            number(row.asking_hours),
-            number(row.paper_hours),
-        )
-    return made
