@@ -151,7 +151,6 @@ class _Watch:
         self.counts: dict[str, int] = {}
         self.last: tuple[str, Any] = ("", None)
         self.lengths: Tensor | None = None
-        self.sums: dict[str, Tensor] = {}
 
     def see_input(self, layer: DyMoELayer, arguments: tuple[Any, ...]) -> None:
         x: Tensor = arguments[0].detach()
