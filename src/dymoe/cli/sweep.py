@@ -32,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
         raise DymoeError(
             f"sweep: expected a sweep file before {argv[0]!r}, for example recipes/pocket/leaderboard.yaml"
         )
-    from dymoe.learning.sweep import Plan, load_sweep, read_results
+    from dymoe.learning.plan import Plan
+    from dymoe.learning.records import read_results
+    from dymoe.learning.sweep import load_sweep
 
     overrides = [word for word in argv[1:] if word not in FLAGS]
     sweep = load_sweep(argv[0], overrides)
@@ -83,7 +85,7 @@ class _Book:
     def write(self) -> None:
         """Both files, each in full or not at all."""
         from dymoe.files import atomic_json, atomic_write
-        from dymoe.learning.sweep import choose
+        from dymoe.learning.records import choose
         from dymoe.report.leaderboard import markdown, tuning_markdown
 
         if self.rows and not self.about.get("machine"):
