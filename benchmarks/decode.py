@@ -4,14 +4,15 @@ Random weights at a real model's shapes; the decoder's layers alone (no vocabula
 token a row and step.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
+import measure
 import torch
+from counts import SHAPES
 from measure import interleaved, ratio, spread, write
 from peft import get_peft_model
-from step import SHAPES, decoder
+from step import decoder
 from transformers import DynamicCache
 
 from dymoe import DyMoEConfig
@@ -38,7 +39,7 @@ def steps(model: Any, rows: int, prompt: int, new: int, device: str, size: int) 
 def main() -> None:
     """Measure and write benchmarks/results/decode-*.json."""
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measure.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llava-7b" if gpu else "smollm2")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32])
@@ -46,7 +47,6 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=8)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compute", default=DyMoEConfig().compute)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -73,7 +73,7 @@ def main() -> None:
             row["tokens a second"] = {name: spread(values) for name, values in speeds.items()}
             row["dymoe / base"] = ratio(speeds, "dymoe", "base")
             results.append(row)
-    write("decode", {"options": vars(options), "rows": results})
+    write("decode", options, {"rows": results})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What all benchmarks share: interleaved timing, medians and spread, the machine, the results file."""
 
+import argparse
 import json
 import platform
 import statistics
@@ -65,15 +66,25 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", str(Path("benchmarks", Path(sys.argv[0]).name)), *sys.argv[1:]]),
     }
 
 
-def write(name: str, results: Mapping[str, Any]) -> Path:
-    """Write benchmarks/results/NAME-cpu.json or NAME-gpu.json; print and return its path."""
-    target = RESULTS / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
-    RESULTS.mkdir(exist_ok=True)
-    atomic_json(target, {"machine": machine(), **results})
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--threads", type=int, default=1, help="CPU threads")
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file that is written")
+    return made
+
+
+def write(name: str, options: argparse.Namespace, results: Mapping[str, Any]) -> Path:
+    """Write NAME-cpu.json or NAME-gpu.json into the folder of results; print and return its path."""
+    folder = options.results
+    used = {key: value for key, value in vars(options).items() if key != "results"}
+    target = folder / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_json(target, {"machine": machine(), "options": used, **results})
     print(json.dumps(results, indent=1))
     print(target)
     return target

@@ -5,14 +5,15 @@ Two measures. *Saved*: bytes that the step's graph keeps for its backward pass b
 beyond what is there before it, by the GPU's allocator or, on a CPU, by torch's memory profiler.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
+import measure
 import torch
+from counts import SHAPES
 from measure import write
 from peft import LoraConfig, get_peft_model
-from step import SHAPES, Steps, decoder
+from step import Steps, decoder
 from torch import Tensor
 from torch.profiler import profile
 
@@ -61,13 +62,12 @@ def peak_bytes(step: Callable[[], None]) -> int:
 def main() -> None:
     """Measure and write benchmarks/results/memory-*.json."""
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measure.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llava-7b" if gpu else "smollm2")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4 if gpu else 6)
     parser.add_argument("--tokens", type=int, default=640 if gpu else 50)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = "cuda" if gpu else "cpu"
@@ -93,7 +93,7 @@ def main() -> None:
             lora = next(r for r in rows if r["method"] == "lora" and r["checkpointing"] == checkpointing)
             for key in ("saved", "peak"):
                 row[f"{key} / lora"] = round(row[f"{key} bytes"] / lora[f"{key} bytes"], 3)
-    write("memory", {"options": vars(options), "rows": rows})
+    write("memory", options, {"rows": rows})
 
 
 if __name__ == "__main__":

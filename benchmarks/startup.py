@@ -1,9 +1,9 @@
 """Seconds until `dymoe --help` has answered and until `import dymoe` is done, each in processes of their own."""
 
-import argparse
 import subprocess
 import sys
 
+import measure
 from measure import interleaved, spread, write
 
 COMMANDS = {
@@ -16,7 +16,7 @@ COMMANDS = {
 
 def main() -> None:
     """Measure and write benchmarks/results/startup-*.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measure.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     actions = {
@@ -24,7 +24,7 @@ def main() -> None:
         for name, command in COMMANDS.items()
     }
     times = interleaved(actions, options.rounds, warmup=1)
-    write("startup", {"seconds": {name: spread(values) for name, values in times.items()}})
+    write("startup", options, {"seconds": {name: spread(values) for name, values in times.items()}})
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ old groups, as learned ones do in later tasks). The step is a forward and a back
 the weights that learn and to the inputs, without vocabulary and optimizer. The regularization runs at full scale, which
 in training it does only in a task's second half.
 
-`counted` is what the bank must compute in floating-point operations at the speed that the base's own products reach
-here, plus the base's own step: scores of all experts and their way back; hidden values, output and their way back for
-the side that each token uses; weight gradients of the new group for the tokens that use it.
+`counted` is the base's own step plus the bank's floating-point operations at the speed that the base's own products
+reach here; the operations are those of `counts.Counts.one_side`.
 """
 
 import argparse
@@ -17,7 +16,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import measure
 import torch
+from counts import SHAPES, Counts, linears
 from measure import interleaved, ratio, spread, synchronize, write
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -25,23 +26,6 @@ from transformers import LlamaConfig, LlamaModel
 
 from dymoe import DyMoEConfig
 from dymoe.adapter import DyMoELayer
-
-SHAPES = {
-    "smollm2": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-    "llava-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
-}
 
 
 def decoder(shape: str, layers: int, device: str) -> nn.Module:
@@ -81,13 +65,6 @@ class Steps:
         return step
 
 
-def linears(shape: str) -> list[tuple[int, int]]:
-    """(in, out) of a decoder layer's seven projections."""
-    size, inner = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
-    keys = size // SHAPES[shape]["num_attention_heads"] * SHAPES[shape]["num_key_value_heads"]
-    return [(size, size), (size, keys), (size, keys), (size, size), (size, inner), (size, inner), (inner, size)]
-
-
 def base_speed(options: argparse.Namespace, device: str) -> float:
     """Operations a second of the base's own products, forward and to the inputs, at these shapes."""
     tokens, operations, seconds = options.batch * options.tokens, 0.0, 0.0
@@ -107,18 +84,6 @@ def base_speed(options: argparse.Namespace, device: str) -> float:
     return operations / seconds
 
 
-def counted(options: argparse.Namespace, tasks: int, share_new: float, experts: int = 16, r: int = 4) -> float:
-    """Operations of all banks in a step (see the top of the file)."""
-    tokens, ranks = options.batch * options.tokens, experts * r
-    total = 0.0
-    for inside, outside in linears(options.shape):
-        scores = 2 * 2 * inside * experts * tasks + 2 * inside * experts  # to and from x; the new router rows
-        side = 2 * 2 * ranks * (inside + outside)  # hidden, output and their way back
-        new = share_new * (side + 2 * ranks * (inside + outside))
-        total += tokens * (scores + new + (1 - share_new) * side * (tasks - 1))
-    return total * options.layers
-
-
 def configured(model: Any, **values: Any) -> None:
     """Set fields of the training group's config in every wrapped layer."""
     for layer in model.modules():
@@ -129,7 +94,7 @@ def configured(model: Any, **values: Any) -> None:
 
 def main() -> None:
     """Measure and write benchmarks/results/step-*.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measure.parser(__doc__)
     gpu = torch.cuda.is_available()
     parser.add_argument("--shape", choices=SHAPES, default="llava-7b" if gpu else "smollm2")
     parser.add_argument("--layers", type=int, default=4)
@@ -137,7 +102,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=640 if gpu else 50)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compute", default=DyMoEConfig().compute)
     parser.add_argument("--loop-to", type=int, default=8, help="most tasks for which the loop over experts is timed")
     parser.add_argument("--name", default="step")
@@ -179,7 +143,8 @@ def main() -> None:
         times = interleaved(actions, options.rounds)
         row: dict[str, Any] = {"tasks": tasks, "seconds": {name: spread(values) for name, values in times.items()}}
         share = model.base_model.trace.summary()["share_new"]
-        bank = counted(options, tasks, share) / speed
+        bank = sum(Counts(*pair).one_side(tasks, share) for pair in linears(options.shape))
+        bank *= options.batch * options.tokens * options.layers / speed
         row["share of tokens on the new group"] = round(share, 3)
         row["dymoe / counted"] = spread([a / (b + bank) for a, b in zip(times["dymoe"], times["base"], strict=True)])
         row["dymoe / lora"] = ratio(times, "dymoe", "lora")
@@ -195,7 +160,14 @@ def main() -> None:
             file=sys.stderr,
             flush=True,
         )
-    write(options.name, {"options": vars(options), "base's products, GFLOP/s": round(speed / 1e9, 1), "rows": rows})
+    write(
+        options.name,
+        options,
+        {
+            "base's products, GFLOP/s": round(speed / 1e9, 1),
+            "rows": rows,
+        },
+    )
 
 
 if __name__ == "__main__":
