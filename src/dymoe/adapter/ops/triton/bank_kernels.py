@@ -96,6 +96,14 @@ def dropout(values, onto, out, numel, seed, rate, ADD: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
+def _dot(left, right, total, WIDE: tl.constexpr):
+    """total + left @ right. WIDE: in float32, for Triton's interpreter, which multiplies the bits of bfloat16."""
+    if WIDE:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision="ieee")
+
+
+@triton.jit
 def used_chunks(
     weights,
     chunks_out,
@@ -150,6 +158,7 @@ def sampled_product(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """x @ rows^T where a tile of tokens uses the chunk of BN rows; nothing is written elsewhere.
 
@@ -170,7 +179,7 @@ def sampled_product(
             left = tl.load(x + t[:, None] * features + k[None, :], mask=here & inside, other=0.0)
             at = n.to(tl.int64)[:, None] * features + k[None, :]
             right = tl.load(rows + at, mask=there[:, None] & inside, other=0.0)
-            total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+            total = _dot(left, tl.trans(right), total, WIDE)
         mask = here & there[None, :]
         place = t[:, None] * width + n[None, :]
         if GATE:
@@ -207,6 +216,7 @@ def summed_product(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """hidden @ rows over the chunks that a tile of tokens uses; with GATE, hidden is gated on the way."""
     tile = tl.program_id(1)
@@ -225,7 +235,7 @@ def summed_product(
             left = (left.to(tl.float32) * w).to(rows.dtype.element_ty)
         at = k.to(tl.int64)[:, None] * features + f[None, :]
         right = tl.load(rows + at, mask=(k < width)[:, None] & inside, other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
+        total = _dot(left, right, total, WIDE)
     place = t[:, None] * features + f[None, :]
     if ADD:
         total += tl.load(out + place, mask=here & inside, other=0.0).to(tl.float32)
@@ -236,9 +246,7 @@ def summed_product(
 
 
 @triton.jit
-def chosen_experts(
-    weights, experts_out, counts_out, experts, along_tokens, along_experts, offset, BE: tl.constexpr
-):
+def chosen_experts(weights, experts_out, counts_out, experts, along_tokens, along_experts, offset, BE: tl.constexpr):
     """The experts of the block in which this token has weight, ascending, and how many they are."""
     t = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BE)

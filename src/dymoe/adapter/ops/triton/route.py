@@ -190,7 +190,7 @@ class _Route(torch.autograd.Function):
         return scores, weights, types
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         from dymoe.adapter.ops.triton.select_kernels import route_backward
 
         x, first, second, inverse, scores, weights = ctx.saved_tensors

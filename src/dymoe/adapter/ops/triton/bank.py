@@ -1,0 +1,461 @@
+"""The bank on a GPU, in the form that costs a block least.
+
+With H = drop(x) A^T and the gate W spread over the rows of each expert, y = sum over blocks of (scale W * H) B. Given
+gy, the gradient of y:
+
+    gG = gy B^T        gH = scale W * gG      gW_e = scale * sum over the rows n of e of gG_n H_n
+    gA = gH^T drop(x)  gB = (scale W * H)^T gy               gx = sum over blocks of drop(gH A)
+
+Frozen experts get no gA, gB; x is kept only where gA is asked for, H only where gW or gB is. Dropout is a function of a
+seed, drawn from torch's generator: its mask is computed again, not kept.
+
+Three forms of a block, all equal:
+
+- dense: two products of the vendor's library with a gate kernel between them. Cost grows with the experts.
+- chunked: experts in chunks of about 64 rows; a tile of tokens multiplies by the chunks that one of its tokens has
+  weight in. Never more operations than dense, 1/64 of them where tiles use one group of 64. Sums are over chunks in
+  their order: no atomics, the same result each time.
+- gathered: for a few tokens (decoding) the rows of the chosen experts alone are read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dymoe.adapter.ops.block import ExpertBlock
+from dymoe.adapter.ops.triton.launch import DTYPES, interpreted, plain, power_of_two, require
+from dymoe.errors import DymoeError
+
+# Where the forms change over. Reckoned, not yet measured on a GPU: see benchmarks/gpu_bank.py, which times each form.
+CHUNK_ROWS = 64
+TILE_TOKENS = 64
+CHUNKS_TO_SKIP = 4
+USUAL_TOP_K = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a block is computed: its form and what of it is no tensor.
+
+    Args:
+        form: "dense", "chunked" or "gathered".
+        r: rank of each expert.
+        experts: experts of the block.
+        offset: the block's first column of the weights.
+        scale: factor on the block's output.
+        dropout: rate on the block's input.
+        seed: of the dropout.
+    """
+
+    form: str
+    r: int
+    experts: int
+    offset: int
+    scale: float
+    dropout: float = 0.0
+    seed: int = 0
+
+
+def triton(x: Tensor, weights: Tensor, blocks: Sequence[ExpertBlock], top_k: int | None = None) -> Tensor:
+    """Sum over experts of w_e * scale * B_e A_e x, by Triton kernels.
+
+    Args:
+        x: (..., in_features), float32, bfloat16 or float16; blocks of the same dtype.
+        weights: (..., experts), or (experts,) when all tokens share them; columns in the order of the blocks.
+        blocks: at least one.
+        top_k: the gate's promise that no token has more than this many weights above 0 and that it asks for no
+            gradient of the others (they get 0 or their gradient, whichever is cheaper). None promises nothing: all
+            weights get their gradient.
+
+    Returns:
+        (..., out_features), dtype of the blocks.
+
+    Raises:
+        DymoeError: no GPU or no Triton, or a dtype that the kernels do not take.
+    """
+    require(x.device)
+    if x.dtype not in DTYPES or any(block.a.dtype != x.dtype for block in blocks):
+        found = sorted({str(t.dtype) for t in (x, *(block.a for block in blocks))})
+        raise DymoeError(f'compute="triton": inputs and experts are {", ".join(found)}, not one of 16 or 32 bits')
+    shape = x.shape[:-1]
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    gate = weights.expand(*shape, -1)
+    # Shared weights stay one row (a stride of 0): reshape would copy what views can express only for one dimension.
+    gate = weights.expand(len(flat), -1) if weights.dim() == 1 else gate.reshape(-1, weights.shape[-1])
+    tensors = [matrix.contiguous() for block in blocks for matrix in (block.a, block.b)]
+    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (flat, gate, *tensors))
+    parts, offset = [], 0
+    for block in blocks:
+        parts.append(part_of(block, len(flat), offset, graded, top_k))
+        offset += block.experts
+    return _Bank.apply(flat, gate, tuple(parts), *tensors).view(*shape, -1)
+
+
+def part_of(block: ExpertBlock, tokens: int, offset: int, graded: bool, top_k: int | None) -> Part:
+    """Choose a block's form.
+
+    Args:
+        block: the experts.
+        tokens: tokens of the input.
+        offset: the block's first column of the weights.
+        graded: whether a gradient is asked for.
+        top_k: as for `triton`.
+    """
+    seed = int(torch.randint(2**31 - 1, ())) if block.dropout else 0
+    trained = graded and (block.a.requires_grad or block.b.requires_grad)
+    chunks = block.experts * block.r / CHUNK_ROWS
+    form = "dense"
+    if not trained and not block.dropout:
+        if not graded and tokens * (top_k or USUAL_TOP_K) <= block.experts:
+            form = "gathered"
+        elif (not graded or top_k) and chunks >= CHUNKS_TO_SKIP and can_chunk(block.r):
+            form = "chunked"
+    return Part(form, block.r, block.experts, offset, block.scale, block.dropout, seed)
+
+
+def can_chunk(r: int) -> bool:
+    """Whether chunks hold whole experts of this rank."""
+    return r <= CHUNK_ROWS and r & (r - 1) == 0
+
+
+class _Bank(torch.autograd.Function):
+    """See the module's text."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, parts: tuple[Part, ...], *matrices: Tensor) -> Tensor:
+        output = x.new_empty(len(x), matrices[1].shape[1])
+        kept: list[Tensor | None] = []
+        used: list[Tensor | None] = []
+        with plain(x):
+            for i, (part, a, b) in enumerate(zip(parts, matrices[::2], matrices[1::2], strict=True)):
+                hidden, chunks = _forward(part, x, weights, a, b, output, add=i > 0)
+                kept.append(hidden if ctx.needs_input_grad[1] or ctx.needs_input_grad[2 * i + 4] else None)
+                used.extend(chunks)
+        ctx.parts = parts
+        trained = any(ctx.needs_input_grad[3::2])
+        ctx.shape = x.shape
+        ctx.save_for_backward(x if trained else None, weights, *matrices, *kept, *used)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, *rest = ctx.saved_tensors
+        number = len(ctx.parts)
+        matrices, kept, used = rest[: 2 * number], rest[2 * number : 3 * number], rest[3 * number :]
+        gradient = gradients[0].contiguous()
+        needs = ctx.needs_input_grad
+        to_x = gradient.new_empty(ctx.shape) if needs[0] else None
+        sparse = any(part.form == "chunked" for part in ctx.parts)
+        make = torch.zeros if sparse else torch.empty
+        to_weights = make(weights.shape, dtype=torch.float32, device=weights.device)
+        to_matrices: list[Tensor | None] = []
+        with plain(gradient):
+            for i, part in enumerate(ctx.parts):
+                a, b = matrices[2 * i : 2 * i + 2]
+                back = _Back(part, x, weights, a, b, kept[i], tuple(used[2 * i : 2 * i + 2]))
+                to_hidden, gated = back.gate(gradient, to_weights, with_gated=needs[2 * i + 4])
+                to_matrices.append(to_hidden.t() @ back.inputs() if needs[2 * i + 3] else None)
+                to_matrices.append(gated.t() @ gradient if gated is not None else None)
+                if to_x is not None:
+                    back.add_to_x(to_hidden, to_x, add=i > 0)
+        return to_x, to_weights.to(weights.dtype) if needs[1] else None, None, *to_matrices
+
+
+def _forward(
+    part: Part, x: Tensor, weights: Tensor, a: Tensor, b: Tensor, output: Tensor, add: bool
+) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:
+    """Write or add the block's output; return its hidden values and used chunks as far as the form has them."""
+    if part.form == "gathered":
+        gathered(part, x, weights, a, b, output, add)
+        return None, (None, None)
+    if part.form == "chunked":
+        chunks = _used_chunks(part, weights)
+        hidden = x.new_empty(len(x), len(a))
+        _sampled(part, x, a, weights, chunks, hidden)
+        _summed(part, hidden, b, weights, chunks, output, gate=True, add=add)
+        return hidden, chunks
+    hidden = _dropped(x, part) @ a.t()
+    gated = torch.empty_like(hidden)
+    if gated.numel():
+        from dymoe.adapter.ops.triton.bank_kernels import gate_forward
+
+        grid, tile = _cells(part, len(x))
+        gate_forward[grid](
+            hidden, weights, gated, len(x), part.experts, *weights.stride(), part.offset, part.scale, **tile
+        )
+    _add_product(output, gated, b, add)
+    return hidden, (None, None)
+
+
+@dataclass(frozen=True)
+class _Back:
+    """The backward pass of one block."""
+
+    part: Part
+    x: Tensor | None
+    weights: Tensor
+    a: Tensor
+    b: Tensor
+    hidden: Tensor | None
+    chunks: tuple[Tensor | None, Tensor | None]
+
+    def inputs(self) -> Tensor:
+        """drop(x)."""
+        assert self.x is not None, "kept where A learns"
+        return _dropped(self.x, self.part)
+
+    def gate(self, gradient: Tensor, to_weights: Tensor, with_gated: bool) -> tuple[Tensor, Tensor | None]:
+        """Gradient of the hidden values and, on request, the gated ones; fills the block's columns of `to_weights`."""
+        part, weights, b = self.part, self.weights, self.b
+        if part.form == "chunked":
+            to_hidden = gradient.new_empty(len(gradient), len(b))
+            hidden = to_hidden if self.hidden is None else self.hidden  # not kept: its gradient is not asked for
+            _sampled(part, gradient, b, weights, self.chunks, to_hidden, hidden, to_weights)
+            return to_hidden, None
+        from_gated = gradient @ b.t()
+        to_hidden = torch.empty_like(from_gated)
+        gated = torch.empty_like(from_gated) if with_gated else None
+        if from_gated.numel():
+            from dymoe.adapter.ops.triton.bank_kernels import gate_backward
+
+            grid, tile = _cells(part, len(gradient))
+            gate_backward[grid](
+                from_gated,
+                from_gated if self.hidden is None else self.hidden,
+                weights,
+                to_hidden,
+                to_weights,
+                to_hidden if gated is None else gated,
+                len(gradient),
+                part.experts,
+                *weights.stride(),
+                to_weights.shape[1],
+                part.offset,
+                part.scale,
+                GATED=with_gated,
+                **tile,
+            )
+        return to_hidden, gated
+
+    def add_to_x(self, to_hidden: Tensor, to_x: Tensor, add: bool) -> None:
+        """Write or add the block's share of the gradient of x."""
+        if self.part.form == "chunked":
+            _summed(self.part, to_hidden, self.a, self.weights, self.chunks, to_x, gate=False, add=add)
+        elif self.part.dropout:
+            _drop(to_hidden @ self.a, self.part, to_x, onto=to_x if add else None)
+        else:
+            _add_product(to_x, to_hidden, self.a, add)
+
+
+def _add_product(output: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    if add:
+        output.addmm_(left, right)
+    else:
+        torch.mm(left, right, out=output)
+
+
+def _cells(part: Part, tokens: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and tile of the gate kernels: about 2048 hidden values a program."""
+    ranks = power_of_two(part.r)
+    columns = min(power_of_two(part.experts), max(1, 256 // ranks))
+    rows = max(1, 2048 // (ranks * columns))
+    tile = {"R": part.r, "BR": ranks, "BT": rows, "BC": columns}
+    return (-(-tokens // rows), -(-part.experts // columns)), tile
+
+
+def _dropped(values: Tensor, part: Part) -> Tensor:
+    return _drop(values, part, torch.empty_like(values)) if part.dropout else values
+
+
+def _drop(values: Tensor, part: Part, out: Tensor, onto: Tensor | None = None) -> Tensor:
+    """Drop the same places for the same seed; add `onto` if given."""
+    from dymoe.adapter.ops.triton.bank_kernels import dropout
+
+    if values.numel():
+        dropout[(-(-values.numel() // 1024),)](
+            values,
+            values if onto is None else onto,
+            out,
+            values.numel(),
+            part.seed,
+            part.dropout,
+            ADD=onto is not None,
+            BLOCK=1024,
+        )
+    return out
+
+
+# ---- chunked ------------------------------------------------------------------------------------------------------
+
+
+def _used_chunks(part: Part, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """For each tile of tokens the chunks that it uses, (tiles, chunks), and their number, (tiles,), both int32."""
+    from dymoe.adapter.ops.triton.bank_kernels import used_chunks
+
+    per = CHUNK_ROWS // part.r
+    chunks = -(-part.experts // per)
+    tiles = -(-len(weights) // TILE_TOKENS)
+    used = torch.empty(tiles, chunks, dtype=torch.int32, device=weights.device)
+    counts = torch.empty(tiles, dtype=torch.int32, device=weights.device)
+    if tiles:
+        width = power_of_two(chunks)
+        step = max(1, min(TILE_TOKENS, 4096 // (width * per)))
+        used_chunks[(tiles,)](
+            weights,
+            used,
+            counts,
+            len(weights),
+            part.experts,
+            *weights.stride(),
+            part.offset,
+            chunks,
+            BM=TILE_TOKENS,
+            STEP=step,
+            PER=per,
+            CHUNKS=width,
+            num_warps=8,
+        )
+    return used, counts
+
+
+def _sampled(
+    part: Part,
+    x: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    chunks: tuple[Tensor | None, Tensor | None],
+    out: Tensor,
+    hidden: Tensor | None = None,
+    to_weights: Tensor | None = None,
+) -> None:
+    from dymoe.adapter.ops.triton.bank_kernels import sampled_product
+
+    used, counts = chunks
+    assert used is not None, "a chunked block has its chunks"
+    if not used.numel():
+        return
+    sampled_product[(used.shape[1], used.shape[0])](
+        x,
+        rows,
+        out if hidden is None else hidden,
+        weights,
+        out,
+        weights if to_weights is None else to_weights,
+        used,
+        counts,
+        len(x),
+        x.shape[1],
+        len(rows),
+        *weights.stride(),
+        weights.shape[1],
+        part.offset,
+        used.shape[1],
+        part.scale,
+        GATE=hidden is not None,
+        R=part.r,
+        BM=TILE_TOKENS,
+        BN=CHUNK_ROWS,
+        BK=32 if x.dtype == torch.float32 else 64,
+        WIDE=interpreted(),
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+def _summed(
+    part: Part,
+    hidden: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    chunks: tuple[Tensor | None, Tensor | None],
+    out: Tensor,
+    gate: bool,
+    add: bool,
+) -> None:
+    from dymoe.adapter.ops.triton.bank_kernels import summed_product
+
+    used, counts = chunks
+    assert used is not None, "a chunked block has its chunks"
+    if not used.numel():
+        return
+    features = rows.shape[1]
+    columns = min(128, power_of_two(features, 16))
+    summed_product[(-(-features // columns), used.shape[0])](
+        hidden,
+        rows,
+        weights,
+        out,
+        used,
+        counts,
+        len(hidden),
+        features,
+        len(rows),
+        *weights.stride(),
+        part.offset,
+        used.shape[1],
+        part.scale,
+        GATE=gate,
+        ADD=add,
+        R=part.r,
+        BM=TILE_TOKENS,
+        BN=columns,
+        BK=CHUNK_ROWS,
+        WIDE=interpreted(),
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+# ---- gathered -----------------------------------------------------------------------------------------------------
+
+
+def gathered(part: Part, x: Tensor, weights: Tensor, a: Tensor, b: Tensor, output: Tensor, add: bool = False) -> None:
+    """Write or add the block's output for a few tokens, reading the chosen experts' rows of A and B alone.
+
+    Args:
+        part: the block.
+        x: (tokens, in_features).
+        weights: (tokens, experts of the bank), any strides.
+        a: (experts * r, in_features).
+        b: (experts * r, out_features).
+        output: (tokens, out_features), written in place.
+        add: whether to add to what `output` holds.
+    """
+    from dymoe.adapter.ops.triton.bank_kernels import chosen_experts, gathered_hidden, gathered_output
+
+    tokens, features = x.shape
+    if not tokens:
+        return
+    experts = torch.empty(tokens, part.experts, dtype=torch.int32, device=x.device)
+    counts = torch.empty(tokens, dtype=torch.int32, device=x.device)
+    strides = weights.stride()
+    chosen_experts[(tokens,)](
+        weights, experts, counts, part.experts, *strides, part.offset, BE=power_of_two(part.experts)
+    )
+    gated = torch.empty(tokens, len(a), dtype=torch.float32, device=x.device)
+    ranks = power_of_two(part.r)
+    gathered_hidden[(min(part.experts, 2 * USUAL_TOP_K), tokens)](
+        x,
+        a,
+        weights,
+        gated,
+        experts,
+        counts,
+        features,
+        part.experts,
+        *strides,
+        part.offset,
+        part.scale,
+        R=part.r,
+        BR=ranks,
+        BD=min(power_of_two(features), max(16, 4096 // ranks)),
+    )
+    columns = min(64, power_of_two(b.shape[1]))
+    gathered_output[(-(-b.shape[1] // columns), tokens)](
+        gated, b, output, experts, counts, b.shape[1], part.experts, ADD=add, R=part.r, BK=64, BN=columns
+    )
