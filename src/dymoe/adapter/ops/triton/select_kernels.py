@@ -33,9 +33,11 @@ def _largest(scores, valid, top_k):
 def _softmax(scores, chosen, temperature):
     """Softmax over the chosen scores divided by the temperature; 0 elsewhere and for -inf. (BT, BE)."""
     masked = tl.where(chosen, scores, float("-inf"))
-    shifted = masked - tl.max(masked, 1)[:, None]
-    powers = tl.where(chosen, tl.exp(shifted / temperature), 0.0)
-    return powers / tl.sum(powers, 1)[:, None]
+    best = tl.max(masked, 1)
+    best = tl.where(best == float("-inf"), 0.0, best)  # a row of nothing else: all its weights are 0
+    powers = tl.exp((masked - best[:, None]) / temperature)
+    total = tl.sum(powers, 1)
+    return powers / tl.where(total > 0, total, 1.0)[:, None]
 
 
 @triton.jit
@@ -71,7 +73,10 @@ def route_forward(
     BE: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """1/|x|, scores, token types, guided weights. `first` and `second` are x @ rows^T, low parts to the right."""
+    """1/|x|, scores, token types, guided weights. `first` and `second` are x @ rows^T, low parts to the right.
+
+    GUIDE: 0 no types, 1 exclusive mask, 2 protecting mask, 3 types alone.
+    """
     experts = num_first + num_second
     t, e, valid, place = _place(tokens, experts, BT, BE)
     here = t < tokens
@@ -108,10 +113,10 @@ def route_forward(
         kind = tl.where(relative > tau, tl.where(new > old, 2, 0), 1)
         tl.store(types_out + t, kind.to(tl.int8), mask=here)
         to_new = (kind == 2)[:, None]
-        blocked = newer & ~to_new
         if GUIDE == 1:
-            blocked = newer ^ to_new
-        guided = tl.where(blocked, float("-inf"), scores)
+            guided = tl.where(newer ^ to_new, float("-inf"), scores)
+        if GUIDE == 2:
+            guided = tl.where(newer & ~to_new, float("-inf"), scores)
     weights = _softmax(guided, _largest(guided, valid, top_k), temperature)
     tl.store(weights_out + place, weights, mask=valid)
 
