@@ -18,6 +18,7 @@ Three forms of a block, all equal:
 - gathered: for a few tokens (decoding) the rows of the chosen experts alone are read.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,18 +82,19 @@ def triton(x: Tensor, weights: Tensor, blocks: Sequence[ExpertBlock], top_k: int
     if x.dtype not in DTYPES or any(block.a.dtype != x.dtype for block in blocks):
         found = sorted({str(t.dtype) for t in (x, *(block.a for block in blocks))})
         raise DymoeError(f'compute="triton": inputs and experts are {", ".join(found)}, not one of 16 or 32 bits')
-    shape = x.shape[:-1]
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    gate = weights.expand(*shape, -1)
-    # Shared weights stay one row (a stride of 0): reshape would copy what views can express only for one dimension.
-    gate = weights.expand(len(flat), -1) if weights.dim() == 1 else gate.reshape(-1, weights.shape[-1])
+    *tokens, features = x.shape
+    flat = x.reshape(math.prod(tokens), features).contiguous()
+    experts = weights.shape[-1]
+    # Weights that all tokens share stay one row in memory.
+    wide = weights.expand(len(flat), experts) if weights.dim() == 1 else weights.expand(*tokens, experts)
+    gate = wide.reshape(len(flat), experts)
     tensors = [matrix.contiguous() for block in blocks for matrix in (block.a, block.b)]
     graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (flat, gate, *tensors))
     parts, offset = [], 0
     for block in blocks:
         parts.append(part_of(block, len(flat), offset, graded, top_k))
         offset += block.experts
-    return _Bank.apply(flat, gate, tuple(parts), *tensors).view(*shape, -1)
+    return _Bank.apply(flat, gate, tuple(parts), *tensors).view(*tokens, blocks[0].b.shape[1])
 
 
 def part_of(block: ExpertBlock, tokens: int, offset: int, graded: bool, top_k: int | None) -> Part:

@@ -22,7 +22,7 @@ def _cells(tokens, experts, R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
     return t, e, pair, cell, t[:, None, None] * (experts * R) + e[None, :, None] * R + j[None, None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gate_forward(
     hidden,
     weights,
@@ -46,7 +46,7 @@ def gate_forward(
     tl.store(gated_out + place, (h * w[:, :, None]).to(gated_out.dtype.element_ty), mask=cell)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gate_backward(
     from_gated,
     hidden,
@@ -80,7 +80,7 @@ def gate_backward(
         tl.store(gated_out + place, (h * w[:, :, None]).to(dtype), mask=cell)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "seed"])
 def dropout(values, onto, out, numel, seed, rate, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """Values at a place either 0 or divided by 1 - rate, as the seed says; with ADD, added to `onto`."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -103,7 +103,7 @@ def _dot(left, right, total, WIDE: tl.constexpr):
     return tl.dot(left, right, total, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def used_chunks(
     weights,
     chunks_out,
@@ -134,7 +134,7 @@ def used_chunks(
     tl.store(counts_out + tile, tl.sum(of_chunk, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def sampled_product(
     x,
     rows,
@@ -194,7 +194,7 @@ def sampled_product(
         tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def summed_product(
     hidden,
     rows,

@@ -24,7 +24,7 @@ def missing(device: torch.device) -> str | None:
         return "the package triton is not installed (pip install triton; Linux only)"
     if device.type == "cpu" and not interpreted():
         return "the tensors are on the CPU and Triton needs a GPU (TRITON_INTERPRET=1 runs the kernels slowly without)"
-    if device.type not in ("cpu", "cuda", "xpu"):
+    if device.type not in ("cpu", "cuda"):
         return f"Triton does not run on {device.type}"
     return None
 
@@ -66,6 +66,6 @@ def wide_product(x: Tensor, rows: Tensor, into: torch.dtype = torch.float32) -> 
     """
     if x.dtype == into:
         return torch.mm(x, rows.t())
-    if x.is_cuda and x.numel() and rows.numel():
+    if x.is_cuda and torch.version.hip is None and x.numel() and rows.numel():
         return torch.mm(x, rows.t(), out_dtype=into)
-    return torch.mm(x.to(into), rows.t().to(into))  # other devices know no product into a wider dtype
+    return torch.mm(x.to(into), rows.t().to(into))  # elsewhere there is no product into a wider dtype

@@ -22,12 +22,14 @@ float32 sums, and the error of a score is at most 2^-17 (bfloat16) or 2^-22 (flo
 what a router row holds. That costs two 16-bit products on the tensor cores in place of one in float32 beside them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dymoe.adapter.gates import Routing
@@ -85,13 +87,13 @@ def route(
     _check(x, rows, top_k, temperature, guidance)
     blocks = [*rows] if len(rows) <= 2 else [rows[0], torch.cat([*rows[1:]])]
     second = blocks[1] if len(blocks) == 2 else x.new_empty(0, x.shape[-1], dtype=torch.float32)
-    flat = x.reshape(-1, x.shape[-1])
+    *tokens, features = x.shape
+    flat = x.reshape(math.prod(tokens), features)
     scores, weights, types = _Route.apply(flat, blocks[0], second, _Options(top_k, temperature, guidance))
-    shape = x.shape[:-1]
     return Routing(
-        scores.view(*shape, -1) if scores.numel() else scores.view(*shape, scores.shape[-1]),
-        weights.view(*shape, weights.shape[-1]),
-        types.view(shape) if guidance is not None else None,
+        scores.view(*tokens, scores.shape[-1]),
+        weights.view(*tokens, weights.shape[-1]),
+        types.view(tokens) if guidance is not None else None,
     )
 
 
@@ -190,6 +192,7 @@ class _Route(torch.autograd.Function):
         return scores, weights, types
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         from dymoe.adapter.ops.triton.select_kernels import route_backward
 
@@ -212,7 +215,8 @@ class _Route(torch.autograd.Function):
                     inverse,
                     scores if from_weights is None else from_weights,
                     scores if from_scores is None else from_scores,
-                    *q,
+                    q[0],
+                    q[1] if len(second) else q[0],  # no kernel gets a null pointer
                     along,
                     tokens,
                     len(first),
@@ -274,6 +278,7 @@ class _TopK(torch.autograd.Function):
         return weights
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         from dymoe.adapter.ops.triton.select_kernels import topk_backward
 
@@ -351,6 +356,7 @@ class _Mass(torch.autograd.Function):
         return old, new, largest
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         from dymoe.adapter.ops.triton.select_kernels import mass_backward
 

@@ -49,7 +49,7 @@ def _place(tokens, experts, BT: tl.constexpr, BE: tl.constexpr):
     return t, e, valid, t[:, None] * experts + e[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route_forward(
     x,
     first,
@@ -121,7 +121,7 @@ def route_forward(
     tl.store(weights_out + place, weights, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route_backward(
     scores,
     weights,
@@ -161,7 +161,7 @@ def route_backward(
     tl.store(second_out + at_second, total.to(dtype), mask=valid & (e >= num_first)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def topk_forward(scores, weights_out, tokens, experts, top_k, temperature, BT: tl.constexpr, BE: tl.constexpr):
     """Softmax over the k largest scores."""
     _, _, valid, place = _place(tokens, experts, BT, BE)
@@ -169,7 +169,7 @@ def topk_forward(scores, weights_out, tokens, experts, top_k, temperature, BT: t
     tl.store(weights_out + place, _softmax(s, _largest(s, valid, top_k), temperature), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def topk_backward(weights, from_weights, scores_out, tokens, experts, temperature, BT: tl.constexpr, BE: tl.constexpr):
     """Gradient of the scores from that of the weights."""
     _, _, valid, place = _place(tokens, experts, BT, BE)
@@ -178,7 +178,7 @@ def topk_backward(weights, from_weights, scores_out, tokens, experts, temperatur
     tl.store(scores_out + place, w * (dw - tl.sum(w * dw, 1)[:, None]) / temperature, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def mass_forward(
     scores,
     old_out,
@@ -203,7 +203,7 @@ def mass_forward(
     tl.store(largest_out + t, tl.max(old, 1), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def mass_backward(
     scores,
     from_old,
