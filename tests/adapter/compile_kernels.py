@@ -52,7 +52,7 @@ def compile_instead(found):
 
 def launch_all(dtype, experts, tokens):
     """One pass of everything, forward and backward: frozen and trained experts, all forms, all options."""
-    features, top_k = 64, 16
+    features, top_k = 256, 16
     x = torch.zeros(tokens, features, dtype=dtype, requires_grad=True)
     rows = [torch.zeros(n, features, requires_grad=True) for n in (experts - 16, 16)]
     for guidance in (None, *(route.Guidance(16, 0.2, mask) for mask in ("exclusive", "protect"))):
@@ -79,7 +79,8 @@ def usage(kernel):
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     numbers = {key: int(value) for key, value in re.findall(r"(REG|LOCAL|STACK):(\d+)", text)}
-    return {"registers": numbers["REG"], "local": numbers["LOCAL"], "shared": kernel.metadata.shared}
+    local = numbers["LOCAL"] + numbers["STACK"]
+    return {"registers": numbers["REG"], "local": local, "shared": kernel.metadata.shared}
 
 
 def main(capability):
@@ -90,6 +91,7 @@ def main(capability):
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         launch_all(dtype, experts=32, tokens=16)
     launch_all(torch.bfloat16, experts=1024, tokens=2048)
+    launch_all(torch.float32, experts=128, tokens=64)
     for (name, _), kernel in found.items():
         print(json.dumps({"kernel": name, "warps": kernel.metadata.num_warps, **usage(kernel)}))
 

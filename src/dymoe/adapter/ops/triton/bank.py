@@ -386,7 +386,8 @@ def _summed(
     if not used.numel():
         return
     features = rows.shape[1]
-    columns = min(128, power_of_two(features, 16))
+    wide = rows.dtype == torch.float32  # three products at once: smaller tiles fit the registers
+    columns = min(32 if wide else 128, power_of_two(features, 16))
     summed_product[(-(-features // columns), used.shape[0])](
         hidden,
         rows,
@@ -408,8 +409,8 @@ def _summed(
         BN=columns,
         BK=CHUNK_ROWS,
         WIDE=interpreted(),
-        num_warps=4,
-        num_stages=3,
+        num_warps=8 if wide else 4,
+        num_stages=2 if wide else 3,
     )
 
 
