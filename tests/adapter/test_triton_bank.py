@@ -83,18 +83,9 @@ def compare(make, x, weights, blocks, tolerance, zeros_count=True):
         near(result, expected, tolerance)
 
 
-def in_form(form, top_k=None):
+def in_form(form):
     """The bank with its frozen blocks computed in this form."""
-
-    def choose(block, tokens, offset, graded, top_k):
-        return bank.Part("dense" if block.a.requires_grad else form, block.r, block.experts, offset, block.scale)
-
-    def make(x, weights, blocks):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bank, "part_of", choose)
-            return bank.triton(x, weights, blocks, top_k)
-
-    return make
+    return lambda x, weights, blocks: bank.triton(x, weights, blocks, form=form)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=NAMES.get)
@@ -142,7 +133,8 @@ def test_chunks_that_no_token_of_a_tile_uses_are_not_touched():
 def test_the_gathered_form_is_the_formula(dtype, shapes, top_k):
     for tokens in ((2,), (0,)):
         x, weights, blocks = made(shapes, tokens, dtype, top_k=top_k, trained=False)
-        got = in_form("gathered")(x, weights, blocks)
+        with torch.no_grad():
+            got = in_form("gathered")(x, weights, blocks)
         near(got, formula(x.double(), weights.double(), doubled(blocks)), TOLERANCE[dtype])
 
 
@@ -229,10 +221,14 @@ def test_where_triton_cannot_run_the_error_says_so(monkeypatch):
         bank.triton(x.double(), weights, doubled(blocks))
     with pytest.raises(DymoeError, match=r"bfloat16, torch\.float32"):
         bank.triton(x.to(torch.bfloat16), weights, blocks)
+    for form, rank in (("chunked", 3), ("gathered", 2)):
+        frozen = ExpertBlock(*(torch.zeros(2 * rank, n, device=DEVICE) for n in (24, 20)), rank)
+        with pytest.raises(DymoeError, match=f"no {form} form of experts of rank {rank} with gradients True"):
+            bank.triton(x, weights.requires_grad_(), [frozen], form=form)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(DymoeError, match=r"on the CPU and Triton needs a GPU .*; use compute=\"stacked\""):
-        bank.triton(x.cpu(), weights.cpu(), blocks)
-    assert "does not run on mps" in launch.missing(torch.device("mps"))
+        bank.triton(x.cpu(), weights.detach().cpu(), blocks)
+    assert "do not run on mps" in launch.missing(torch.device("mps"))
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DymoeError, match="triton is not installed"):
         bank.triton(x, weights, blocks)

@@ -20,7 +20,7 @@ Three forms of a block, all equal:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,7 +61,9 @@ class Part:
     seed: int = 0
 
 
-def triton(x: Tensor, weights: Tensor, blocks: Sequence[ExpertBlock], top_k: int | None = None) -> Tensor:
+def triton(
+    x: Tensor, weights: Tensor, blocks: Sequence[ExpertBlock], top_k: int | None = None, form: str | None = None
+) -> Tensor:
     """Sum over experts of w_e * scale * B_e A_e x, by Triton kernels.
 
     Args:
@@ -71,12 +73,14 @@ def triton(x: Tensor, weights: Tensor, blocks: Sequence[ExpertBlock], top_k: int
         top_k: the gate's promise that no token has more than this many weights above 0 and that it asks for no
             gradient of the others (they get 0 or their gradient, whichever is cheaper). None promises nothing: all
             weights get their gradient.
+        form: of all blocks that do not learn, "dense", "chunked" or "gathered" (without gradients only), whatever
+            `part_of` would choose; to compare them.
 
     Returns:
         (..., out_features), dtype of the blocks.
 
     Raises:
-        DymoeError: no GPU or no Triton, or a dtype that the kernels do not take.
+        DymoeError: no GPU or no Triton, or a dtype or rank that the kernels do not take.
     """
     require(x.device)
     if x.dtype not in DTYPES or any(block.a.dtype != x.dtype for block in blocks):
@@ -92,7 +96,12 @@ def triton(x: Tensor, weights: Tensor, blocks: Sequence[ExpertBlock], top_k: int
     graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (flat, gate, *tensors))
     parts, offset = [], 0
     for block in blocks:
-        parts.append(part_of(block, len(flat), offset, graded, top_k))
+        part = part_of(block, len(flat), offset, graded, top_k)
+        if form is not None and not block.a.requires_grad:
+            part = replace(part, form=form)
+        if (part.form == "chunked" and not can_chunk(block.r)) or (part.form == "gathered" and graded):
+            raise DymoeError(f"no {part.form} form of experts of rank {block.r} with gradients {graded}")
+        parts.append(part)
         offset += block.experts
     return _Bank.apply(flat, gate, tuple(parts), *tensors).view(*tokens, blocks[0].b.shape[1])
 

@@ -25,7 +25,13 @@ def missing(device: torch.device) -> str | None:
     if device.type == "cpu" and not interpreted():
         return "the tensors are on the CPU and Triton needs a GPU (TRITON_INTERPRET=1 runs the kernels slowly without)"
     if device.type not in ("cpu", "cuda"):
-        return f"Triton does not run on {device.type}"
+        return f"the kernels do not run on {device.type}"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs, this torch is built for AMD's"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return (
+            f"the kernels need compute capability 8.0 (Ampere) or newer, {torch.cuda.get_device_name(device)} has less"
+        )
     return None
 
 
@@ -66,6 +72,6 @@ def wide_product(x: Tensor, rows: Tensor, into: torch.dtype = torch.float32) -> 
     """
     if x.dtype == into:
         return torch.mm(x, rows.t())
-    if x.is_cuda and torch.version.hip is None and x.numel() and rows.numel():
+    if x.is_cuda and x.numel() and rows.numel():
         return torch.mm(x, rows.t(), out_dtype=into)
     return torch.mm(x.to(into), rows.t().to(into))  # elsewhere there is no product into a wider dtype
