@@ -35,7 +35,7 @@ from torch import Tensor
 
 from dymoe import routing
 from dymoe.adapter.ops import ExpertBlock, stacked
-from dymoe.adapter.ops.triton import bank, missing
+from dymoe.adapter.ops.triton import bank, forms, missing
 from dymoe.adapter.ops.triton.route import Guidance, route
 
 EXPERTS, RANK, TOP_K, TEMPERATURE, TAU, DROPOUT = 16, 4, 16, 0.01, 0.2, 0.05
@@ -149,8 +149,8 @@ def with_backward(s: Scene, forward: Callable[[], Any]) -> Callable[[], Any]:
 
 def executed_share(s: Scene) -> float:
     """Share of the dense operations that the chunked form of the frozen experts does."""
-    part = bank.Part("chunked", RANK, s.blocks[0].experts, 0, 1.0)
-    used, counts = bank._used_chunks(part, s.weights.detach())
+    part = forms.Part("chunked", RANK, s.blocks[0].experts, 0, 1.0)
+    used, counts = forms.find_chunks(part, s.weights.detach())
     return float(counts.sum()) / used.numel()
 
 

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from dymoe.adapter.ops import OPS, ExpertBlock
-from dymoe.adapter.ops.triton import bank, launch
+from dymoe.adapter.ops.triton import bank, forms, launch
 from dymoe.errors import DymoeError
 
 package = importlib.import_module("dymoe.adapter.ops.triton")  # its name is also that of the function
@@ -106,7 +106,7 @@ def test_weights_of_a_sample_for_all_its_tokens():
 def test_the_chunked_form_is_the_formula(dtype, top_k, shapes):
     """Chunks that no token uses, last chunks that are not full, tiles of tokens that are not full."""
     for tokens in ((67,), (0,)) if shapes[0] == (33, 4) and top_k == 5 else ((3,),):
-        frozen = [shape for shape in shapes if bank.can_chunk(shape[1])]
+        frozen = [shape for shape in shapes if forms.can_chunk(shape[1])]
         arguments = made([*frozen, shapes[-1]], tokens, dtype, features=72, outputs=136, top_k=top_k)
         compare(in_form("chunked"), *arguments, TOLERANCE[dtype], zeros_count=False)
 
@@ -117,8 +117,8 @@ def test_chunks_that_no_token_of_a_tile_uses_are_not_touched():
     x = torch.randn(130, 24, device=DEVICE)
     weights = torch.zeros(130, 64, device=DEVICE)
     weights[:64, 3], weights[64:, 20], weights[100, 40] = 0.5, 1.0, 0.25
-    part = bank.Part("chunked", 4, 64, 0, 1.0)
-    used, counts = bank._used_chunks(part, weights)
+    part = forms.Part("chunked", 4, 64, 0, 1.0)
+    used, counts = forms.find_chunks(part, weights)
     assert counts.tolist() == [1, 2, 1]
     assert [used[i, :n].tolist() for i, n in enumerate(counts.tolist())] == [[0], [1, 2], [1]]
     blocks[0].a[192:] = float("nan")

@@ -28,37 +28,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dymoe.adapter.ops.block import ExpertBlock
-from dymoe.adapter.ops.triton.launch import DTYPES, interpreted, plain, power_of_two, require
+from dymoe.adapter.ops.triton.forms import (
+    CHUNK_ROWS,
+    CHUNKS_TO_SKIP,
+    USUAL_TOP_K,
+    Chunks,
+    Part,
+    can_chunk,
+    drop,
+    dropped,
+    find_chunks,
+    gate,
+    gate_back,
+    gathered,
+    sampled,
+    summed,
+)
+from dymoe.adapter.ops.triton.launch import DTYPES, plain, require
 from dymoe.errors import DymoeError
-
-# Where the forms change over. Reckoned, not yet measured on a GPU: see benchmarks/gpu_bank.py, which times each form.
-CHUNK_ROWS = 64
-TILE_TOKENS = 64
-CHUNKS_TO_SKIP = 4
-USUAL_TOP_K = 16
-
-
-@dataclass(frozen=True)
-class Part:
-    """How a block is computed: its form and what of it is no tensor.
-
-    Args:
-        form: "dense", "chunked" or "gathered".
-        r: rank of each expert.
-        experts: experts of the block.
-        offset: the block's first column of the weights.
-        scale: factor on the block's output.
-        dropout: rate on the block's input.
-        seed: of the dropout.
-    """
-
-    form: str
-    r: int
-    experts: int
-    offset: int
-    scale: float
-    dropout: float = 0.0
-    seed: int = 0
 
 
 def triton(
@@ -91,9 +78,9 @@ def triton(
     experts = weights.shape[-1]
     # Weights that all tokens share stay one row in memory.
     wide = weights.expand(len(flat), experts) if weights.dim() == 1 else weights.expand(*tokens, experts)
-    gate = wide.reshape(len(flat), experts)
+    gates = wide.reshape(len(flat), experts)
     tensors = [matrix.contiguous() for block in blocks for matrix in (block.a, block.b)]
-    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (flat, gate, *tensors))
+    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (flat, gates, *tensors))
     parts, offset = [], 0
     for block in blocks:
         part = part_of(block, len(flat), offset, graded, top_k)
@@ -103,7 +90,7 @@ def triton(
             raise DymoeError(f"no {part.form} form of experts of rank {block.r} with gradients {graded}")
         parts.append(part)
         offset += block.experts
-    return _Bank.apply(flat, gate, tuple(parts), *tensors).view(*tokens, blocks[0].b.shape[1])
+    return _Bank.apply(flat, gates, tuple(parts), *tensors).view(*tokens, blocks[0].b.shape[1])
 
 
 def part_of(block: ExpertBlock, tokens: int, offset: int, graded: bool, top_k: int | None) -> Part:
@@ -126,11 +113,6 @@ def part_of(block: ExpertBlock, tokens: int, offset: int, graded: bool, top_k: i
         elif (not graded or top_k) and chunks >= CHUNKS_TO_SKIP and can_chunk(block.r):
             form = "chunked"
     return Part(form, block.r, block.experts, offset, block.scale, block.dropout, seed)
-
-
-def can_chunk(r: int) -> bool:
-    """Whether chunks hold whole experts of this rank."""
-    return r <= CHUNK_ROWS and r & (r - 1) == 0
 
 
 class _Bank(torch.autograd.Function):
@@ -179,27 +161,19 @@ class _Bank(torch.autograd.Function):
 
 def _forward(
     part: Part, x: Tensor, weights: Tensor, a: Tensor, b: Tensor, output: Tensor, add: bool
-) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:
+) -> tuple[Tensor | None, Chunks]:
     """Write or add the block's output; return its hidden values and used chunks as far as the form has them."""
     if part.form == "gathered":
         gathered(part, x, weights, a, b, output, add)
         return None, (None, None)
     if part.form == "chunked":
-        chunks = _used_chunks(part, weights)
+        chunks = find_chunks(part, weights)
         hidden = x.new_empty(len(x), len(a))
-        _sampled(part, x, a, weights, chunks, hidden)
-        _summed(part, hidden, b, weights, chunks, output, gate=True, add=add)
+        sampled(part, x, a, weights, chunks, hidden)
+        summed(part, hidden, b, weights, chunks, output, gate=True, add=add)
         return hidden, chunks
-    hidden = _dropped(x, part) @ a.t()
-    gated = torch.empty_like(hidden)
-    if gated.numel():
-        from dymoe.adapter.ops.triton.bank_kernels import gate_forward
-
-        grid, tile = _cells(part, len(x))
-        gate_forward[grid](
-            hidden, weights, gated, len(x), part.experts, *weights.stride(), part.offset, part.scale, **tile
-        )
-    _add_product(output, gated, b, add)
+    hidden = dropped(x, part) @ a.t()
+    _add_product(output, gate(part, hidden, weights), b, add)
     return hidden, (None, None)
 
 
@@ -213,12 +187,12 @@ class _Back:
     a: Tensor
     b: Tensor
     hidden: Tensor | None
-    chunks: tuple[Tensor | None, Tensor | None]
+    chunks: Chunks
 
     def inputs(self) -> Tensor:
         """drop(x)."""
         assert self.x is not None, "kept where A learns"
-        return _dropped(self.x, self.part)
+        return dropped(self.x, self.part)
 
     def gate(self, gradient: Tensor, to_weights: Tensor, with_gated: bool) -> tuple[Tensor, Tensor | None]:
         """Gradient of the hidden values and, on request, the gated ones; fills the block's columns of `to_weights`."""
@@ -226,39 +200,16 @@ class _Back:
         if part.form == "chunked":
             to_hidden = gradient.new_empty(len(gradient), len(b))
             hidden = to_hidden if self.hidden is None else self.hidden  # not kept: its gradient is not asked for
-            _sampled(part, gradient, b, weights, self.chunks, to_hidden, hidden, to_weights)
+            sampled(part, gradient, b, weights, self.chunks, to_hidden, hidden, to_weights)
             return to_hidden, None
-        from_gated = gradient @ b.t()
-        to_hidden = torch.empty_like(from_gated)
-        gated = torch.empty_like(from_gated) if with_gated else None
-        if from_gated.numel():
-            from dymoe.adapter.ops.triton.bank_kernels import gate_backward
-
-            grid, tile = _cells(part, len(gradient))
-            gate_backward[grid](
-                from_gated,
-                from_gated if self.hidden is None else self.hidden,
-                weights,
-                to_hidden,
-                to_weights,
-                to_hidden if gated is None else gated,
-                len(gradient),
-                part.experts,
-                *weights.stride(),
-                to_weights.shape[1],
-                part.offset,
-                part.scale,
-                GATED=with_gated,
-                **tile,
-            )
-        return to_hidden, gated
+        return gate_back(part, gradient @ b.t(), self.hidden, weights, to_weights, with_gated)
 
     def add_to_x(self, to_hidden: Tensor, to_x: Tensor, add: bool) -> None:
         """Write or add the block's share of the gradient of x."""
         if self.part.form == "chunked":
-            _summed(self.part, to_hidden, self.a, self.weights, self.chunks, to_x, gate=False, add=add)
+            summed(self.part, to_hidden, self.a, self.weights, self.chunks, to_x, gate=False, add=add)
         elif self.part.dropout:
-            _drop(to_hidden @ self.a, self.part, to_x, onto=to_x if add else None)
+            drop(to_hidden @ self.a, self.part, to_x, onto=to_x if add else None)
         else:
             _add_product(to_x, to_hidden, self.a, add)
 
@@ -268,206 +219,3 @@ def _add_product(output: Tensor, left: Tensor, right: Tensor, add: bool) -> None
         output.addmm_(left, right)
     else:
         torch.mm(left, right, out=output)
-
-
-def _cells(part: Part, tokens: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and tile of the gate kernels: about 2048 hidden values a program."""
-    ranks = power_of_two(part.r)
-    columns = min(power_of_two(part.experts), max(1, 256 // ranks))
-    rows = max(1, 2048 // (ranks * columns))
-    tile = {"R": part.r, "BR": ranks, "BT": rows, "BC": columns}
-    return (-(-tokens // rows), -(-part.experts // columns)), tile
-
-
-def _dropped(values: Tensor, part: Part) -> Tensor:
-    return _drop(values, part, torch.empty_like(values)) if part.dropout else values
-
-
-def _drop(values: Tensor, part: Part, out: Tensor, onto: Tensor | None = None) -> Tensor:
-    """Drop the same places for the same seed; add `onto` if given."""
-    from dymoe.adapter.ops.triton.bank_kernels import dropout
-
-    if values.numel():
-        dropout[(-(-values.numel() // 1024),)](
-            values,
-            values if onto is None else onto,
-            out,
-            values.numel(),
-            part.seed,
-            part.dropout,
-            ADD=onto is not None,
-            BLOCK=1024,
-        )
-    return out
-
-
-# ---- chunked ------------------------------------------------------------------------------------------------------
-
-
-def _used_chunks(part: Part, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """For each tile of tokens the chunks that it uses, (tiles, chunks), and their number, (tiles,), both int32."""
-    from dymoe.adapter.ops.triton.bank_kernels import used_chunks
-
-    per = CHUNK_ROWS // part.r
-    chunks = -(-part.experts // per)
-    tiles = -(-len(weights) // TILE_TOKENS)
-    used = torch.empty(tiles, chunks, dtype=torch.int32, device=weights.device)
-    counts = torch.empty(tiles, dtype=torch.int32, device=weights.device)
-    if tiles:
-        width = power_of_two(chunks)
-        step = max(1, min(TILE_TOKENS, 4096 // (width * per)))
-        used_chunks[(tiles,)](
-            weights,
-            used,
-            counts,
-            len(weights),
-            part.experts,
-            *weights.stride(),
-            part.offset,
-            chunks,
-            BM=TILE_TOKENS,
-            STEP=step,
-            PER=per,
-            CHUNKS=width,
-            num_warps=8,
-        )
-    return used, counts
-
-
-def _sampled(
-    part: Part,
-    x: Tensor,
-    rows: Tensor,
-    weights: Tensor,
-    chunks: tuple[Tensor | None, Tensor | None],
-    out: Tensor,
-    hidden: Tensor | None = None,
-    to_weights: Tensor | None = None,
-) -> None:
-    from dymoe.adapter.ops.triton.bank_kernels import sampled_product
-
-    used, counts = chunks
-    assert used is not None, "a chunked block has its chunks"
-    if not used.numel():
-        return
-    sampled_product[(used.shape[1], used.shape[0])](
-        x,
-        rows,
-        out if hidden is None else hidden,
-        weights,
-        out,
-        weights if to_weights is None else to_weights,
-        used,
-        counts,
-        len(x),
-        x.shape[1],
-        len(rows),
-        *weights.stride(),
-        weights.shape[1],
-        part.offset,
-        used.shape[1],
-        part.scale,
-        GATE=hidden is not None,
-        R=part.r,
-        BM=TILE_TOKENS,
-        BN=CHUNK_ROWS,
-        BK=32 if x.dtype == torch.float32 else 64,
-        WIDE=interpreted(),
-        num_warps=4,
-        num_stages=3,
-    )
-
-
-def _summed(
-    part: Part,
-    hidden: Tensor,
-    rows: Tensor,
-    weights: Tensor,
-    chunks: tuple[Tensor | None, Tensor | None],
-    out: Tensor,
-    gate: bool,
-    add: bool,
-) -> None:
-    from dymoe.adapter.ops.triton.bank_kernels import summed_product
-
-    used, counts = chunks
-    assert used is not None, "a chunked block has its chunks"
-    if not used.numel():
-        return
-    features = rows.shape[1]
-    wide = rows.dtype == torch.float32  # three products at once: smaller tiles fit the registers
-    columns = min(32 if wide else 128, power_of_two(features, 16))
-    summed_product[(-(-features // columns), used.shape[0])](
-        hidden,
-        rows,
-        weights,
-        out,
-        used,
-        counts,
-        len(hidden),
-        features,
-        len(rows),
-        *weights.stride(),
-        part.offset,
-        used.shape[1],
-        part.scale,
-        GATE=gate,
-        ADD=add,
-        R=part.r,
-        BM=TILE_TOKENS,
-        BN=columns,
-        BK=CHUNK_ROWS,
-        WIDE=interpreted(),
-        num_warps=8 if wide else 4,
-        num_stages=2 if wide else 3,
-    )
-
-
-# ---- gathered -----------------------------------------------------------------------------------------------------
-
-
-def gathered(part: Part, x: Tensor, weights: Tensor, a: Tensor, b: Tensor, output: Tensor, add: bool = False) -> None:
-    """Write or add the block's output for a few tokens, reading the chosen experts' rows of A and B alone.
-
-    Args:
-        part: the block.
-        x: (tokens, in_features).
-        weights: (tokens, experts of the bank), any strides.
-        a: (experts * r, in_features).
-        b: (experts * r, out_features).
-        output: (tokens, out_features), written in place.
-        add: whether to add to what `output` holds.
-    """
-    from dymoe.adapter.ops.triton.bank_kernels import chosen_experts, gathered_hidden, gathered_output
-
-    tokens, features = x.shape
-    if not tokens:
-        return
-    experts = torch.empty(tokens, part.experts, dtype=torch.int32, device=x.device)
-    counts = torch.empty(tokens, dtype=torch.int32, device=x.device)
-    strides = weights.stride()
-    chosen_experts[(tokens,)](
-        weights, experts, counts, part.experts, *strides, part.offset, BE=power_of_two(part.experts)
-    )
-    gated = torch.empty(tokens, len(a), dtype=torch.float32, device=x.device)
-    ranks = power_of_two(part.r)
-    gathered_hidden[(min(part.experts, 2 * USUAL_TOP_K), tokens)](
-        x,
-        a,
-        weights,
-        gated,
-        experts,
-        counts,
-        features,
-        part.experts,
-        *strides,
-        part.offset,
-        part.scale,
-        R=part.r,
-        BR=ranks,
-        BD=min(power_of_two(features), max(16, 4096 // ranks)),
-    )
-    columns = min(64, power_of_two(b.shape[1]))
-    gathered_output[(-(-b.shape[1] // columns), tokens)](
-        gated, b, output, experts, counts, b.shape[1], part.experts, ADD=add, R=part.r, BK=64, BN=columns
-    )
