@@ -246,7 +246,7 @@ def topk_weights(scores: Tensor, top_k: int, temperature: float) -> Tensor:
     """`routing.topk_weights` in one kernel; of equal scores at the border the first are kept.
 
     Args:
-        scores: (..., experts), float32; -inf never gets weight (a row of -inf alone gets weights of 0).
+        scores: (..., experts), computed with in float32; -inf never gets weight (a row of -inf alone gets weights of 0).
         top_k: experts with weight per token, >= 1.
         temperature: of the softmax, > 0.
 
@@ -254,7 +254,7 @@ def topk_weights(scores: Tensor, top_k: int, temperature: float) -> Tensor:
         Weights, (..., experts), float32.
     """
     require(scores.device)
-    return _TopK.apply(scores.reshape(-1, scores.shape[-1]), top_k, temperature).view(scores.shape)
+    return _TopK.apply(scores.float().reshape(-1, scores.shape[-1]), top_k, temperature).view(scores.shape)
 
 
 class _TopK(torch.autograd.Function):
@@ -306,7 +306,7 @@ def group_mass(scores: Tensor, num_new: int, top_k: int, temperature: float) -> 
     """`routing.group_mass` in one kernel that writes three numbers a token and no weights.
 
     Args:
-        scores: unguided scores, (..., experts), float32.
+        scores: unguided scores, (..., experts), computed with in float32.
         num_new: size of the new group (the last columns).
         top_k: experts with weight per token.
         temperature: of the regularization's softmax, > 0.
@@ -316,7 +316,7 @@ def group_mass(scores: Tensor, num_new: int, top_k: int, temperature: float) -> 
     """
     require(scores.device)
     shape = scores.shape[:-1]
-    parts = _Mass.apply(scores.reshape(-1, scores.shape[-1]), num_new, top_k, temperature)
+    parts = _Mass.apply(scores.float().reshape(-1, scores.shape[-1]), num_new, top_k, temperature)
     old, new, largest = (part.view(shape) for part in parts)
     return old, new, largest
 
