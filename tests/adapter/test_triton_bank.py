@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,6 +189,21 @@ def test_dropout_has_its_rate_its_seed_and_its_gradient():
     mask = torch.zeros(2, features, device=DEVICE)
     mask[:, :512] = first.detach()
     near(a.grad[:, :512], factors.t() @ mask[:, :512], 1e-6)
+
+
+def test_dropout_draws_anew_for_every_place():
+    part = forms.Part("dense", 1, 1, 0, 1.0, dropout=0.3, seed=11)
+    values = torch.arange(1.0, 6001.0, device=DEVICE)
+    dropped = forms.dropped(values, part)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped, values / 0.7 * kept)
+    assert abs(float(kept.float().mean()) - 0.7) < 0.03  # 5 standard deviations
+    # 2048 places a program, 512 a draw: no part repeats another.
+    parts = kept[:4096].view(8, 512).float()
+    assert all(0.45 < float((parts[i] == parts[j]).float().mean()) < 0.7 for i in range(8) for j in range(i))
+    onto = torch.ones(6000, device=DEVICE)
+    torch.testing.assert_close(forms.drop(values, part, torch.empty_like(values), onto), dropped + 1)
+    assert not torch.equal(kept, forms.dropped(values, replace(part, seed=12)) != 0)
 
 
 def test_only_what_the_backward_needs_is_kept():

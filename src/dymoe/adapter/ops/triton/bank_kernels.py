@@ -80,16 +80,30 @@ def gate_backward(
         tl.store(gated_out + place, (h * w[:, :, None]).to(dtype), mask=cell)
 
 
-@triton.jit(do_not_specialize=["numel", "seed"])
-def dropout(values, onto, out, numel, seed, rate, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """Values at a place either 0 or divided by 1 - rate, as the seed says; with ADD, added to `onto`."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _drop_quarter(values, onto, out, at, numel, draws, rate, ADD: tl.constexpr):
     inside = at < numel
-    kept = tl.rand(seed, at) >= rate
-    result = tl.where(kept, tl.load(values + at, mask=inside, other=0.0).to(tl.float32) / (1 - rate), 0.0)
+    kept = tl.load(values + at, mask=inside, other=0.0).to(tl.float32) / (1 - rate)
+    result = tl.where(draws >= rate, kept, 0.0)
     if ADD:
         result += tl.load(onto + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["numel", "seed"])
+def dropout(values, onto, out, numel, seed, rate, ADD: tl.constexpr, QUARTER: tl.constexpr):
+    """Values at a place either 0 or divided by 1 - rate, as the seed says; with ADD, added to `onto`.
+
+    One call of the generator draws for four places. Its counter has 32 bits: masks repeat after 2^34 places.
+    """
+    program = tl.program_id(0)
+    i = tl.arange(0, QUARTER)
+    draws0, draws1, draws2, draws3 = tl.rand4x(seed, program * QUARTER + i)
+    at = program.to(tl.int64) * (4 * QUARTER) + i
+    _drop_quarter(values, onto, out, at, numel, draws0, rate, ADD)
+    _drop_quarter(values, onto, out, at + QUARTER, numel, draws1, rate, ADD)
+    _drop_quarter(values, onto, out, at + 2 * QUARTER, numel, draws2, rate, ADD)
+    _drop_quarter(values, onto, out, at + 3 * QUARTER, numel, draws3, rate, ADD)
 
 
 # ---- few experts of every token: products over the chunks of experts that a tile of tokens uses ------------------

@@ -111,7 +111,7 @@ def drop(values: Tensor, part: Part, out: Tensor, onto: Tensor | None = None) ->
     from dymoe.adapter.ops.triton.bank_kernels import dropout
 
     if values.numel():
-        dropout[(-(-values.numel() // 1024),)](
+        dropout[(-(-values.numel() // 2048),)](
             values,
             values if onto is None else onto,
             out,
@@ -119,7 +119,7 @@ def drop(values: Tensor, part: Part, out: Tensor, onto: Tensor | None = None) ->
             part.seed,
             part.dropout,
             ADD=onto is not None,
-            BLOCK=1024,
+            QUARTER=512,
         )
     return out
 

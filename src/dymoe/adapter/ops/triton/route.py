@@ -246,7 +246,7 @@ def topk_weights(scores: Tensor, top_k: int, temperature: float) -> Tensor:
     """`routing.topk_weights` in one kernel; of equal scores at the border the first are kept.
 
     Args:
-        scores: (..., experts), computed with in float32; -inf never gets weight (a row of -inf alone gets weights of 0).
+        scores: (..., experts), computed with in float32; -inf never gets weight (a row of -inf alone gets none).
         top_k: experts with weight per token, >= 1.
         temperature: of the softmax, > 0.
 
