@@ -9,6 +9,7 @@ Source: "On Token's Dilemma" (LLaVA-DyMoE, CVPR 2026). Where the paper and what 
 differ, the function's docstring names the choice.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, Literal
 
@@ -268,10 +269,15 @@ def specialization_loss(
 
 
 def routing_score_regularization(
-    scores: Tensor, num_new: int, top_k: int = 16, temperature: float = 0.1, mask: Tensor | None = None
+    scores: Tensor,
+    num_new: int,
+    top_k: int = 16,
+    temperature: float = 0.1,
+    mask: Tensor | None = None,
+    mass: Callable[[Tensor, int, int, float], tuple[Tensor, Tensor, Tensor]] = group_mass,
 ) -> tuple[Tensor, Tensor]:
-    """(exclusivity_loss, specialization_loss) of the same scores for the price of one softmax."""
-    old, new, largest = group_mass(scores, num_new, top_k, temperature)
+    """(exclusivity_loss, specialization_loss) of the same scores for the price of one softmax, computed by `mass`."""
+    old, new, largest = mass(scores, num_new, top_k, temperature)
     return _masked_mean(_exclusivity(old, new), mask), _masked_mean(_specialization(new, largest), mask)
 
 

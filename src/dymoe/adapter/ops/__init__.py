@@ -12,7 +12,7 @@ from dymoe.adapter.ops.reference import reference
 from dymoe.adapter.ops.stacked import stacked
 from dymoe.adapter.ops.triton import auto, triton
 
-BankOp = Callable[[Tensor, Tensor, Sequence[ExpertBlock]], Tensor]
+BankOp = Callable[[Tensor, Tensor, Sequence[ExpertBlock], int | None], Tensor]
 OPS: dict[str, BankOp] = {"reference": reference, "stacked": stacked, "triton": triton, "auto": auto}
 
 __all__ = ["OPS", "BankOp", "ExpertBlock", "auto", "reference", "stacked", "triton"]
