@@ -9,6 +9,7 @@ Source: "On Token's Dilemma" (LLaVA-DyMoE, CVPR 2026). Where the paper and what 
 differ, the function's docstring names the choice.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, Literal
 
@@ -94,7 +95,8 @@ class _Cosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
         wide = x.to(rows.dtype)
-        inverse = 1 / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=1e-12)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = norm.reciprocal().masked_fill_(norm == 0, 0)
         scores = F.linear(wide, rows) * inverse
         ctx.save_for_backward(x, rows, inverse, scores)
         return scores
@@ -270,10 +272,15 @@ def specialization_loss(
 
 
 def routing_score_regularization(
-    scores: Tensor, num_new: int, top_k: int = 16, temperature: float = 0.1, mask: Tensor | None = None
+    scores: Tensor,
+    num_new: int,
+    top_k: int = 16,
+    temperature: float = 0.1,
+    mask: Tensor | None = None,
+    mass: Callable[[Tensor, int, int, float], tuple[Tensor, Tensor, Tensor]] = group_mass,
 ) -> tuple[Tensor, Tensor]:
-    """(exclusivity_loss, specialization_loss) of the same scores for the price of one softmax."""
-    old, new, largest = group_mass(scores, num_new, top_k, temperature)
+    """(exclusivity_loss, specialization_loss) of the same scores for the price of one softmax, computed by `mass`."""
+    old, new, largest = mass(scores, num_new, top_k, temperature)
     return _masked_mean(_exclusivity(old, new), mask), _masked_mean(_specialization(new, largest), mask)
 
 

@@ -172,3 +172,21 @@ def test_the_base_output_that_others_may_hold_is_left_alone():
     leaf = torch.zeros(3, OUT, dtype=torch.float64, requires_grad=True)
     fused(x, leaf, None, None, None, bank)
     assert leaf.detach().abs().sum() == 0
+
+
+def test_a_zero_token_scores_nothing_and_gets_no_gradient_through_its_scores():
+    x, frozen, rows, _ = drawn("evaluation", (3,))
+    x[1] = 0
+    results = []
+    for form in ("plain", "fused"):
+        leaf = x.clone().requires_grad_()
+        if form == "plain":
+            settings = {"guidance": "none", "balance_all": False}
+            output, _, _ = plain(leaf, torch.zeros(3, OUT).double(), frozen, rows, [], settings, None, 1.0)
+        else:
+            bank = Bank(frozen, rows, rows, Rule(TOP_K, T), torch.float64)
+            output, _ = fused(leaf, torch.zeros(3, OUT).double(), None, None, None, bank)
+        output.square().sum().backward()
+        results.append((output.detach(), leaf.grad))
+        assert leaf.grad[1].abs().max() < 100
+    torch.testing.assert_close(results[1], results[0])

@@ -16,6 +16,8 @@ from dymoe.adapter.config import DyMoEConfig
 from dymoe.adapter.gates import GATES, Gating, Routing
 from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.ops import OPS, Bank, Candidates, ExpertBlock, Rule, fused
+from dymoe.adapter.ops.triton import suits
+from dymoe.adapter.ops.triton.route import Guidance, group_mass, route
 from dymoe.adapter.trace import TERMS, LayerRouting, RoutingTrace
 
 _compiling = torch.compiler.is_compiling
@@ -232,7 +234,8 @@ class DyMoELayer(GroupHolder):
         own = next(iter(self.dymoe_A.values())).dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own
         selection = self.trace.selection_for(groups, x)
-        if config.compute == "stacked" and config.gate == "cosine" and selection is None and not _compiling():
+        plain = config.gate != "cosine" or selection is not None or _compiling()
+        if not plain and config.compute != "reference" and not self._by_kernels(x, config):
             return self._fused(x, result, layout, config, dtype)
         num_new = sizes[-1] if new is not None else 0
         blocks, rows = self._bank(layout.frozen, new, config, dtype)
@@ -240,7 +243,9 @@ class DyMoELayer(GroupHolder):
             none = x.new_zeros(0, self.in_features, dtype=own)  # a group that found and brought no experts here
             rows = [self.dymoe_router.get(group, none) for group in groups]
         decision = self._route(x, rows, sizes, config, num_new, selection)
-        output = OPS[config.compute](x.to(dtype), decision.weights, blocks)
+        # Only a softmax over the top k promises that nobody asks for the gradient of a weight that is 0.
+        sparse = config.gate != "uniform" and selection is None
+        output = OPS[config.compute](x.to(dtype), decision.weights, blocks, config.top_k if sparse else None)
         result = result + output.to(result.dtype)
         if self.training and num_new:
             result = self._leave_terms(result, decision, config, num_new)
@@ -331,7 +336,11 @@ class DyMoELayer(GroupHolder):
         selection: Tensor | None,
     ) -> Routing:
         guide = None
-        if self.training and config.guidance != "none" and 0 < num_new < sum(sizes):
+        guided = self.training and config.guidance != "none" and 0 < num_new < sum(sizes)
+        if config.gate == "cosine" and selection is None and self._by_kernels(x, config):
+            guidance = Guidance(num_new, config.tau, cast(routing.Mask, config.guidance)) if guided else None
+            return route(x, rows, config.top_k, config.temperature, guidance)
+        if guided:
 
             def guide(scores: Tensor) -> tuple[Tensor, Tensor]:
                 mask = cast(routing.Mask, config.guidance)
@@ -339,6 +348,11 @@ class DyMoELayer(GroupHolder):
                 return routing.token_assignment_guidance(scores, num_new, config.tau, mask, types), types
 
         return GATES[config.gate](x, Gating(sizes, tuple(rows), config.top_k, config.temperature, guide, selection))
+
+    @staticmethod
+    def _by_kernels(x: Tensor, config: DyMoEConfig) -> bool:
+        """Whether kernels compute the gate and the masses."""
+        return config.compute == "triton" or (config.compute == "auto" and suits(x))
 
     def _leave_terms(self, result: Tensor, decision: Routing, config: DyMoEConfig, num_new: int) -> Tensor:
         """Leave the routing's loss terms in the trace and tie them to the result."""
@@ -352,10 +366,11 @@ class DyMoELayer(GroupHolder):
         balance = routing.load_balance_loss(weights, evened, mask) if config.load_balance > 0 else zero
         exclusivity = specialization = zero
         if regularize and num_new < scores.shape[-1] and (trace.rsr_active or trace.collect):
+            mass = group_mass if self._by_kernels(scores, config) else routing.group_mass
             # Before the regularization starts its terms are only reported.
             with torch.set_grad_enabled(torch.is_grad_enabled() and trace.rsr_active):
                 exclusivity, specialization = routing.routing_score_regularization(
-                    scores, num_new, config.top_k, config.rsr_temperature, mask
+                    scores, num_new, config.top_k, config.rsr_temperature, mask, mass
                 )
         penalty = config.exclusivity * exclusivity + config.specialization * specialization
         total = (config.load_balance * balance + trace.scale.to(penalty.device) * penalty) / trace.num_layers

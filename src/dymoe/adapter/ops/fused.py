@@ -134,7 +134,8 @@ class _Fused(torch.autograd.Function):
             result.view(len(x), shape[-1]) if inplace else torch.zeros(len(x), shape[-1], dtype=dtype, device=x.device)
         )
         xw, xc = x.to(wide), x.to(dtype)
-        inverse = torch.linalg.vector_norm(xw, dim=1, keepdim=True).clamp_(min=1e-12).reciprocal_()
+        norm = torch.linalg.vector_norm(xw, dim=1, keepdim=True)
+        inverse = norm.reciprocal().masked_fill_(norm == 0, 0)  # a zero vector scores 0
         old = new = xw.new_empty(len(x), 0)
         if bank.directions is not None:
             old = (xw @ bank.directions.to(wide).t()).mul_(inverse)
