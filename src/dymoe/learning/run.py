@@ -137,7 +137,10 @@ def free_name(wanted: str, taken: Sequence[str]) -> str:
 
 @dataclass
 class _Learner:
-    """One run at work: the model with the groups learned so far, and where everything is written."""
+    """One run at work: the model with the groups learned so far, and where everything is written.
+
+    `collator` makes the batches to train on, `asker` the prompts of an evaluation.
+    """
 
     recipe: Recipe
     method: Method
@@ -148,6 +151,7 @@ class _Learner:
     processes: Processes
     lvlm: "Lvlm"
     collator: "Collator"
+    asker: "Collator"
     features: "ImageFeatures | None"
     model: "PeftModel | None" = None
 
@@ -176,9 +180,11 @@ class _Learner:
         display.note(f"loading the model {recipe.model}")
         lvlm = _placed(_loaded(recipe) if made is None else made.lvlm)
         pictures = sum(len(task.train) + len(task.validation) + len(task.test) for task in stream.tasks)
-        features = cached_features(lvlm, pictures if made is None else made.pictures)
-        collator = Collator(lvlm, features, recipe.model_options.max_length)
-        learner = cls(recipe, method, stream, folder, stages, display, processes, lvlm, collator, features)
+        kept = cached_features(lvlm)
+        # Training meets its pictures in random order: a cache that does not hold all of them would hold few of the next.
+        features = kept if kept and kept.holds(pictures if made is None else made.pictures) else None
+        collator, asker = (Collator(lvlm, seen, recipe.model_options.max_length) for seen in (features, kept))
+        learner = cls(recipe, method, stream, folder, stages, display, processes, lvlm, collator, asker, features)
         learner._load_groups(learner._trained())
         return learner
 
@@ -445,14 +451,13 @@ class _Learner:
         self, task: "Task", folder: StageFolder, scores: dict[str, Any], routing: dict[str, Any]
     ) -> None:
         """Ask one task; its score is written last and says that the rest is there."""
-        from dymoe.evaluation.generate import batches, evaluate, evaluated
+        from dymoe.evaluation.generate import evaluate, evaluated
 
         options, part = self.recipe.evaluation, (self.processes.rank, self.processes.count)
         samples = evaluated(task, options.split, options.limit)
-        self._see([samples[place] for rows in batches(samples, options.batch_size, part) for place in rows])
         result = evaluate(
             self.lvlm,
-            self.collator,
+            self.asker,
             task,
             peft_model=self.model,
             split=options.split,
