@@ -53,7 +53,6 @@ class Greedy:
             for step in range(steps):
                 carried = model._update_model_kwargs_for_generation(outputs, carried)
                 scores = logits_processor(input_ids, outputs.logits[:, -1].to(torch.float32, copy=True))
-                del outputs
                 tokens = torch.where(running, scores.argmax(-1), pad)
                 written[places, step] = tokens
                 running = running & ~torch.isin(tokens, ends)

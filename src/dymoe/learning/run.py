@@ -181,7 +181,7 @@ class _Learner:
         lvlm = _placed(_loaded(recipe) if made is None else made.lvlm)
         pictures = sum(len(task.train) + len(task.validation) + len(task.test) for task in stream.tasks)
         kept = cached_features(lvlm)
-        # Training meets its pictures in random order: a cache that does not hold all of them would hold few of the next.
+        # Training meets its pictures in random order: a cache that does not hold all would seldom hold the next.
         features = kept if kept and kept.holds(pictures if made is None else made.pictures) else None
         collator, asker = (Collator(lvlm, seen, recipe.model_options.max_length) for seen in (features, kept))
         learner = cls(recipe, method, stream, folder, stages, display, processes, lvlm, collator, asker, features)
@@ -359,6 +359,7 @@ class _Learner:
         import torch
 
         from dymoe.adapter import group_hash
+        from dymoe.learning.order import workers_for
         from dymoe.learning.trainer import StageTrainer, last_checkpoint, training_arguments
         from dymoe.learning.watch import Watch
 
@@ -368,7 +369,8 @@ class _Learner:
             processes.same(f"the beginning of expert group {group!r}", group_hash(model, group))
         checkpoint = processes.from_main(lambda: last_checkpoint(place))
         done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-        arguments = training_arguments(self.recipe.training, place, stage.seed, steps, processes.count)
+        workers = workers_for(self.recipe.training.workers, self.features is not None, processes.count)
+        arguments = training_arguments(self.recipe.training, place, stage.seed, steps, processes.count, workers)
         watch = Watch(self.folder, self.display, stage, group)
         if processes.main:
             for rest in place.glob("checkpoint-*"):

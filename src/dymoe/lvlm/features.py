@@ -1,7 +1,6 @@
 """What a frozen vision tower and projector make of an image, computed once per image."""
 
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from dymoe.errors import DymoeError
-from dymoe.lvlm.images import decode
+from dymoe.lvlm.images import cores, decode
 
 if TYPE_CHECKING:
     from dymoe.lvlm.model import Lvlm
@@ -99,7 +98,7 @@ class ImageFeatures:
 
     def _computed(self, named: Iterable[tuple[str, bytes]]) -> Iterator[tuple[bytes, torch.Tensor]]:
         """Key and features of what is not kept yet, computed in batches, kept as they come."""
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             ahead: list[tuple[bytes, Future[dict[str, Any]]]] = []
             for batch in self._batches(named):
                 now, ahead = ahead, [(key, pool.submit(_prepared, self._lvlm, *pair)) for key, pair in batch.items()]
