@@ -178,8 +178,10 @@ class _Fused(torch.autograd.Function):
         if not inplace:
             result = result + output.view(shape).to(result.dtype)
         if learning:
-            ctx.bank, ctx.chosen, ctx.used, ctx.tokens = bank, chosen, used, shape[:-1]
-            ctx.save_for_backward(x, inverse, router, a, b, rows, *saved)
+            ctx.bank, ctx.split, ctx.tokens = bank, split, shape[:-1]
+            ctx.save_for_backward(
+                x, inverse, router, a, b, rows, chosen.scores, chosen.weights, *chosen.index, chosen.slope, *saved
+            )
         outcome.old, outcome.new, outcome.chosen = old, new, chosen
         return result
 
@@ -191,8 +193,9 @@ class _Fused(torch.autograd.Function):
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, inverse, router, a, b, rows, *saved = ctx.saved_tensors
-    bank, chosen, used = ctx.bank, ctx.chosen, ctx.used
+    x, inverse, router, a, b, rows, scores, weights, index_old, index_new, slope, *saved = ctx.saved_tensors
+    bank, chosen = ctx.bank, Candidates(scores, weights, (index_old, index_new), ctx.split, slope=slope)
+    used = Used.of(bank.frozen, chosen) if bank.frozen else None  # cheaper to find again than to keep
     dtype, wide, split = bank.dtype, inverse.dtype, chosen.split
     needs_x, needs_result, needs_router, needs_a, needs_b = ctx.needs_input_grad[:5]
     g, xc = gradient.reshape(-1, gradient.shape[-1]).to(dtype), x.to(dtype)
