@@ -44,6 +44,16 @@ class LayerRouting:
     mask: Tensor | None
 
 
+def place_of(layer: str) -> tuple[int, str]:
+    """Decoder layer (0 where the name has no number) and projection of a wrapped layer, by its name in the model.
+
+    >>> place_of("model.language_model.layers.3.self_attn.v_proj")
+    (3, 'v_proj')
+    """
+    parts = layer.split(".")
+    return next((int(part) for part in parts if part.isdigit()), 0), parts[-1]
+
+
 class RoutingTrace:
     """State of the current forward pass, shared by all wrapped layers of a model.
 
@@ -254,8 +264,7 @@ class GroupWeights:
         """Return the mean weight per group for every decoder layer, over its projections."""
         rows: dict[int, list[Tensor]] = {}
         for name, row in self.by_name().items():
-            numbers = [int(part) for part in name.split(".") if part.isdigit()]
-            rows.setdefault(numbers[0] if numbers else 0, []).append(torch.tensor(row, dtype=torch.float64))
+            rows.setdefault(place_of(name)[0], []).append(torch.tensor(row, dtype=torch.float64))
         return {layer: torch.stack(parts).mean(0).tolist() for layer, parts in sorted(rows.items())}
 
     def by_group(self) -> list[float]:

@@ -354,6 +354,21 @@ def _check(values: dict[str, Any], where: str) -> Recipe:
     return recipe
 
 
+def recorded(run: Path) -> Recipe:
+    """The recipe of a run folder, as its run.yaml holds it.
+
+    Raises:
+        DymoeError: the folder holds no run, or its recipe is none that this version can use.
+    """
+    marker = run / "run.yaml"
+    if not marker.is_file():
+        raise DymoeError(f"{run}: no run.yaml here; give a run folder, as `dymoe run` makes it")
+    values = read_yaml(marker).get("recipe")
+    if not isinstance(values, dict):
+        raise DymoeError(f"{marker}: has no recipe; this is no run's description")
+    return _check(values, str(marker))
+
+
 def require_folder(model: str) -> None:
     """Refuse a model that names a folder which is not there.
 

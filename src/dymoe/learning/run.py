@@ -476,6 +476,12 @@ class _Learner:
         folder.write("scores.json", scores)
 
 
+def base_model(recipe: Recipe) -> "Lvlm":
+    """The recipe's base model where a run has it, the libraries below silenced."""
+    _quiet()
+    return _placed(_loaded(recipe))
+
+
 def _loaded(recipe: Recipe) -> "Lvlm":
     """The recipe's base model."""
     from dymoe.lvlm import load
