@@ -9,6 +9,7 @@ right under both kinds of gradient checkpointing, gradient accumulation and loss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from dymoe.routing import rsr_scale
 
 TERMS = ("load_balance", "exclusivity", "specialization")
-STATISTICS = ("share_new", "share_ambiguous", "share_old", "new_group_weight")
+STATISTICS = ("share_new", "share_ambiguous", "share_old", "new_group_weight", "entropy")
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class RoutingTrace:
         return None
 
     def leave_terms(self, layer: str, total: Tensor, terms: Tensor, statistics: Tensor | None) -> None:
-        """Record a layer's weighted loss (scalar), its unweighted terms (3,) and its token statistics (4,) or None."""
+        """Record a layer's weighted loss (scalar), its unweighted terms (3,) and its token statistics (5,) or None."""
         self._totals[layer] = total.detach()
         self._terms[layer] = terms.detach()
         if statistics is not None:
@@ -203,14 +204,20 @@ class RoutingTrace:
         total = torch.stack([value.to(loss.device) for value in self._totals.values()]).sum()
         return _Attach.apply(loss, total, self.upstream, self._share if share is None else share)
 
-    def summary(self) -> dict[str, float]:
-        """Return means over the wrapped layers of the last training forward: loss terms and token statistics."""
-        result: dict[str, float] = {}
+    def by_layer(self) -> dict[str, dict[str, float]]:
+        """Return the loss terms and token statistics of every wrapped layer in the last training forward."""
+        result: dict[str, dict[str, float]] = {}
         for names, values in ((TERMS, self._terms), (STATISTICS, self._statistics)):
             if values:
-                means = torch.stack([value.float().cpu() for value in values.values()]).mean(0).tolist()
-                result.update(zip(names, means, strict=True))
+                rows = torch.stack([value.float().cpu() for value in values.values()]).tolist()
+                for layer, row in zip(values, rows, strict=True):
+                    result.setdefault(layer, {}).update(zip(names, row, strict=True))
         return result
+
+    def summary(self) -> dict[str, float]:
+        """Return means over the wrapped layers of the last training forward: loss terms and token statistics."""
+        rows = list(self.by_layer().values())
+        return {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
     @contextmanager
     def measuring(self) -> Iterator[GroupWeights]:
