@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dymoe.analysis.routing_drift import correlation, drift, drift_and_forgetting, drift_by_task
     from dymoe.analysis.storage import about, store, stored
     from dymoe.analysis.token_overlay import overlay, token_routing
+    from dymoe.analysis.training_dynamics import dynamics
 
 _HOMES = {
     "Learned": "learned",
@@ -23,6 +24,7 @@ _HOMES = {
     "drift": "routing_drift",
     "drift_and_forgetting": "routing_drift",
     "drift_by_task": "routing_drift",
+    "dynamics": "training_dynamics",
     "open_run": "learned",
     "overlay": "token_overlay",
     "pruned": "expert_activation",
@@ -40,6 +42,7 @@ __all__ = [
     "drift",
     "drift_and_forgetting",
     "drift_by_task",
+    "dynamics",
     "open_run",
     "overlay",
     "pruned",
