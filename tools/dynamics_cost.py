@@ -2,8 +2,8 @@
 
     python tools/dynamics_cost.py [steps]
 
-The second task's group trains beside a frozen first one, as recipes/pocket/dymoe.yaml has it (6 samples a step). CPU time
-of the process is counted, inside a step, so that other work on the machine matters little.
+The second task's group trains beside a frozen first one, as recipes/pocket/dymoe.yaml has it (6 samples a step). CPU
+time of the process is counted, inside a step, so that other work on the machine matters little.
 """
 
 import statistics

@@ -75,7 +75,7 @@ def test_the_paper_configuration():
         ({"settings": {"tau": "big"}}, "settings.tau: expected float, got 'big'"),
         (
             {"settings": {"guidance": "strict"}},
-            "settings.guidance: expected one of exclusive, protect, only-ambiguous,",
+            "settings.guidance: expected one of exclusive, protect, only-",
         ),
         ({"settings": {"num_experts": 0}}, "settings.num_experts: expected 1 or more, got 0"),
         ({"settings": {"rsr_start": 1}}, "settings.rsr_start: expected a share in [0, 1), got 1.0"),
