@@ -20,6 +20,7 @@ FREE = (
     "training.workers",
     "training.save_steps",
     "training.log_steps",
+    "training.dynamics_every",
     "training.report_to",
 )
 
@@ -37,6 +38,7 @@ class StageFolder:
         self.trainer = path / "trainer"
         self.memory = path / "method"
         self.predictions = path / "predictions"
+        self.dynamics = path / "dynamics.jsonl"
 
     @property
     def trained(self) -> bool:

@@ -6,6 +6,7 @@ over the old side is the only pass over its scores. The formulas are those of `d
 """
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -108,15 +109,15 @@ def choose(
         chosen.types = routing.types_of_best(values_old.amax(1), values_new.amax(1), rule.tau)
     member = None  # which candidates are among the top k of all
     regularize = both and rule.regularize
-    if both and count > rule.top_k and (regularize or not guided or rule.guidance == "protect"):
+    if both and count > rule.top_k and (regularize or not guided or rule.guidance != "exclusive"):
         top = scores.topk(rule.top_k, dim=1, sorted=False).indices
         member = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, top, True)
     allowed = member
     if guided and chosen.types is not None:
-        to_new = (chosen.types == int(routing.TokenType.NEW)).unsqueeze(1)
+        to_new = routing.reaches_new(chosen.types, cast(routing.Mask, rule.guidance)).unsqueeze(1)
         on_new = torch.arange(count, device=scores.device) >= split
         allowed = on_new == to_new
-        if rule.guidance == "protect":
+        if rule.guidance != "exclusive":  # the old side stays visible
             everything = to_new if member is None else to_new & member
             allowed = (~on_new & ~to_new) | everything
     chosen.weights = _softmax(scores, allowed, rule.temperature)
