@@ -45,7 +45,7 @@ def show(page: Page, path: Path, scheme: str = "light", width: int = 1280) -> No
 def test_every_figure_is_drawn_and_the_console_is_silent(page: Page, report: Path) -> None:
     show(page, report)
     ids = page.evaluate("[...document.querySelectorAll('figure')].map((f) => f.closest('section').id)")
-    assert ids == ["side-by-side", "over-stages", "matrices", "lost", "routing-drift", "routing-maps"]
+    assert ids == ["losses", "side-by-side", "over-stages", "matrices", "lost", "routing-drift", "routing-maps"]
     assert page.evaluate("[...document.querySelectorAll('figure')].every((f) => f.querySelector('svg.main-svg'))")
     assert page.evaluate("document.querySelectorAll('#over-stages .plot svg.main-svg').length") >= len(TASKS)
     # Not only frames: one trace per method, and a number in every cell of the lower triangle.

@@ -1,6 +1,5 @@
 """What the page says, and which run folders it refuses."""
 
-import base64
 import json
 import re
 import shutil
@@ -8,13 +7,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 import pytest
-from run_folders import make_joint, make_run, picture, write_results
+from reading import THREE, Text, matrix_run, page
+from run_folders import make_joint, make_run
 
 from dymoe.errors import DymoeError
 from dymoe.evaluation import AccuracyMatrix
@@ -23,50 +21,8 @@ from dymoe.report import write_report
 from dymoe.report.figures import over_stages, routing_drift
 from dymoe.report.plots import build
 from dymoe.report.runs import read_run, read_runs
-from dymoe.report.samples import pick
-from dymoe.report.summary import Method, Stat, gather, headline, number, remarks
-
-THREE = ("scienceqa", "textvqa", "imagenet")
-
-
-class Text(HTMLParser):
-    """The page as a browser would read it: text by the id of the section around it, and all start tags."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.sections: dict[str, str] = {"": ""}
-        self._section, self._skip = "", False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._skip = tag in ("script", "style")
-        if tag == "section":
-            self._section = dict(attrs)["id"] or ""
-            self.sections[self._section] = ""
-
-    def handle_endtag(self, tag: str) -> None:
-        self._skip = False
-        if tag == "section":
-            self._section = ""
-
-    def handle_data(self, data: str) -> None:
-        if not self._skip:
-            self.sections[self._section] += " " + " ".join(data.split())
-
-
-def page(tmp_path: Path, *runs: Path) -> Text:
-    out = write_report(runs, tmp_path / "report.html")
-    assert out == tmp_path / "report.html"
-    return Text(out.read_text(encoding="utf-8"))
-
-
-def matrix_run(folder: Path, method: str, rows: list[list[float]], seed: int = 0, **more: Any) -> Path:
-    """A run folder with just these numbers."""
-    write_results(folder, method=method, seed=seed, tasks=list(THREE), matrix=rows, **more)
-    return folder
-
+from dymoe.report.summary import Method, Stat, gather, number
+from dymoe.report.words import headline, remarks
 
 # ---------------------------------------------------------------- what it says
 
@@ -225,54 +181,6 @@ def test_numbers_are_shown_with_a_real_minus_and_no_minus_zero() -> None:
     assert [number(-1.25, sign=True), number(-0.01, sign=True), number(None)] == ["−1.2", "+0.0", "–"]
     assert Stat.of([1.0, 3.0]).text() == "2.0 ± 1.4"
     assert Stat.of([2.0]).text() == "2.0"
-
-
-# ---------------------------------------------------------------- samples
-
-
-def sampled(tmp_path: Path, name: str, answers: dict[str, list[float]]) -> Path:
-    """A run over two stages whose samples have these scores at stage 1 and 2."""
-    run = matrix_run(tmp_path / name, name, [[80], [70, 70]])
-    for stage in (1, 2):
-        lines = [
-            {"id": i, "prediction": f"{name} {i} {stage}", "score": scores[stage - 1], "lenient": 1.0}
-            for i, scores in answers.items()
-        ]
-        file = run / "stages" / f"0{stage}-{THREE[stage - 1]}" / "predictions" / "scienceqa.jsonl"
-        atomic_write(file, "".join(json.dumps(line) + "\n" for line in lines))
-    records = [{"task": "scienceqa", "id": i, "question": f"q {i}", "answer": "x"} for i in answers]
-    atomic_json(run / "samples.json", records)
-    return run
-
-
-def test_samples_that_one_method_lost_and_another_kept_come_first(tmp_path: Path) -> None:
-    lora = sampled(tmp_path, "lora", {"same": [1, 1], "never": [0, 0], "both": [1, 0], "told": [1, 0], "found": [0, 1]})
-    dymoe = sampled(
-        tmp_path, "dymoe", {"same": [1, 1], "never": [0, 0], "both": [1, 0], "told": [1, 1], "found": [0, 1]}
-    )
-    chosen = pick(gather(read_runs([lora, dymoe])))
-    assert [shown.question.id for shown in chosen[:2]] == ["told", "both"]
-    assert chosen[0].lost_by == ["lora"]
-    assert chosen[1].lost_by == ["lora", "dymoe"]
-    text = page(tmp_path, lora, dymoe).sections["samples"]
-    assert "lora told 1" in text
-    assert "dymoe told 2" in text
-    assert "lost by lora" in text
-
-
-def test_without_samples_json_the_section_says_so(tmp_path: Path) -> None:
-    text = page(tmp_path, make_run(tmp_path / "a", tasks=THREE, samples=0)).sections["samples"]
-    assert "None of these runs wrote a samples.json" in text
-
-
-def test_images_stay_within_the_page_budget(tmp_path: Path) -> None:
-    run = sampled(tmp_path, "lora", {str(i): [1, 0] for i in range(3)})
-    big = base64.b64encode(picture(0) + bytes(1_500_000)).decode()
-    records = read_json(run / "samples.json")
-    atomic_json(run / "samples.json", [r | {"image_base64": big, "mime": "image/jpeg"} for r in records])
-    out = write_report([run], tmp_path / "r.html")
-    assert out.read_bytes().count(big.encode()) == 1
-    assert out.stat().st_size < 10_000_000
 
 
 # ---------------------------------------------------------------- safety of the page

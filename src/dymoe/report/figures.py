@@ -4,7 +4,21 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from dymoe.report.plots import Figure, Plot, Table, build, colour, error, escape, heatmap, line, marker, positions, room
+from dymoe.report.plots import (
+    Figure,
+    Plot,
+    Table,
+    build,
+    colour,
+    error,
+    escape,
+    heatmap,
+    line,
+    marker,
+    positions,
+    room,
+    signs,
+)
 from dymoe.report.summary import Method, number
 
 
@@ -113,7 +127,7 @@ def over_stages(methods: Sequence[Method]) -> Figure:
         caption,
         tuple(plots),
         Table(head, tuple(rows)),
-        legend=tuple(methods),
+        legend=signs(methods),
     )
 
 
@@ -209,7 +223,7 @@ def lost_per_task(methods: Sequence[Method]) -> Figure | None:
         "rule, not lost for a lenient reader): what looks forgotten but is not. Below zero the form got better."
     )
     table = Table(("task: method", "forgetting (points)", "format drift (points)"), tuple(rows))
-    return Figure("lost", "What each task lost", caption, tuple(plots), table, legend=tuple(sequential), wide=True)
+    return Figure("lost", "What each task lost", caption, tuple(plots), table, legend=signs(sequential), wide=True)
 
 
 def routing_drift(methods: Sequence[Method]) -> Figure | None:
@@ -254,7 +268,7 @@ def routing_drift(methods: Sequence[Method]) -> Figure | None:
     head = ("method: task", *(f"stage {t}" for t in range(2, last + 1)))
     table = Table(head, tuple(rows))
     return Figure(
-        "routing-drift", "Routing drift over stages", caption, (plot,), table, legend=tuple(routed), wide=True
+        "routing-drift", "Routing drift over stages", caption, (plot,), table, legend=signs(routed), wide=True
     )
 
 
