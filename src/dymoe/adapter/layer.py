@@ -262,7 +262,7 @@ class DyMoELayer(GroupHolder):
 
     @staticmethod
     def _statistics(decision: Routing, config: DyMoEConfig, num_new: int, mask: Tensor | None) -> Tensor:
-        """Shares of new, ambiguous and old tokens and the mean weight on the new group, (4,)."""
+        """Shares of new, ambiguous and old tokens, weight on the new group, entropy of the weights in nats: (5,)."""
         with torch.no_grad():
             types, weights = decision.types, decision.weights
             if types is None:
@@ -271,7 +271,8 @@ class DyMoELayer(GroupHolder):
             total = counts.sum().clamp(min=1)
             order = (routing.TokenType.NEW, routing.TokenType.AMBIGUOUS, routing.TokenType.OLD)
             shares = [((types == int(kind)) * counts).sum() / total for kind in order]
-            return torch.stack([*shares, (weights[..., -num_new:].sum(-1) * counts).sum() / total])
+            means = (weights[..., -num_new:].sum(-1), torch.special.entr(weights).sum(-1))
+            return torch.stack([*shares, *((value * counts).sum() / total for value in means)])
 
     def _leave_routing(self, x: Tensor, decision: Routing, groups: list[str], sizes: tuple[int, ...]) -> None:
         weights = decision.weights.detach().expand(*x.shape[:-1], -1)

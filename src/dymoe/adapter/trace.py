@@ -9,6 +9,7 @@ right under both kinds of gradient checkpointing, gradient accumulation and loss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from dymoe.routing import rsr_scale
 
 TERMS = ("load_balance", "exclusivity", "specialization")
-STATISTICS = ("share_new", "share_ambiguous", "share_old", "new_group_weight")
+STATISTICS = ("share_new", "share_ambiguous", "share_old", "new_group_weight", "entropy")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,16 @@ class LayerRouting:
     scores: Tensor | None
     weights: Tensor
     mask: Tensor | None
+
+
+def place_of(layer: str) -> tuple[int, str]:
+    """Decoder layer (0 where the name has no number) and projection of a wrapped layer, by its name in the model.
+
+    >>> place_of("model.language_model.layers.3.self_attn.v_proj")
+    (3, 'v_proj')
+    """
+    parts = layer.split(".")
+    return next((int(part) for part in parts if part.isdigit()), 0), parts[-1]
 
 
 class RoutingTrace:
@@ -162,7 +173,7 @@ class RoutingTrace:
         return None
 
     def leave_terms(self, layer: str, total: Tensor, terms: Tensor, statistics: Tensor | None) -> None:
-        """Record a layer's weighted loss (scalar), its unweighted terms (3,) and its token statistics (4,) or None."""
+        """Record a layer's weighted loss (scalar), its unweighted terms (3,) and its token statistics (5,) or None."""
         self._totals[layer] = total.detach()
         self._terms[layer] = terms.detach()
         if statistics is not None:
@@ -193,14 +204,20 @@ class RoutingTrace:
         total = torch.stack([value.to(loss.device) for value in self._totals.values()]).sum()
         return _Attach.apply(loss, total, self.upstream, self._share if share is None else share)
 
-    def summary(self) -> dict[str, float]:
-        """Return means over the wrapped layers of the last training forward: loss terms and token statistics."""
-        result: dict[str, float] = {}
+    def by_layer(self) -> dict[str, dict[str, float]]:
+        """Return the loss terms and token statistics of every wrapped layer in the last training forward."""
+        result: dict[str, dict[str, float]] = {}
         for names, values in ((TERMS, self._terms), (STATISTICS, self._statistics)):
             if values:
-                means = torch.stack([value.float().cpu() for value in values.values()]).mean(0).tolist()
-                result.update(zip(names, means, strict=True))
+                rows = torch.stack([value.float().cpu() for value in values.values()]).tolist()
+                for layer, row in zip(values, rows, strict=True):
+                    result.setdefault(layer, {}).update(zip(names, row, strict=True))
         return result
+
+    def summary(self) -> dict[str, float]:
+        """Return means over the wrapped layers of the last training forward: loss terms and token statistics."""
+        rows = list(self.by_layer().values())
+        return {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
     @contextmanager
     def measuring(self) -> Iterator[GroupWeights]:
@@ -254,8 +271,7 @@ class GroupWeights:
         """Return the mean weight per group for every decoder layer, over its projections."""
         rows: dict[int, list[Tensor]] = {}
         for name, row in self.by_name().items():
-            numbers = [int(part) for part in name.split(".") if part.isdigit()]
-            rows.setdefault(numbers[0] if numbers else 0, []).append(torch.tensor(row, dtype=torch.float64))
+            rows.setdefault(place_of(name)[0], []).append(torch.tensor(row, dtype=torch.float64))
         return {layer: torch.stack(parts).mean(0).tolist() for layer, parts in sorted(rows.items())}
 
     def by_group(self) -> list[float]:

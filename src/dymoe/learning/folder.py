@@ -19,6 +19,7 @@ FREE = (
     "training.threads",
     "training.save_steps",
     "training.log_steps",
+    "training.dynamics_every",
     "training.report_to",
 )
 
@@ -36,6 +37,7 @@ class StageFolder:
         self.trainer = path / "trainer"
         self.memory = path / "method"
         self.predictions = path / "predictions"
+        self.dynamics = path / "dynamics.jsonl"
 
     @property
     def trained(self) -> bool:

@@ -38,6 +38,8 @@ class Training:
         threads: CPU threads of torch, none for torch's own choice.
         save_steps: optimizer steps between two checkpoints inside a task.
         log_steps: optimizer steps between two lines in events.jsonl.
+        dynamics_every: optimizer steps between two lines in a stage's dynamics.jsonl, which say of every layer where
+            its tokens were routed (docs/analysis.md); the first and the last step have one too. 0 switches them off.
         report_to: logging integrations of transformers (trackio, tensorboard, wandb).
         limit: at most this many training samples per task, none for all.
     """
@@ -58,6 +60,7 @@ class Training:
     threads: int | None = None
     save_steps: int = 50
     log_steps: int = 1
+    dynamics_every: int = 10
     report_to: list[str] = field(default_factory=list)
     limit: int | None = None
 
@@ -77,7 +80,7 @@ class Training:
         require(self.epochs is None or self.epochs > 0, "epochs", "a number above 0", self.epochs)
         require(self.lr > 0, "lr", "a number above 0", self.lr)
         require(0 <= self.warmup < 1, "warmup", "a share in [0, 1)", self.warmup)
-        for key in ("weight_decay", "max_grad_norm"):
+        for key in ("weight_decay", "max_grad_norm", "dynamics_every"):
             require(getattr(self, key) >= 0, key, "0 or more", getattr(self, key))
 
     def accumulation(self, processes: int = 1) -> int:
@@ -352,6 +355,21 @@ def _check(values: dict[str, Any], where: str) -> Recipe:
         except DymoeError as error:
             raise DymoeError(f"{where}: {error}") from None
     return recipe
+
+
+def recorded(run: Path) -> Recipe:
+    """The recipe of a run folder, as its run.yaml holds it.
+
+    Raises:
+        DymoeError: the folder holds no run, or its recipe is none that this version can use.
+    """
+    marker = run / "run.yaml"
+    if not marker.is_file():
+        raise DymoeError(f"{run}: no run.yaml here; give a run folder, as `dymoe run` makes it")
+    values = read_yaml(marker).get("recipe")
+    if not isinstance(values, dict):
+        raise DymoeError(f"{marker}: has no recipe; this is no run's description")
+    return _check(values, str(marker))
 
 
 def require_folder(model: str) -> None:

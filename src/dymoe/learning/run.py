@@ -29,6 +29,7 @@ from dymoe.methods import Method, Stage
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import Tensor
+    from transformers import TrainerCallback
 
     from dymoe.lvlm import Collator, ImageFeatures, Lvlm
     from dymoe.tasks import Sample, Stream, Task
@@ -252,7 +253,7 @@ class _Learner:
         self.method.before_task(self.model, stage, data)
         hooks = time.perf_counter() - started
         self._see(data.samples)
-        record = self._fit(group, stage, data.samples, data.steps, folder.trainer, self.method)
+        record = self._fit(group, stage, data.samples, data.steps, folder.trainer, self.method, folder.dynamics)
         if self.processes.main:
             record["trainable_parameters"] = parameters
             record["seconds"]["method"] = hooks
@@ -344,8 +345,11 @@ class _Learner:
         steps: int,
         place: Path,
         method: Method,
+        dynamics: Path | None = None,
     ) -> dict[str, Any]:
         """The trainer's work, from the last complete checkpoint in `place` if there is one.
+
+        Routing by layer is written down in `dynamics`, if that is given.
 
         Raises:
             DymoeError: the group begins otherwise in another process, or a frozen group changed.
@@ -353,6 +357,8 @@ class _Learner:
         import torch
 
         from dymoe.adapter import group_hash
+        from dymoe.learning.dynamics import Dynamics, rewind
+        from dymoe.learning.groups import trace_of
         from dymoe.learning.trainer import StageTrainer, last_checkpoint, training_arguments
         from dymoe.learning.watch import Watch
 
@@ -369,7 +375,13 @@ class _Learner:
                 if rest != checkpoint:
                     shutil.rmtree(rest)
             self.folder.rewind_events(stage.index, done, watch.kind)
-        trainer = StageTrainer(model, group, method, samples, self.collator, arguments, [watch], processes)
+            if dynamics is not None:
+                rewind(dynamics, done)
+        watches: list[TrainerCallback] = [watch]
+        if dynamics is not None:
+            every = self.recipe.training.dynamics_every
+            watches.append(Dynamics(dynamics, every, trace_of(model), processes))
+        trainer = StageTrainer(model, group, method, samples, self.collator, arguments, watches, processes)
         if processes.rank:
             torch.manual_seed(stage.seed + 1_000_003 * processes.rank)  # dropout of its own
         started = time.perf_counter()
@@ -474,6 +486,12 @@ class _Learner:
         count = len(result.predictions)
         scores[task.name] = {"strict": result.strict, "lenient": result.lenient, "samples": count}
         folder.write("scores.json", scores)
+
+
+def base_model(recipe: Recipe) -> "Lvlm":
+    """The recipe's base model where a run has it, the libraries below silenced."""
+    _quiet()
+    return _placed(_loaded(recipe))
 
 
 def _loaded(recipe: Recipe) -> "Lvlm":

@@ -1,0 +1,79 @@
+"""The tokens of a batch: which are an image's, the instruction's, the answer's; their text and their patch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dymoe.lvlm import Lvlm
+
+KINDS = ("image", "instruction", "answer")
+PADDING = -1
+
+
+def image_tokens(lvlm: Lvlm) -> list[int]:
+    """Ids that stand for a part of a picture."""
+    processor: Any = lvlm.processor
+    written = getattr(processor, "image_token", None)
+    found = {getattr(lvlm.model.config, "image_token_id", None)}
+    if isinstance(written, str):
+        found.add(processor.tokenizer.convert_tokens_to_ids(written))
+    return sorted(token for token in found if isinstance(token, int))
+
+
+def kinds(batch: Mapping[str, Any], images: Sequence[int]) -> Tensor:
+    """Place in `KINDS` of every token, `PADDING` for padding: int8 (batch, tokens).
+
+    The answer is what labels mark, its end token included; all the rest of the text counts as instruction.
+
+    Args:
+        batch: `input_ids` and `attention_mask` (batch, tokens); `labels`, where there is an answer.
+        images: see `image_tokens`.
+    """
+    ids = batch["input_ids"]
+    found = torch.full(ids.shape, KINDS.index("instruction"), dtype=torch.int8, device=ids.device)
+    found[torch.isin(ids, torch.tensor(images, dtype=ids.dtype, device=ids.device))] = KINDS.index("image")
+    if batch.get("labels") is not None:
+        found[batch["labels"] != -100] = KINDS.index("answer")
+    found[batch["attention_mask"] == 0] = PADDING
+    return found
+
+
+def texts(lvlm: Lvlm, ids: Sequence[int], images: Sequence[int]) -> list[str]:
+    """The text that each token adds to those before it; "" for a token of a picture.
+
+    Decoded with the words before it, since some tokenizers write a leading space only inside a text.
+    """
+    tokenizer: Any = lvlm.processor.tokenizer  # type: ignore[attr-defined]
+    found: list[str] = []
+    words: list[int] = []
+    said = ""
+    for token in ids:
+        if token in images:
+            words, said = [], ""
+            found.append("")
+            continue
+        words.append(token)
+        now = tokenizer.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        found.append(now[len(said) :])
+        said = now
+    return found
+
+
+def patch_grid(batch: Mapping[str, Any], tokens: int, lvlm: Lvlm) -> tuple[int, int] | None:
+    """Rows and columns of one picture's patches, None where they are no plain grid.
+
+    Args:
+        batch: of one sample; `image_grid_thw` is read where the processor gives it.
+        tokens: how many tokens the picture has.
+        lvlm: the model and its processor.
+    """
+    grid = batch.get("image_grid_thw")
+    if isinstance(grid, Tensor) and grid.shape == (1, 3):
+        merged = getattr(getattr(lvlm.processor, "image_processor", None), "merge_size", 1)
+        frames, rows, columns = (int(value) for value in grid[0])
+        if frames == 1 and rows * columns == tokens * merged**2:
+            return rows // merged, columns // merged
+    side = round(tokens**0.5)
+    return (side, side) if tokens and side * side == tokens else None
