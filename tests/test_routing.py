@@ -47,15 +47,19 @@ def oracle_type(scores: list[float], num_new: int, tau: float) -> TokenType:
 
 def oracle_guidance(scores: list[float], num_new: int, tau: float, mask: str) -> list[float]:
     num_old = len(scores) - num_new
-    if mask == "none" or num_old == 0 or num_new == 0:
+    if num_old == 0 or num_new == 0:
         return list(scores)
-    new_token = oracle_type(scores, num_new, tau) == TokenType.NEW
-    result = []
-    for e, score in enumerate(scores):
-        is_new = e >= num_old
-        hidden = (is_new and not new_token) or (mask == "exclusive" and not is_new and new_token)
-        result.append(-math.inf if hidden else score)
-    return result
+    old, new = scores[:num_old], scores[num_old:]
+    nothing_old, nothing_new = [-math.inf] * num_old, [-math.inf] * num_new
+    kind = oracle_type(scores, num_new, tau).name
+    return {
+        "exclusive": {"NEW": nothing_old + new, "AMBIGUOUS": old + nothing_new, "OLD": old + nothing_new},
+        "protect": {"NEW": old + new, "AMBIGUOUS": old + nothing_new, "OLD": old + nothing_new},
+        "only-ambiguous": {"NEW": old + nothing_new, "AMBIGUOUS": old + new, "OLD": old + nothing_new},
+        "only-old": {"NEW": old + nothing_new, "AMBIGUOUS": old + nothing_new, "OLD": old + new},
+        "no-token": {"NEW": old + nothing_new, "AMBIGUOUS": old + nothing_new, "OLD": old + nothing_new},
+        "none": {"NEW": old + new, "AMBIGUOUS": old + new, "OLD": old + new},
+    }[mask][kind]
 
 
 def oracle_rsr(scores: list[float], num_new: int, top_k: int, temperature: float) -> tuple[float, float]:
@@ -221,6 +225,14 @@ def test_token_assignment_guidance(scores, mask):
         assert rows(guided) == [oracle_guidance(row, num_new, 0.2, mask) for row in rows(scores)]
         if guided.numel():
             assert torch.isfinite(guided).any(-1).all()
+
+
+def test_each_token_reaches_the_new_experts_under_one_of_the_three_masks():
+    scores = torch.rand(200, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    masks = ("protect", "only-ambiguous", "only-old")
+    seen = [torch.isfinite(routing.token_assignment_guidance(scores, 2, 0.5, mask)[:, -1]) for mask in masks]
+    assert all(part.any() for part in seen)
+    assert torch.stack(seen).sum(0).eq(1).all()
 
 
 @given(

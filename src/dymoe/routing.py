@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Mask = Literal["exclusive", "protect", "none"]
-MASKS: tuple[str, ...] = ("exclusive", "protect", "none")
+Mask = Literal["exclusive", "protect", "only-ambiguous", "only-old", "no-token", "none"]
 
 
 class TokenType(IntEnum):
@@ -26,6 +25,18 @@ class TokenType(IntEnum):
     OLD = 0
     AMBIGUOUS = 1
     NEW = 2
+
+
+# The tokens that see the new group. Under `exclusive` these lose the old groups; otherwise all tokens see the old ones.
+REACHES: dict[str, tuple[TokenType, ...]] = {
+    "exclusive": (TokenType.NEW,),
+    "protect": (TokenType.NEW,),
+    "only-ambiguous": (TokenType.AMBIGUOUS,),
+    "only-old": (TokenType.OLD,),
+    "no-token": (),
+    "none": tuple(TokenType),
+}
+MASKS: tuple[str, ...] = tuple(REACHES)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -183,11 +194,16 @@ def token_assignment_guidance(
     group alone, all others the old groups alone; what the authors' code is reported to run, and the default) and
     `protect` (only the new group is masked, for old and ambiguous tokens; what a summary of the paper says).
 
+    The other masks are for the study of the token's dilemma: which tokens teach the new experts, and which make old
+    tasks' tokens follow. As under `protect` the old groups stay visible to all; the new one is visible to the tokens of
+    one type alone (`only-ambiguous`, `only-old`; for new tokens that is `protect`), to none (`no-token`: the new group
+    learns nothing) or to all (`none`).
+
     Args:
         scores: (..., experts).
         num_new: size of the new group (the last columns).
         tau: threshold of `token_types`.
-        mask: "exclusive", "protect" or "none".
+        mask: one of `MASKS`.
         types: the tokens' types where they are known already, (...); computed when None.
 
     Returns:
@@ -202,9 +218,12 @@ def token_assignment_guidance(
     if mask == "none" or num_old == 0 or num_new == 0:
         return scores
     types = token_types(scores, num_new, tau) if types is None else types
-    is_new_token = (types == int(TokenType.NEW)).unsqueeze(-1)
+    reaches = torch.zeros_like(types, dtype=torch.bool)
+    for kind in REACHES[mask]:
+        reaches = reaches | (types == int(kind))
+    reaches = reaches.unsqueeze(-1)
     is_new_expert = torch.arange(scores.shape[-1], device=scores.device) >= num_old
-    blocked = is_new_expert & ~is_new_token if mask == "protect" else is_new_expert ^ is_new_token
+    blocked = is_new_expert ^ reaches if mask == "exclusive" else is_new_expert & ~reaches
     return scores.masked_fill(blocked, float("-inf"))
 
 

@@ -32,8 +32,9 @@ class DyMoEConfig(PeftConfig):
         top_k: experts with weight per token, over all active groups.
         temperature: of the router's softmax (0.01).
         tau: relative score difference above which a token is new or old, not ambiguous (0.2).
-        guidance: mask of Token Assignment Guidance while training: "exclusive", "protect" or "none"; only the cosine
-            gate has scores to guide.
+        guidance: mask of Token Assignment Guidance while training: "exclusive", "protect", "none", or one of those
+            that study the token's dilemma ("only-ambiguous", "only-old", "no-token"; see
+            `routing.token_assignment_guidance`); only the cosine gate has scores to guide.
         load_balance: weight of the load-balance loss.
         balance_over: experts whose use it evens out: those of the "new" group, or "all" that the router scores.
         exclusivity: weight of the exclusivity loss.
@@ -62,7 +63,7 @@ class DyMoEConfig(PeftConfig):
     top_k: int = field(default=16, metadata={"help": "experts with weight per token"})
     temperature: float = field(default=0.01, metadata={"help": "of the router's softmax"})
     tau: float = field(default=0.2, metadata={"help": "threshold of token types"})
-    guidance: str = field(default="exclusive", metadata={"help": "exclusive | protect | none"})
+    guidance: str = field(default="exclusive", metadata={"help": "exclusive | protect | none | .."})
     load_balance: float = field(default=1e-3, metadata={"help": "weight of the load-balance loss"})
     balance_over: str = field(default="new", metadata={"help": "new | all: experts whose use is evened out"})
     exclusivity: float = field(default=1e-3, metadata={"help": "weight of the exclusivity loss"})

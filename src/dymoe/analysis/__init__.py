@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dymoe.analysis.learned import Learned, open_run
     from dymoe.analysis.routing_drift import correlation, drift, drift_and_forgetting, drift_by_task
     from dymoe.analysis.storage import about, store, stored
+    from dymoe.analysis.token_dilemma import by_strategy, conclusion, dilemma
     from dymoe.analysis.token_overlay import overlay, token_routing
     from dymoe.analysis.training_dynamics import dynamics
 
@@ -19,8 +20,11 @@ _HOMES = {
     "Learned": "learned",
     "about": "storage",
     "activation": "expert_activation",
+    "by_strategy": "token_dilemma",
+    "conclusion": "token_dilemma",
     "correlation": "routing_drift",
     "dead": "expert_activation",
+    "dilemma": "token_dilemma",
     "drift": "routing_drift",
     "drift_and_forgetting": "routing_drift",
     "drift_by_task": "routing_drift",
@@ -37,8 +41,11 @@ __all__ = [
     "Learned",
     "about",
     "activation",
+    "by_strategy",
+    "conclusion",
     "correlation",
     "dead",
+    "dilemma",
     "drift",
     "drift_and_forgetting",
     "drift_by_task",

@@ -9,6 +9,7 @@ COMMANDS = {
     "run": "learn a stream of tasks as a recipe says",
     "doctor": "check data, model, memory and disk before a run begins",
     "sweep": "learn many recipes and seeds side by side and write a table",
+    "analyze": "say where a run's tokens go: drift, activation, single tokens, training, the dilemma",
     "report": "write one HTML page about one run or several side by side",
     "assemble": "build LLaVA-1.5 before instruction tuning from Vicuna, CLIP and a projector",
     "show": "print a run's accuracy matrix and metrics",

@@ -32,23 +32,36 @@ def main(argv: Sequence[str]) -> int:
         raise DymoeError(
             f"sweep: expected a sweep file before {argv[0]!r}, for example recipes/pocket/leaderboard.yaml"
         )
-    from dymoe.learning.sweep import Plan, load_sweep, read_results
+    from dymoe.learning.sweep import load_sweep
 
     overrides = [word for word in argv[1:] if word not in FLAGS]
-    sweep = load_sweep(argv[0], overrides)
+    command = shlex.join(["dymoe", "sweep", argv[0], *overrides])
+    return learn(load_sweep(argv[0], overrides), argv[0], argv, command)
+
+
+def learn(sweep: Any, path: str, argv: Sequence[str], command: str) -> int:
+    """Learn what is missing of a sweep and write its records and table; 1 if a cell failed, 130 if interrupted.
+
+    Args:
+        sweep: the sweep.
+        path: its file, or the recipe that it is about; recipes are looked for beside it.
+        argv: of its words `FLAGS` are read.
+        command: what goes on with it.
+    """
+    from dymoe.learning.sweep import Plan, read_results
+
     if sweep.published:
         from dymoe.report.leaderboard import published
 
         published(sweep.published)
-    plan = Plan(sweep, argv[0])
+    plan = Plan(sweep, path)
     found = read_results(sweep.results)
     rows, todo = plan.sort_out(found["rows"], "--replace" in argv, sweep.results)
-    print(f"{argv[0]}: {len(plan.cells)} cells, {len(plan.cells) - len(todo)} stand in {sweep.results}", flush=True)
+    print(f"{path}: {len(plan.cells)} cells, {len(plan.cells) - len(todo)} stand in {sweep.results}", flush=True)
     if "--dry-run" in argv:
         for cell in todo:
             print(f"  {cell.name}")
         return 0
-    command = shlex.join(["dymoe", "sweep", argv[0], *overrides])
     book = _Book(plan, {**found["about"], **_about(plan, command)}, rows)
     return _work(plan, todo, book, command)
 

@@ -22,7 +22,9 @@ class DyMoE(IncMoELoRA):
 
     Attributes:
         guidance: TAG's mask; ``exclusive`` hides the old groups from new tokens too (the authors' code, as
-            reported), ``protect`` hides only the new group from the other tokens (the paper, as summarised).
+            reported), ``protect`` hides only the new group from the other tokens (the paper, as summarised). For the
+            study of the token's dilemma the new group may be open to ambiguous tokens alone (``only-ambiguous``), to
+            old ones (``only-old``) or to none (``no-token``).
         tau: relative score difference up to which a token is ambiguous (0.2, the paper's).
         load_balance: weight of the load-balancing term on the new group.
         exclusivity: weight of the exclusivity term.
@@ -34,7 +36,7 @@ class DyMoE(IncMoELoRA):
     name: ClassVar[str] = "dymoe"
     summary: ClassVar[str] = "incmoelora with token assignment guidance and routing score regularization"
 
-    guidance: Literal["exclusive", "protect", "none"] = "exclusive"
+    guidance: Literal["exclusive", "protect", "only-ambiguous", "only-old", "no-token", "none"] = "exclusive"
     tau: float = 0.2
     load_balance: float = 1e-3
     exclusivity: float = 1e-3

@@ -1,0 +1,301 @@
+"""`dymoe analyze NAME RUN`: where a run's tokens go, computed, printed in short and kept below the run."""
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dymoe.cli.options import parse, whole
+from dymoe.errors import DymoeError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HELP = """usage: dymoe analyze NAME RUN [options]
+       dymoe analyze dilemma RECIPE [--dry-run] [--KEY VALUE ...]
+
+Look into a run, finished or not, and keep what was found as RUN/analysis/NAME.parquet (docs/analysis.md).
+
+  drift       the weight that each task's tokens (image, instruction, answer) put on each group, stage by stage, and how
+              it goes with what was forgotten
+  activation  how much each task uses each expert; which are dead; what pruning 1/8 and 1/4 would remove
+  overlay     for some samples: type and serving group of each patch and each word
+  dynamics    token types, loss terms and entropy by layer while the run learned (read, not computed)
+  dilemma     learn two tasks with the new experts open to some tokens alone: a sweep such as
+              recipes/pocket/dilemma.yaml, or a recipe of two tasks; called again it goes on; keys as in `dymoe sweep`
+
+  --samples N    of each task, the first N (drift, activation: those the run was asked; overlay: 3)
+  --stages LIST  these stages alone, for example 1,4,8 (drift, activation)
+  --tasks LIST   these tasks alone (overlay)
+  --layer L      decoder layer, from 0 (overlay; the middle one)"""
+
+Computed = tuple["pd.DataFrame", dict[str, Any]]  # the frame and how it was made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compute one analysis, print it in short, keep it."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(HELP)
+        return 0 if argv else 2
+    name, words = argv[0], argv[1:]
+    if name == "dilemma":
+        return _dilemma(words)
+    if name not in OPTIONS:
+        from dymoe.methods.settings import nearest
+
+        raise DymoeError(f"analyze: {name}: unknown analysis; {nearest(name, [*OPTIONS, 'dilemma'])}")
+    options, runs = parse(f"analyze {name}", words, OPTIONS[name])
+    if len(runs) != 1:
+        raise DymoeError(f"analyze {name}: expected one run folder, got {len(runs)}; see dymoe analyze --help")
+    # Mistakes in options are told before the heavy imports begin.
+    chosen = {
+        "samples": whole(f"analyze {name}", options, "--samples"),
+        "stages": _numbers(f"analyze {name}", options.get("--stages")),
+        "tasks": _list(options.get("--tasks")),
+        "layer": _layer(f"analyze {name}", options.get("--layer")),
+    }
+    given = {key: value for key, value in chosen.items() if value is not None}
+    frame, facts = COMPUTE[name](Path(runs[0]), given)
+    from dymoe import analysis
+
+    facts = {**facts, **{f"only_{key}" if key == "stages" else key: value for key, value in given.items()}}
+    command = shlex.join(["dymoe", "analyze", *argv])
+    print(f"Kept: {analysis.store(runs[0], name, frame, {'command': command, **facts})}")
+    return 0
+
+
+def _list(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(command: str, text: str | None) -> list[int] | None:
+    parts = _list(text)
+    if parts is None:
+        return None
+    if not parts or not all(part.isascii() and part.isdigit() and int(part) >= 1 for part in parts):
+        raise DymoeError(f"{command}: --stages: expected whole numbers from 1 with commas between, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def _layer(command: str, text: str | None) -> int | None:
+    if text is not None and not (text.isascii() and text.isdigit()):
+        raise DymoeError(f"{command}: --layer: expected a whole number from 0, got {text!r}")
+    return None if text is None else int(text)
+
+
+def _drift(run: Path, chosen: dict[str, Any]) -> Computed:
+    from dymoe import analysis
+
+    learned, tell = _opened(run)
+    with tell as told:
+        frame = analysis.drift(learned, tell=told, **chosen)
+    pairs = analysis.drift_and_forgetting(run, frame)
+    _print_table("Routing drift", _drift_rows(frame, pairs))
+    print(correlation_line(analysis.correlation(pairs)))
+    return frame, _facts(learned)
+
+
+def _drift_rows(frame: "pd.DataFrame", pairs: "pd.DataFrame") -> list[dict[str, str]]:
+    """For each task at the last stage: drift by part, changed top experts, forgetting."""
+    from dymoe import analysis
+    from dymoe.analysis.tokens import KINDS
+
+    last = frame[frame["stage"] == frame["stage"].max()]
+    parts = {kind: analysis.drift_by_task(last[last["part"] == kind]).set_index("task")["drift"] for kind in KINDS}
+    lost = pairs.set_index("task")["forgetting"]
+    rows = []
+    for entry in analysis.drift_by_task(last).to_dict("records"):
+        task = entry["task"]
+        by_part = {kind: f"{values[task]:.1%}" if task in values else "–" for kind, values in parts.items()}
+        forgotten = f"{lost[task]:.1f}" if task in lost else "–"
+        told = {"drift": f"{entry['drift']:.1%}", **by_part, "changed top expert": f"{entry['changed']:.1%}"}
+        rows.append({"task": task, **told, "forgetting": forgotten})
+    return rows
+
+
+def correlation_line(found: dict[str, Any]) -> str:
+    """The correlation of drift with forgetting in one line."""
+    if found["pearson"] is None:
+        return f"Drift and forgetting: {found['tasks']} earlier tasks, too few (or too alike) to correlate"
+    return (
+        f"Drift and forgetting over {found['tasks']} earlier tasks: Pearson {found['pearson']:.2f}, "
+        f"Spearman {found['spearman']:.2f}"
+    )
+
+
+def _activation(run: Path, chosen: dict[str, Any]) -> Computed:
+    from dymoe import analysis
+
+    learned, tell = _opened(run)
+    with tell as told:
+        frame = analysis.activation(learned, tell=told, **chosen)
+    rows = []
+    for stage in sorted(frame["stage"].unique()):
+        part = frame[frame["stage"] == stage]
+        experts = len(part.drop_duplicates(["layer", "projection", "group", "expert"]))
+        rows.append({"stage": str(stage), "experts": str(experts), "dead": str(len(analysis.dead(frame, stage)))})
+    _print_table("Experts over all layers; dead: below 0.1 % of the weight on every task", rows)
+    rows = []
+    for name, share in (("1/8", 1 / 8), ("1/4", 1 / 4)):
+        for entry in analysis.pruned_share(frame, share).to_dict("records"):
+            weight = f"{entry['weight']:.1%} of {entry['group_weight']:.1%}"
+            removed = f"{entry['experts']} of {entry['of']}"
+            rows.append({"pruned": name, "group": entry["group"], "experts removed": removed, "weight lost": weight})
+    _print_table("What pruning would remove after each task", rows)
+    return frame, _facts(learned)
+
+
+def _overlay(run: Path, chosen: dict[str, Any]) -> Computed:
+    from dymoe import analysis
+
+    learned, tell = _opened(run)
+    with tell as told:
+        frame = analysis.overlay(learned, tell=told, **chosen)
+    rows = []
+    for (task, sample, stage), part in frame.groupby(["task", "sample", "stage"], sort=False):
+        shares = part["group"].value_counts(normalize=True)
+        served = ", ".join(f"{group or 'none'} {share:.0%}" for group, share in shares.items())
+        rows.append({"task": task, "sample": sample, "stage": str(stage), "tokens served by": served})
+    _print_table(f"Layer {frame['layer'].iloc[0]}, all projections", rows)
+    layer, samples = int(frame["layer"].iloc[0]), int(frame.groupby("task")["sample"].nunique().max())
+    return frame, {**_facts(learned), "samples": samples, "layer": layer}
+
+
+def _dynamics(run: Path, chosen: dict[str, Any]) -> Computed:
+    from dymoe import analysis
+
+    frame = analysis.dynamics(run)
+    if frame.empty:
+        raise DymoeError(
+            f"{run}: no dynamics were logged; the run's gate has no scores, its training.dynamics_every is 0, or it is "
+            "older than this log"
+        )
+    rows = []
+    for (stage, task), part in frame.groupby(["stage", "task"], sort=False):
+        for step in sorted({part["step"].min(), part["step"].max()}):
+            now = part[part["step"] == step]
+            shares = {name: f"{now[f'share_{name}'].mean():.1%}" for name in ("new", "ambiguous", "old")}
+            rest = {"entropy": f"{now['entropy'].mean():.2f}", "specialization": f"{now['specialization'].mean():.3f}"}
+            weight = f"{now['new_group_weight'].mean():.1%}"
+            place = {"stage": str(stage), "task": task, "step": str(step)}
+            rows.append({**place, **shares, "new group's weight": weight, **rest})
+    _print_table("Routing at the first and last logged step of each task, mean over layers", rows)
+    return frame, {"stages": int(frame["stage"].max())}
+
+
+def _dilemma(words: Sequence[str]) -> int:
+    """Learn what is missing, tell what each strategy taught and cost, keep it in the sweep's folder."""
+    if not words or words[0].startswith("-"):
+        raise DymoeError(
+            "analyze dilemma: expected a sweep or a recipe of two tasks, for example recipes/pocket/dilemma.yaml"
+        )
+    from dymoe import analysis
+    from dymoe.analysis.token_dilemma import dilemma_sweep
+    from dymoe.cli.sweep import FLAGS, learn
+    from dymoe.files import atomic_write
+    from dymoe.learning.sweep import read_results
+
+    overrides = [word for word in words[1:] if word not in FLAGS]
+    sweep = dilemma_sweep(words[0], overrides)
+    command = shlex.join(["dymoe", "analyze", "dilemma", words[0], *overrides])
+    code = learn(sweep, words[0], words, command)
+    rows = read_results(sweep.results)["rows"]
+    if code == 130 or "--dry-run" in words or not rows:
+        return code
+    frame = analysis.dilemma(rows)
+    text = dilemma_markdown(frame, sweep.title, command)
+    atomic_write(sweep.table, text)
+    print(f"\n{text}")
+    facts = {"command": command, "stages": 2, "samples": None, "seed": sorted({int(seed) for seed in frame["seed"]})}
+    print(f"Kept: {analysis.store(sweep.output, 'dilemma', frame, facts)}")
+    return code
+
+
+def dilemma_markdown(frame: "pd.DataFrame", title: str, command: str) -> str:
+    """The table over strategies with the conclusion, as Markdown."""
+    from dymoe import analysis
+
+    lines = [f"# {title or 'Dilemma'}", "", f"`{command}`", "", analysis.conclusion(frame), ""]
+    lines += ["| pair | tokens that reach the new experts | seeds | new task | old task before | old task after |"]
+    lines[-1] += " forgetting | drift |"
+    lines.append("|" + "---|" * 8)
+    for row in analysis.by_strategy(frame).to_dict("records"):
+        cells = [_spread(row, name, 1) for name in ("new_task_accuracy", "old_task_before", "old_task_after")]
+        cells += [_spread(row, "forgetting", 1), _spread(row, "drift", 100)]
+        pair = row["pair"].replace("|", "\\|")
+        lines.append(f"| {pair} | {row['strategy']} | {row['seeds']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Accuracies in percent, forgetting in points, drift in percent; mean ± standard deviation over seeds.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _spread(row: dict[str, Any], name: str, scale: float) -> str:
+    mean, deviation = row[name] * scale, row[f"{name}_std"] * scale
+    if mean != mean:  # NaN
+        return "–"
+    return f"{mean:.1f}" if deviation != deviation else f"{mean:.1f} ± {deviation:.1f}"
+
+
+def _opened(run: Path) -> Any:
+    """The run, loaded, and what tells its progress."""
+    from dymoe import analysis
+
+    return analysis.open_run(run), _progress()
+
+
+def _facts(learned: Any) -> dict[str, Any]:
+    recipe = learned.recipe
+    return {"stages": len(learned.stages), "samples": recipe.evaluation.limit, "seed": recipe.seed}
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error in a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bars:
+        bar = bars.add_task("")
+
+        def tell(what: str, done: int, total: int) -> None:
+            bars.update(bar, description=what, completed=done, total=total)
+
+        yield tell
+
+
+def _print_table(title: str, rows: Sequence[dict[str, str]]) -> None:
+    """Rows with the same keys as a table."""
+    import sys
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not rows:
+        return
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 140)
+    console.print(title, markup=False, soft_wrap=True)  # a table's own title would wrap at the table's width
+    table = Table()
+    for key in rows[0]:
+        table.add_column(escape(key))
+    for row in rows:
+        table.add_row(*(escape(str(value)) for value in row.values()))
+    console.print(table)
+
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "drift": ("--samples", "--stages"),
+    "activation": ("--samples", "--stages"),
+    "overlay": ("--tasks", "--samples", "--layer"),
+    "dynamics": (),
+}
+COMPUTE: dict[str, Callable[[Path, dict[str, Any]], Computed]] = {
+    "drift": _drift,
+    "activation": _activation,
+    "overlay": _overlay,
+    "dynamics": _dynamics,
+}
