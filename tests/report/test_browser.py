@@ -11,7 +11,7 @@ from run_folders import TASKS, make_joint, make_run
 from dymoe.report import write_report
 
 DRAWN = """[...document.querySelectorAll('.plot')]
-    .filter((plot) => !plot.closest('details:not([open])'))
+    .filter((plot) => !plot.closest('details:not([open]), [hidden]'))
     .every((plot) => plot.querySelector('svg.main-svg'))"""
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"onload="window.hacked=1'
 

@@ -279,7 +279,7 @@ def routing_maps(methods: Sequence[Method]) -> Figure | None:
     groups: tuple[str, ...] = ()
     for method in methods:
         run = method.runs[0]
-        stages = [stage for stage in run.routing if stage <= run.stages and len(run.routing[stage].groups) > 1]
+        stages = [stage for stage in run.routing if stage <= run.stages and run.routing[stage].divides]
         if not stages:
             continue
         routing = run.routing[max(stages)]
@@ -294,7 +294,7 @@ def routing_maps(methods: Sequence[Method]) -> Figure | None:
         return None
     caption = (
         "Row: the task whose test tokens are routed; column: the expert group that the weight goes to, in "
-        "the order the groups were added; each row sums to 100 %. Weight to the right of the diagonal "
+        "the order the groups were added; each row sums to 100 %, or less where layers have no experts. Weight to the right of the diagonal "
         "goes to groups that were added after the task was learned: that is routing drift."
     )
     padded = tuple((*row, *["–"] * (len(groups) + 1 - len(row))) for row in rows)

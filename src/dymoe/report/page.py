@@ -12,7 +12,11 @@ from plotly.offline import get_plotlyjs
 
 from dymoe.files import atomic_write
 from dymoe.report import figures
+from dymoe.report.activation_figures import activation_figures
+from dymoe.report.drift_figures import drift_figures
+from dymoe.report.dynamics_figures import dynamics_figures
 from dymoe.report.losses import losses
+from dymoe.report.overlay import Overlay, overlay
 from dymoe.report.plots import Figure, Table
 from dymoe.report.runs import Run, read_runs
 from dymoe.report.samples import Comparison, compare, shorten
@@ -60,7 +64,12 @@ def render(methods: Sequence[Method]) -> str:
         figures.matrices(methods),
         figures.lost_per_task(methods),
     )
-    routing = _present(figures.routing_drift(methods), figures.routing_maps(methods))
+    routing = [
+        *_present(figures.routing_drift(methods), figures.routing_maps(methods)),
+        *drift_figures(methods),
+        *activation_figures(methods),
+    ]
+    tokens, training = overlay(methods), dynamics_figures(methods)
     runs = [run for method in methods for run in method.runs]
     hashes, hash_verdict = hash_table(runs)
     samples = compare(methods)
@@ -69,12 +78,14 @@ def render(methods: Sequence[Method]) -> str:
         headline=headline(methods),
         cards=cards(methods),
         remarks=remarks(methods),
-        contents=_contents(first, forgetting, routing),
+        contents=_contents(first, forgetting, routing, tokens, training),
         methods=methods,
         metrics=metrics_table(methods),
         first=first,
         forgetting=forgetting,
         routing=routing,
+        overlay=tokens,
+        training=training,
         hashes=hashes,
         hash_verdict=hash_verdict,
         samples=samples,
@@ -96,7 +107,11 @@ Links = list[tuple[str, str]]
 
 
 def _contents(
-    first: Sequence[Figure], forgetting: Sequence[Figure], routing: Sequence[Figure]
+    first: Sequence[Figure],
+    forgetting: Sequence[Figure],
+    routing: Sequence[Figure],
+    tokens: Overlay | None,
+    training: Sequence[Figure],
 ) -> list[tuple[str, Links]]:
     """The page's sections as (id, title), under three names."""
 
@@ -104,9 +119,10 @@ def _contents(
         return [(figure.id, figure.title) for figure in figures]
 
     samples = ("samples", "What one still answers and another has lost")
+    about_routing = [*links(routing), *([("overlay", "Token by token")] if tokens else []), *links(training)]
     return [
         ("Forgetting", [*links(first), ("metrics", "Metrics"), *links(forgetting), samples]),
-        *([("Routing", links(routing))] if routing else []),
+        *([("Routing", about_routing)] if about_routing else []),
         ("Evidence", [("hashes", "Frozen groups"), ("runs", "Runs")]),
     ]
 

@@ -91,7 +91,7 @@ class Sign:
 class Figure:
     """One or several plots under one caption; `table` holds every number that they draw.
 
-    `note` says what is missing and how to make it; a figure without plots is its title and its note.
+    `note` says what is missing and `command` makes it; a figure without plots is its title and its note.
     """
 
     id: str
@@ -105,6 +105,7 @@ class Figure:
     wide: bool = False
     choices: tuple[Choice, ...] = ()
     note: str = ""
+    command: str = ""
 
     @property
     def chosen(self) -> Keys:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.evaluation.drift import drift
+from dymoe.evaluation.drift import ROUNDING, drift
 from dymoe.evaluation.matrix import AccuracyMatrix
 from dymoe.files import read_json
 
@@ -17,7 +17,10 @@ STAGE_FOLDER = re.compile(r"(\d+)-.+")
 
 @dataclass(frozen=True)
 class Routing:
-    """Weight that each task's test tokens put on each expert group at one stage; every row sums to 1."""
+    """Weight that each task's test tokens put on each expert group at one stage.
+
+    A row sums to 1, to less where layers have no experts, and to more where a method adds up all groups at full weight.
+    """
 
     groups: tuple[str, ...]
     weights: Mapping[str, tuple[float, ...]]
@@ -25,6 +28,11 @@ class Routing:
     def drift(self, task: str) -> float | None:
         """The task's drift (see `dymoe.evaluation.drift`), in 0..1, None where there is none or it was not asked."""
         return drift(task, self.groups, self.weights[task]) if task in self.weights else None
+
+    @property
+    def divides(self) -> bool:
+        """Whether there are several groups among which tokens are divided."""
+        return len(self.groups) > 1 and all(math.fsum(row) <= 1 + ROUNDING for row in self.weights.values())
 
 
 @dataclass(frozen=True)
@@ -206,16 +214,14 @@ def _routing(file: Path) -> Routing:
     weights = {}
     for task, entry in _field(file, data, "tasks", dict).items():
         weight = entry.get("weight") if isinstance(entry, dict) else None
-        # A tenth of a percent leaves room for a mean over layers that was stored in half precision.
         if not (
             isinstance(weight, list)
             and len(weight) == len(groups)
             and all(is_number(value) and value >= -1e-6 for value in weight)
-            and abs(math.fsum(weight) - 1) < 1e-2
         ):
             raise DymoeError(
                 f'{file}: task {task!r}: "weight" is {weight!r}; one weight for each of the '
-                f"{len(groups)} groups, not below 0 and 1 in sum, is needed"
+                f"{len(groups)} groups, not below 0, is needed"
             )
         weights[task] = tuple(float(value) for value in weight)
     return Routing(groups, weights)
