@@ -283,7 +283,10 @@ SAMPLE = {"task": "scienceqa", "id": "1", "question": "q", "answer": "a"}
         (edit("group_hashes", [{"stage": 1}]), '"group_hashes" holds'),
         (edit("group_hashes", 5), '"group_hashes" holds 5'),
         (text(f"{STAGE}/routing.json", "{"), r"01-scienceqa/routing\.json: not valid JSON"),
-        (text(f"{STAGE}/routing.json", '{"groups": ["a"], "tasks": {"x": {"weight": [-0.4]}}}'), "task 'x'.*not below 0"),
+        (
+            text(f"{STAGE}/routing.json", '{"groups": ["a"], "tasks": {"x": {"weight": [-0.4]}}}'),
+            "task 'x'.*not below 0",
+        ),
         (text(f"{STAGE}/routing.json", '{"groups": ["a"], "tasks": {"x": []}}'), r"routing\.json: task 'x'"),
         (text("samples.json", "{}"), r"samples\.json: holds a dict"),
         (text("samples.json", "[3]"), r"samples\.json: sample 1 is 3"),

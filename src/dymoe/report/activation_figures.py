@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Diameter in pixels of a group that gets all of a layer's weight, and of a layer's column where the page is narrow.
 LARGEST = 22
+CROSS = 12  # of a cross where all experts are dead
 COLUMN = 15
 Circles = dict[tuple[str, int], tuple[float, int, int]]  # (group, layer) -> weight in percent, dead experts, experts
 
@@ -42,11 +43,11 @@ def activation_figures(methods: Sequence[Method]) -> list[Figure]:
                 rows.append((f"{one.method.label}, stage {stage}: {group}", *cells))
                 keys.append(key)
     caption = (
-        "Row: expert group, in the order of the tasks that added them, the first at the bottom; column: decoder layer. "
-        "A circle's area is the routing weight that the group's experts get together, a mean over the test tokens of "
-        "all tasks seen at that stage, over tasks and over projections. A cross marks layers in which some experts of "
-        "the group are dead: no task gives them a mean weight of 0.001 or more. In the numbers, weight in percent and, "
-        "after a cross, the dead experts."
+        "Row: expert group, in the order of the tasks that added them, the first at the bottom; column: decoder "
+        "layer. A circle's area is the routing weight that the group's experts get together, a mean over the test "
+        "tokens of all tasks seen at that stage, over tasks and over projections. A cross marks dead experts, "
+        "which no task gives a mean weight of 0.001 or more: the larger, the more of the group's experts in that "
+        "layer. In the numbers, weight in percent and, after a cross, the dead experts."
     )
     names = tuple(f"{stage} {one_task}" for stage, one_task in ((t, _task(found, t)) for t in stages))
     return [
@@ -126,7 +127,11 @@ def _plot(
                 x=[layer for _, layer in marked],
                 y=[groups.index(group) for group, _ in marked],
                 mode="markers",
-                marker={"symbol": "x-thin", "size": 7, "line": {"width": 1.5, "color": "var(--ink)"}},
+                marker={
+                    "symbol": "x-thin",
+                    "size": [CROSS * circles[place][1] / circles[place][2] for place in marked],
+                    "line": {"width": 1.25, "color": "var(--ink)"},
+                },
                 hoverinfo="skip",
             )
         )

@@ -155,7 +155,8 @@ def _by_layer(known: Cells) -> Figure:
             keys += [key] * len(layers)
     caption = (
         "Row: decoder layer, from the first at the top; column: task. The weight in percent that the task's test "
-        "tokens put on groups added after its own at the last stage. Dark rows are the layers where routing drifts."
+        "tokens put on groups added after its own at the last stage. Strongly coloured rows are the layers where "
+        "routing drifts."
     )
     return Figure(
         "drift-layers",
@@ -254,8 +255,8 @@ def _beside_forgetting(known: Cells) -> Figure:
         told.append(f"all together {_correlation(every)}")
     caption = (
         "A point is a task of a method: to the right, the weight its test tokens put on later groups at the last "
-        "stage; upwards, the points it lost since its best stage. If drift is what forgets, the points rise to the right. "
-        f"Correlation over tasks (Pearson r, Spearman ρ): {'; '.join(told)}. Few points: a correlation of "
+        "stage; upwards, the points it lost since its best stage. If drift is what forgets, the points rise to the"
+        f" right. Correlation over tasks (Pearson r, Spearman ρ): {'; '.join(told)}. Few points: a correlation of "
         "seven tasks says little by itself."
     )
     plot = build(

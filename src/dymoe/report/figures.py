@@ -293,9 +293,9 @@ def routing_maps(methods: Sequence[Method]) -> Figure | None:
     if not plots:
         return None
     caption = (
-        "Row: the task whose test tokens are routed; column: the expert group that the weight goes to, in "
-        "the order the groups were added; each row sums to 100 %, or less where layers have no experts. Weight to the right of the diagonal "
-        "goes to groups that were added after the task was learned: that is routing drift."
+        "Row: the task whose test tokens are routed; column: the expert group that the weight goes to, in the "
+        "order the groups were added; each row sums to 100 %, or less where layers have no experts. Weight to the "
+        "right of the diagonal goes to groups that were added after the task was learned: that is routing drift."
     )
     padded = tuple((*row, *["–"] * (len(groups) + 1 - len(row))) for row in rows)
     table = Table(("method: task", *groups), padded)

@@ -31,12 +31,16 @@ FILE = re.compile(r"[\w-]+\.(webp|png|jpe?g)")
 
 @dataclass(frozen=True)
 class Token:
-    """One patch or word: `kind` is its class names, `group` the number of its group ("" for none), `told` says all."""
+    """One patch or word: `kind` is its class names, `group` the number of its group ("" for none), `told` says all.
+
+    `text` is what is shown of a word, `end` the line breaks behind it.
+    """
 
     kind: str
     group: str
     text: str
     told: str
+    end: str
 
 
 @dataclass(frozen=True)
@@ -185,12 +189,15 @@ def _token(row: dict[str, Any], groups: Sequence[str], before: dict[int, str]) -
     told = f"{group} {number(100 * row['weight'], 0)} %" if group else "no group"
     told += f", {row['type']}" if row["type"] in TYPES else ""
     told += f", before: {before.get(row['position']) or 'no group'}" if changed else ""
-    return Token(" ".join(names), str(place + 1) if place is not None else "", _seen(str(row["text"])), told)
+    text, end = _seen(str(row["text"]))
+    return Token(" ".join(names), str(place + 1) if place is not None else "", text, told, end)
 
 
-def _seen(text: str) -> str:
-    """A word as it is shown: a line's end has a sign, so that its colour is seen."""
-    return text.replace("\n", "↵\n") if text else "∅"
+def _seen(text: str) -> tuple[str, str]:
+    """A word as it is shown, and its line breaks apart: they have a sign, so that their colour is seen."""
+    word = text.rstrip("\n")
+    end = text[len(word) :]
+    return (word + "↵" * len(end)) or "∅", end
 
 
 def _told(part: "pd.DataFrame") -> str:
