@@ -12,7 +12,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 import pytest
 from reading import THREE, Text, matrix_run, page
-from run_folders import make_joint, make_run
+from run_folders import make_joint, make_run, write_results
 
 from dymoe.errors import DymoeError
 from dymoe.evaluation import AccuracyMatrix
@@ -341,3 +341,40 @@ def test_reading_a_run_gives_its_matrix(tmp_path: Path) -> None:
 def test_importing_the_report_does_not_import_torch() -> None:
     code = "import sys, dymoe.report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_zero_shot_run_is_a_level_too(tmp_path: Path) -> None:
+    zero = tmp_path / "zero"
+    write_results(zero, method="zero-shot", seed=0, tasks=list(THREE), matrix=[], zero_shot=[10.0, 20.0, 30.0])
+    line = {"id": "a", "prediction": "no idea", "score": 0.0}
+    atomic_write(zero / "zero-shot" / "predictions" / "scienceqa.jsonl", json.dumps(line) + "\n")
+    atomic_json(zero / "samples.json", [{"task": "scienceqa", "id": "a", "question": "what?", "answer": "cat"}])
+    assert headline(gather(read_runs([zero]))) == "No task was learned: 20.0 % correct on average."
+    parsed = page(tmp_path, make_run(tmp_path / "a", tasks=THREE), zero)
+    assert "zero-shot seed 0 – 20.0 – – – –" in " ".join(parsed.sections["metrics"].split())
+    assert "no idea" in page(tmp_path, zero).sections["samples"]
+    beside = matrix_run(tmp_path / "b", "lora", [[80], [70, 70]], zero_shot=[10.0, 20.0, 30.0])
+    assert read_run(beside).level is None  # a run that learns keeps its stages
+
+
+def test_companions_are_part_of_a_methods_name(tmp_path: Path) -> None:
+    kinds = ({}, {"replay": {"size": 10}}, {"replay": {"size": 20}}, {"asd": {}, "replay": {"size": 10}})
+    runs = [
+        matrix_run(tmp_path / str(i), "dymoe", [[80], [70, 70]], settings={"tau": 0.2}, **{"with": kind})
+        for i, kind in enumerate(kinds)
+    ]
+    labels = [method.label for method in gather(read_runs(runs))]
+    assert labels == [
+        "dymoe",
+        "dymoe with replay (replay.size 10)",
+        "dymoe with replay (replay.size 20)",
+        "dymoe with asd, replay",
+    ]
+
+
+def test_groups_that_all_have_full_weight_are_not_routed(tmp_path: Path) -> None:
+    run = matrix_run(tmp_path / "a", "inclora", [[80], [70, 70]])
+    tasks = {"scienceqa": {"weight": [1.0, 1.0]}, "textvqa": {"weight": [1.0, 1.0]}}
+    atomic_json(run / "stages" / "02-textvqa" / "routing.json", {"groups": ["scienceqa", "textvqa"], "tasks": tasks})
+    parsed = page(tmp_path, run)
+    assert not {"routing-drift", "routing-maps", "drift-parts", "activation", "overlay"} & set(parsed.sections)

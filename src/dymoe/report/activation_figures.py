@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Diameter in pixels of a group that gets all of a layer's weight, and of a layer's column where the page is narrow.
-LARGEST = 22
+LARGEST = 28
 CROSS = 12  # of a cross where all experts are dead
-COLUMN = 15
+COLUMN = 20
 Circles = dict[tuple[str, int], tuple[float, int, int]]  # (group, layer) -> weight in percent, dead experts, experts
 
 
@@ -57,7 +57,7 @@ def activation_figures(methods: Sequence[Method]) -> list[Figure]:
             caption,
             tuple(plots),
             Table(("group", *(f"layer {layer}" for layer in layers)), tuple(rows), tuple(keys)),
-            wide=True,
+            full=True,
             choices=(
                 Choice("method", tuple(one.method.label for one in found)),
                 Choice("after", names, len(names) - 1),
@@ -140,7 +140,7 @@ def _plot(
         f"{one.method.label}, after stage {stage}",
         f"Activation of each group in each layer, {one.method.label}, stage {stage}",
         traces,
-        70 + 26 * len(groups),
+        70 + 32 * len(groups),
         keys,
         round(label) + 40 + COLUMN * len(layers),
         margin={"l": 14 + label, "r": 12, "t": 8, "b": 44},

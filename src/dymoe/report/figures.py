@@ -67,8 +67,8 @@ def side_by_side(methods: Sequence[Method]) -> Figure:
     caption = (
         "The open mark is the mean accuracy just after each task was learned (MFT), the filled one the mean "
         "over all tasks at the end (MFN). The shorter the line, the less was forgotten; the farther right "
-        "the filled mark, the better the result. A method that learns all tasks at once has no open "
-        "mark. Thin bars: standard deviation over seeds."
+        "the filled mark, the better the result. A method without stages (all tasks at once, "
+        "or none) has no open mark. Thin bars: standard deviation over seeds."
     )
     table = Table(("method", "MFT (%)", "MFN (%)", "BWT (points)"), tuple(rows))
     return Figure("side-by-side", "The methods side by side", caption, (plot,), table, wide=True)
@@ -84,9 +84,9 @@ def over_stages(methods: Sequence[Method]) -> Figure:
     for i, task in enumerate(tasks[: last or len(tasks)]):
         traces = []
         for method, mean in zip(methods, means, strict=True):
-            if method.joint:
+            if method.level:
                 x = [1, max(last, 2)]
-                y = [method.joint_accuracy(i)] * 2
+                y = [method.level_accuracy(i)] * 2
             else:
                 x = list(range(i + 1, method.stages + 1))
                 y = [mean[t - 1][i] for t in x]
@@ -97,13 +97,13 @@ def over_stages(methods: Sequence[Method]) -> Figure:
                     x=x,
                     y=y,
                     name=escape(method.label),
-                    mode="lines" if method.joint else "lines+markers",
+                    mode="lines" if method.level else "lines+markers",
                     line=line(method),
                     marker={"symbol": marker(method), "size": 7, "color": colour(method)},
                     hovertemplate="%{fullData.name}, stage %{x}: %{y:.1f} %<extra></extra>",
                 )
             )
-            values = dict(zip(x, y, strict=True)) if not method.joint else {max(last, 1): y[-1]}
+            values = dict(zip(x, y, strict=True)) if not method.level else {max(last, 1): y[-1]}
             stages = (number(values.get(t)) for t in range(1, max(last, 1) + 1))
             rows.append((f"{task}: {method.label}", *stages))
         plots.append(
@@ -120,7 +120,7 @@ def over_stages(methods: Sequence[Method]) -> Figure:
         "One plot for each task: accuracy in percent against the stage (how many tasks have been learned). A "
         "line starts where its task is learned; where it falls, learning the task of that stage cost it."
     )
-    head = ("task: method", *(f"stage {t}" for t in range(1, last + 1))) if last else ("task: method", "joint")
+    head = ("task: method", *(f"stage {t}" for t in range(1, last + 1))) if last else ("task: method", "accuracy")
     return Figure(
         "over-stages",
         "Accuracy of each task over stages",
@@ -137,7 +137,7 @@ def _mean_title(method: Method) -> str:
 
 def matrices(methods: Sequence[Method]) -> Figure | None:
     """The accuracy matrix of every sequential method as a heatmap, its single runs in a fold."""
-    sequential = [method for method in methods if not method.joint]
+    sequential = [method for method in methods if not method.level]
     if not sequential:
         return None
     tasks = methods[0].tasks
@@ -174,7 +174,7 @@ def matrices(methods: Sequence[Method]) -> Figure | None:
 
 def lost_per_task(methods: Sequence[Method]) -> Figure | None:
     """Forgetting of every task and, beside it, format drift, as bars for each method."""
-    sequential = [method for method in methods if not method.joint and method.stages > 1]
+    sequential = [method for method in methods if not method.level and method.stages > 1]
     if not sequential:
         return None
     last = max(method.stages for method in sequential)

@@ -145,7 +145,7 @@ def metrics_table(methods: Sequence[Method]) -> Table:
     for method in methods:
         values = [(method.metric(key), key.startswith("BWT")) for key in METRICS]
         cells = ["–" if stat is None else stat.text(sign=signed) for stat, signed in values]
-        rows.append((method.label, method.seeds, *cells, "–" if method.joint else lost_most(method)))
+        rows.append((method.label, method.seeds, *cells, "–" if method.level else lost_most(method)))
     head = ("method", "runs", "MFT", "MFN", "MAA", "BWT (÷ T)", "BWT (÷ T−1)", "lost most")
     return Table(head, tuple(rows))
 
@@ -154,7 +154,7 @@ def pair_table(methods: Sequence[Method], samples: Comparison) -> Table | None:
     """How many samples each method (row) still answers that another (column) has lost; None for a single method."""
     if len(methods) < 2:
         return None
-    others = [method for method in methods if not method.joint]
+    others = [method for method in methods if not method.level]
     rows = [
         (
             method.label,

@@ -91,6 +91,7 @@ class Sign:
 class Figure:
     """One or several plots under one caption; `table` holds every number that they draw.
 
+    `wide` plots stand two beside each other, a `full` one takes the page's whole width.
     `note` says what is missing and `command` makes it; a figure without plots is its title and its note.
     """
 
@@ -103,6 +104,7 @@ class Figure:
     fold_title: str = ""
     legend: tuple[Sign, ...] = ()
     wide: bool = False
+    full: bool = False
     choices: tuple[Choice, ...] = ()
     note: str = ""
     command: str = ""
@@ -136,8 +138,10 @@ def marker(method: Method) -> str:
 
 
 def glyph(method: Method) -> str:
-    """The method's marker as a character; a dotted line for a joint method, which is drawn without markers."""
-    return "┄" if method.joint else MARKERS[marker(method)]
+    """The method's marker as a character; a dotted line for one without stages, which is drawn without markers."""
+    if method.level:
+        return "┄" if method.runs[0].trained else "╌"
+    return MARKERS[marker(method)]
 
 
 def signs(methods: Sequence[Method]) -> tuple[Sign, ...]:
@@ -146,8 +150,9 @@ def signs(methods: Sequence[Method]) -> tuple[Sign, ...]:
 
 
 def line(method: Method) -> dict[str, Any]:
-    """The method's line: its colour, dotted for a joint method, dashed where colours come round again."""
-    dash = "dot" if method.joint else DASHES[(method.index // COLOURS) % len(DASHES)]
+    """The method's line: its colour, dotted or dashed without stages, dashed where colours come round again."""
+    level = "dot" if method.runs[0].trained else "longdashdot"
+    dash = level if method.level else DASHES[(method.index // COLOURS) % len(DASHES)]
     return {"color": colour(method), "width": 2, "dash": dash}
 
 

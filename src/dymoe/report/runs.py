@@ -39,8 +39,8 @@ class Routing:
 class Run:
     """One run folder: what results.json and the stages' routing.json say, checked.
 
-    `rows` is the accuracy matrix as far as the run has come; a joint run (all tasks learned at once) has one
-    row over all tasks in `joint` instead, and no stages.
+    `rows` is the accuracy matrix as far as the run has come; a run without stages (joint: all tasks learned at once;
+    zero-shot: none) has one row over all tasks in `level` instead.
     """
 
     path: Path
@@ -51,15 +51,20 @@ class Run:
     seed: int
     base: str
     rows: tuple[tuple[float, ...], ...]
-    joint: tuple[float, ...] | None
+    level: tuple[float, ...] | None
     format_drift: Mapping[str, float]
     group_hashes: tuple[tuple[int, Mapping[str, str]], ...]
     routing: Mapping[int, Routing]
     facts: Mapping[str, Any]
 
     @property
+    def trained(self) -> bool:
+        """Whether any task was learned."""
+        return bool(self.rows) or self.facts.get("joint") is not None
+
+    @property
     def stages(self) -> int:
-        """How many stages are done (0 for a joint run)."""
+        """How many stages are done (0 for a run without any)."""
         return len(self.rows)
 
     def matrix(self, stages: int | None = None) -> AccuracyMatrix:
@@ -114,7 +119,7 @@ def read_run(path: Path) -> Run:
     tasks = _strings(file, data, "tasks")
     if len(set(tasks)) != len(tasks) or not tasks:
         raise DymoeError(f'{file}: "tasks" is {list(tasks)}; different task names are needed')
-    joint = _joint(file, data, len(tasks))
+    level = _level(file, data, len(tasks))
     known = {"tasks", "matrix", "lenient_matrix", "metrics", "forgetting", "format_drift", "group_hashes"}
     return Run(
         path=path,
@@ -124,8 +129,8 @@ def read_run(path: Path) -> Run:
         tasks=tasks,
         seed=_field(file, data, "seed", int),
         base=_field(file, data, "base", str),
-        rows=() if joint else _rows(file, data, tasks),
-        joint=joint,
+        rows=() if level else _rows(file, data, tasks),
+        level=level,
         format_drift=_points(file, data, "format_drift"),
         group_hashes=_hashes(file, data),
         routing={n: _routing(f) for n, folder in stage_folders(path) if (f := folder / "routing.json").exists()},
@@ -178,12 +183,14 @@ def _rows(file: Path, data: Mapping[str, Any], tasks: tuple[str, ...]) -> tuple[
         raise DymoeError(f'{file}: "matrix": {error}') from error
 
 
-def _joint(file: Path, data: Mapping[str, Any], tasks: int) -> tuple[float, ...] | None:
-    row = data.get("joint")
+def _level(file: Path, data: Mapping[str, Any], tasks: int) -> tuple[float, ...] | None:
+    """The one row over all tasks of a run without stages; a run that learns may have a zero-shot row beside it."""
+    key = "zero_shot" if data.get("joint") is None and not data.get("matrix") else "joint"
+    row = data.get(key)
     if row is None:
         return None
     if not (isinstance(row, list) and len(row) == tasks and all(is_number(v) and 0 <= v <= 100 for v in row)):
-        raise DymoeError(f'{file}: "joint" is {row!r}; one percentage for each of the {tasks} tasks is needed')
+        raise DymoeError(f'{file}: "{key}" is {row!r}; one percentage for each of the {tasks} tasks is needed')
     return tuple(float(value) for value in row)
 
 

@@ -67,7 +67,7 @@ class Told:
     @cached_property
     def kept(self) -> bool:
         """Right at the last stage and at an earlier one; a method without stages has but one answer to be right."""
-        before = self.method.joint or any(answer.right for _, answer in self.given[:-1])
+        before = self.method.level or any(answer.right for _, answer in self.given[:-1])
         return bool(self.given) and self.last.right and before
 
     @property
@@ -215,19 +215,19 @@ def _interest(shown: Shown) -> tuple[int, int, int]:
 
 
 def _shown(question: Question, methods: Sequence[Method], told: Mapping[str, Any]) -> Shown:
-    sequential = [method for method in methods if not method.joint]
+    sequential = [method for method in methods if not method.level]
     first = methods[0].tasks.index(question.task)
     last = max((method.stages for method in sequential), default=0)
     key = (question.task, question.id)
     answers = []
     for method in methods:
         by_stage = told[method.label]
-        if method.joint:  # one stage after all tasks: its answer stands in the last column
+        if method.level:  # one stage after all tasks: its answer stands in the last column
             row = [None] * max(0, last - first - 1) + [by_stage.get((1, *key))]
         else:
             row = [by_stage.get((stage, *key)) for stage in range(first + 1, last + 1)]
         answers.append(Told(method, tuple(row)))
-    stages = methods[0].tasks[first:last] if last > first else ("joint",)
+    stages = methods[0].tasks[first:last] if last > first else ("all tasks",)
     return Shown(question, stages, tuple(answers))
 
 
@@ -270,8 +270,9 @@ def _answers(run: Run, wanted: set[tuple[str, str]]) -> dict[tuple[int, str, str
     """(stage, task, id) -> answer, for the wanted (task, id) of the stages that are done."""
     found = {}
     tasks = {task for task, _ in wanted}
-    for stage, folder in stage_folders(run.path):
-        if run.joint:
+    folders = stage_folders(run.path) if run.trained else [(1, run.path / "zero-shot")]
+    for stage, folder in folders:
+        if run.level:
             stage = 1
         elif stage > run.stages:
             continue

@@ -46,9 +46,9 @@ class Method:
     index: int
 
     @property
-    def joint(self) -> bool:
-        """Whether all tasks were learned at once (an upper bound that has no stages and forgets nothing)."""
-        return self.runs[0].joint is not None
+    def level(self) -> bool:
+        """Whether there are no stages, so that nothing is forgotten: all tasks learned at once, or none."""
+        return self.runs[0].level is not None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ class Method:
     @property
     def complete(self) -> bool:
         """Whether every run has learned the whole stream."""
-        return self.joint or self.stages == len(self.tasks)
+        return self.level or self.stages == len(self.tasks)
 
     @property
     def seeds(self) -> str:
@@ -72,10 +72,10 @@ class Method:
         return f"seed {numbers}" if len(self.runs) == 1 else f"seeds {numbers}"
 
     def metric(self, key: str) -> Stat | None:
-        """One of METRICS over the runs; of a joint run only the final accuracy (MFN) has a meaning."""
-        if not self.joint:
+        """One of METRICS over the runs; without stages only the final accuracy (MFN) has a meaning."""
+        if not self.level:
             return Stat.of([run.matrix(self.stages).to_dict()[key] for run in self.runs])
-        return Stat.of([statistics.fmean(run.joint or ()) for run in self.runs]) if key == "MFN" else None
+        return Stat.of([statistics.fmean(run.level or ()) for run in self.runs]) if key == "MFN" else None
 
     def rows(self) -> list[list[float]]:
         """The accuracy matrix, averaged over the runs cell by cell."""
@@ -83,9 +83,9 @@ class Method:
             [statistics.fmean(run.rows[t][i] for run in self.runs) for i in range(t + 1)] for t in range(self.stages)
         ]
 
-    def joint_accuracy(self, task: int) -> float:
-        """Mean accuracy in percent of a joint method on one task."""
-        return statistics.fmean(run.joint[task] for run in self.runs if run.joint)
+    def level_accuracy(self, task: int) -> float:
+        """Mean accuracy in percent on one task of a method without stages."""
+        return statistics.fmean(run.level[task] for run in self.runs if run.level)
 
     def forgetting(self, task: int) -> Stat | None:
         """Percentage points lost on a task since its best earlier stage; None before it was learned."""
@@ -144,11 +144,12 @@ def gather(runs: Sequence[Run]) -> list[Method]:
     """
     grouped: dict[tuple[str, str, bool], list[Run]] = {}
     for run in runs:
-        grouped.setdefault((run.method, _settings(run), run.joint is not None), []).append(run)
+        settings = json.dumps(_settings(run), sort_keys=True, default=str)
+        grouped.setdefault((_name(run), settings, run.level is not None), []).append(run)
     labelled: list[tuple[str, list[Run]]] = []
-    for (method, _, _), members in grouped.items():
-        variants = [other[0] for other in grouped.values() if other[0].method == method]
-        label = f"{method}{_difference(members[0], variants)}"
+    for (name, _, _), members in grouped.items():
+        variants = [other[0] for other in grouped.values() if _name(other[0]) == name]
+        label = f"{name}{_difference(members[0], variants)}"
         if len({run.seed for run in members}) == len(members):
             labelled.append((label, sorted(members, key=lambda run: run.seed)))
         else:
@@ -162,15 +163,26 @@ def gather(runs: Sequence[Run]) -> list[Method]:
     return methods
 
 
-def _settings(run: Run) -> str:
-    """The method's settings as one text that is equal for equal settings."""
-    return json.dumps(run.facts.get("settings") or {}, sort_keys=True, default=str)
+def _name(run: Run) -> str:
+    """The method with its companions, as in "dymoe with replay"."""
+    companions = run.facts.get("with")
+    return f"{run.method} with {', '.join(companions)}" if companions else run.method
+
+
+def _settings(run: Run) -> dict[str, object]:
+    """The method's settings and, as "replay.size", those of its companions."""
+    found = dict(run.facts.get("settings") or {})
+    companions = run.facts.get("with") or {}
+    for name in companions:
+        values = companions[name] if isinstance(companions, dict) else None
+        found |= {f"{name}.{key}": value for key, value in (values or {}).items()}
+    return found
 
 
 def _difference(run: Run, variants: Sequence[Run]) -> str:
     """The settings of `run` in which the variants of its method differ, " (key value, ...)" or nothing."""
-    held = [variant.facts.get("settings") or {} for variant in variants]
+    held = [_settings(variant) for variant in variants]
     keys = sorted({key for settings in held for key in settings})
-    own = run.facts.get("settings") or {}
+    own = _settings(run)
     told = [f"{key} {own.get(key)}" for key in keys if any(settings.get(key) != own.get(key) for settings in held)]
     return f" ({', '.join(told)})" if told else ""

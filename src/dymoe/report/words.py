@@ -29,7 +29,7 @@ def _listing(parts: Sequence[str], most: int = 4) -> str:
 
 def ranked(methods: Sequence[Method]) -> list[Method]:
     """The methods that learned task by task and have come farthest, the one that forgot least first."""
-    sequential = [method for method in methods if not method.joint]
+    sequential = [method for method in methods if not method.level]
     stages = max((method.stages for method in sequential), default=0)
     farthest = [method for method in sequential if method.stages == stages]
     return sorted(farthest, key=lambda method: _metric(method, "BWT"), reverse=True)
@@ -39,7 +39,8 @@ def headline(methods: Sequence[Method]) -> str:
     """The one sentence that a reader came for: which method forgot least, with its numbers."""
     order = ranked(methods)
     if not order:
-        return f"All tasks were learned at once: {number(_metric(methods[0], 'MFN'))} % correct on average."
+        how = "All tasks were learned at once" if methods[0].runs[0].trained else "No task was learned"
+        return f"{how}: {number(_metric(methods[0], 'MFN'))} % correct on average."
     best = order[0]
     if best.stages == 1:
         return f"Only {best.tasks[0]} has been learned so far, so nothing could be forgotten yet."
