@@ -9,18 +9,22 @@ from tests.learning.tiny import write_recipe
 TASKS = ["ScienceQA", "ImageNet", "VQAv2"]
 
 
-def learn(folder, model, **changes):
-    """A run of three tasks, four steps each."""
-    training = {"steps_per_task": 4, "save_steps": 2, "limit": 12, **changes.pop("training", {})}
-    recipe = write_recipe(folder / "run.yaml", model, **{"tasks": TASKS, "training": training, **changes})
-    assert main(["run", str(recipe)]) == 0
-    return folder / "run"
+def recipe_at(folder, model, **changes):
+    """A recipe of three tasks, four steps each, a line of dynamics for every step."""
+    training = {"steps_per_task": 4, "save_steps": 2, "limit": 12, "dynamics_every": 1, **changes.pop("training", {})}
+    evaluation = {"limit": 3, "batch_size": 2}
+    return write_recipe(
+        folder / "run.yaml", model, **{"tasks": TASKS, "training": training, "evaluation": evaluation, **changes}
+    )
 
 
 @pytest.fixture(scope="session")
 def run(tiny_folder, tmp_path_factory):
-    # Experts in few layers in some places, so that not every layer has every group.
-    return learn(tmp_path_factory.mktemp("analysed"), tiny_folder)
+    folder = tmp_path_factory.mktemp("analysed")
+    # Few of many experts a token, so that some have no weight; a temperature at which several share it.
+    settings = {"num_experts": 4, "rank": 2, "top_k": 3, "temperature": 0.1}
+    assert main(["run", str(recipe_at(folder, tiny_folder, settings=settings))]) == 0
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")
