@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from dymoe.report.frames import Analysed, analysed, missing, routed
+from dymoe.report.frames import Analysed, analysed, made, missing, routed
 from dymoe.report.plots import COLOURS, Choice, Figure, Keys, Plot, Table, build, escape, positions, room
 from dymoe.report.summary import Method, number
 
@@ -64,6 +64,7 @@ def activation_figures(methods: Sequence[Method]) -> list[Figure]:
             ),
             note=note,
             command=command,
+            made=made(found),
         )
     ]
 

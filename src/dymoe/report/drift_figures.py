@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from dymoe.report.frames import ALL, PARTS, Analysed, analysed, later_weight, mean_over, missing, routed
+from dymoe.report.frames import ALL, PARTS, Analysed, analysed, later_weight, made, mean_over, missing, routed
 from dymoe.report.leaderboard import rank_correlation
 from dymoe.report.plots import (
     MARKERS,
@@ -110,6 +110,7 @@ def _by_part(known: Cells, note: str, command: str) -> Figure:
         Table(("method: task, part", *(f"stage {t}" for t in _stages(last))), tuple(rows), tuple(keys)),
         legend=legend,
         choices=(_methods(known),),
+        made=made([one for one, _ in known]),
         note=note,
         command=command,
     )
@@ -165,6 +166,7 @@ def _by_layer(known: Cells) -> Figure:
         tuple(plots),
         Table(("method: layer", "part", *tasks[:-1]), tuple(rows), tuple(keys)),
         choices=(_methods(known), Choice("tokens", options)),
+        made=made([one for one, _ in known]),
     )
 
 
@@ -223,6 +225,7 @@ def _changed(known: Cells) -> Figure:
         tuple(plots),
         Table(head, tuple(rows), tuple(keys)),
         choices=(_methods(known), Choice("tokens", options)),
+        made=made([one for one, _ in known]),
     )
 
 
@@ -275,6 +278,7 @@ def _beside_forgetting(known: Cells) -> Figure:
         (plot,),
         Table(("method: task", "drift (%)", "forgetting (points)"), tuple(rows)),
         legend=signs([one.method for one, _ in known]),
+        made=made([one for one, _ in known]),
         wide=True,
     )
 

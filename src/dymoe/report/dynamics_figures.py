@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
-from dymoe.report.frames import Analysed, analysed, missing, routed
+from dymoe.report.frames import Analysed, analysed, made, missing, routed
 from dymoe.report.plots import MARKERS, Choice, Figure, Keys, Plot, Sign, Table, build, escape, room
 from dymoe.report.summary import Method, number
 
@@ -56,6 +56,7 @@ def dynamics_figures(methods: Sequence[Method]) -> list[Figure]:
             _table(found, means, (*TYPES, OTHERS[0]), 100.0),
             legend=tuple(Sign(WORDS[name], LOOKS[at][0], "▤▨▦"[at]) for at, name in enumerate(TYPES)),
             choices=(choice,),
+            made=made(found),
             wide=True,
             note=note,
             command=command,
@@ -74,6 +75,7 @@ def dynamics_figures(methods: Sequence[Method]) -> list[Figure]:
             _table(found, means, (*TERMS, OTHERS[1]), 1.0),
             legend=tuple(Sign(_words(name), LOOKS[at][0], LOOKS[at][2]) for at, name in enumerate(TERMS)),
             choices=(choice,),
+            made=made(found),
             wide=True,
         ),
     ]

@@ -18,11 +18,15 @@ ALL = "all tokens"
 
 @dataclass(frozen=True)
 class Analysed:
-    """A kept analysis of one method: the frame of its first run that has one, with at least one row."""
+    """A kept analysis of one method: the frame of its first run that has one, with at least one row.
+
+    `made` says how it was made: the method and the command.
+    """
 
     method: Method
     run: Run
     frame: "pd.DataFrame"
+    made: str
 
 
 def analysed(methods: Sequence[Method], name: str) -> list[Analysed]:
@@ -31,15 +35,22 @@ def analysed(methods: Sequence[Method], name: str) -> list[Analysed]:
     Raises:
         DymoeError: a file is broken or of another analysis; the message names it.
     """
-    from dymoe.analysis import stored
+    from dymoe.analysis import about, stored
 
     found = []
     for method in methods:
         frames = ((run, stored(run.path, name)) for run in method.runs)
         known = next(((run, frame) for run, frame in frames if frame is not None and len(frame)), None)
         if known is not None:
-            found.append(Analysed(method, *known))
+            run, frame = known
+            command = (about(run.path, name) or {}).get("command", f"dymoe analyze {name}")
+            found.append(Analysed(method, run, frame, f"{method.label}, seed {run.seed}: {command}"))
     return found
+
+
+def made(found: Sequence[Analysed]) -> tuple[str, ...]:
+    """How the analyses were made, a line each."""
+    return tuple(one.made for one in found)
 
 
 def routed(method: Method) -> bool:

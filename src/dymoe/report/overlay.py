@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import read_bytes
-from dymoe.report.frames import Analysed, analysed, missing, routed
+from dymoe.report.frames import Analysed, analysed, made, missing, routed
 from dymoe.report.plots import COLOURS, Choice, Keys, Sign, Table
 from dymoe.report.samples import MAGIC
 from dymoe.report.summary import Method, number
@@ -79,6 +79,7 @@ class Overlay:
     groups: tuple[Sign, ...] = ()
     pictures: tuple[tuple[str, str], ...] = ()
     table: Table = field(default_factory=lambda: Table((), ()))
+    made: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Keys:
@@ -128,7 +129,7 @@ def overlay(methods: Sequence[Method]) -> Overlay | None:
         Choice("sample", tuple(f"{task}: {sample}" for task, sample in options)),
     )
     table = Table(head, tuple(rows), tuple(keys))
-    return Overlay(note, command, tuple(shown), choices, legend, tuple(pictures.rules), table)
+    return Overlay(note, command, tuple(shown), choices, legend, tuple(pictures.rules), table, made(found))
 
 
 def _chosen(found: Sequence[Analysed]) -> "Iterator[tuple[int, Analysed, str, str, pd.DataFrame]]":

@@ -92,7 +92,7 @@ class Figure:
     """One or several plots under one caption; `table` holds every number that they draw.
 
     `wide` plots stand two beside each other, a `full` one takes the page's whole width.
-    `note` says what is missing and `command` makes it; a figure without plots is its title and its note.
+    `made` says, under the numbers, which commands made them. `note` says what is missing and `command` makes it; a figure without plots is its title and its note.
     """
 
     id: str
@@ -108,6 +108,7 @@ class Figure:
     choices: tuple[Choice, ...] = ()
     note: str = ""
     command: str = ""
+    made: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Keys:
