@@ -91,8 +91,9 @@ class Sign:
 class Figure:
     """One or several plots under one caption; `table` holds every number that they draw.
 
-    `wide` plots stand two beside each other, a `full` one takes the page's whole width.
-    `made` says, under the numbers, which commands made them. `note` says what is missing and `command` makes it; a figure without plots is its title and its note.
+    `wide` plots stand two beside each other, a `full` one takes the page's whole width. `made` says, under the numbers,
+    which commands made them. `note` says what is missing and `command` makes it; a figure without plots is its title
+    and its note.
     """
 
     id: str
