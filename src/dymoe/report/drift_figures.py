@@ -259,8 +259,8 @@ def _beside_forgetting(known: Cells) -> Figure:
     caption = (
         "A point is a task of a method: to the right, the weight its test tokens put on later groups at the last "
         "stage; upwards, the points it lost since its best stage. If drift is what forgets, the points rise to the"
-        f" right. Correlation over tasks (Pearson r, Spearman ρ): {'; '.join(told)}. Few points: a correlation of "
-        "seven tasks says little by itself."
+        f" right. Correlation over tasks (Pearson r, Spearman ρ): {'; '.join(told)}. A correlation over "
+        "so few tasks says little by itself."
     )
     plot = build(
         "",
