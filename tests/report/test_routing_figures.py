@@ -183,6 +183,14 @@ def test_without_analyses_one_line_names_the_command(tmp_path: Path) -> None:
     assert not {"drift-layers", "drift-changed", "loss-terms"} & set(parsed.sections)
 
 
+def test_without_a_log_no_command_is_named_that_could_not_work(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "dymoe", "dymoe", 0, THREE)
+    for log in run.glob("stages/*/dynamics.jsonl"):
+        log.unlink()
+    text = " ".join(page(tmp_path, run).sections["token-types"].split())
+    assert text.endswith("Nothing was logged while dymoe learned (training.dynamics_every).")
+
+
 def test_with_analyses_the_sections_are_there_and_name_who_lacks_them(tmp_path: Path) -> None:
     run = add_analyses(make_run(tmp_path / "dymoe", "dymoe", 0, THREE), 1, THREE)
     text = page(tmp_path, run, make_run(tmp_path / "other", "incmoelora", 0, THREE)).sections

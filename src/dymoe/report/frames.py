@@ -59,16 +59,26 @@ def routed(method: Method) -> bool:
 
 
 def missing(methods: Sequence[Method], found: Sequence[Analysed], name: str) -> tuple[str, str]:
-    """Which methods lack an analysis and the command that makes it for the first of them; empty where none does."""
+    """Which methods lack an analysis, and the command that makes it for the first of them; empty where none does."""
     there = {one.method.index for one in found}
     lacking = [method for method in methods if routed(method) and method.index not in there]
-    if not lacking:
-        return "", ""
-    names = ", ".join(method.label for method in lacking)
-    return (
-        f"Not analysed yet: {names}. {'This makes it' if len(lacking) == 1 else 'For the first, this makes it'}:",
-        f"dymoe analyze {name} {shlex.quote(str(lacking[0].runs[0].path))}",
-    )
+    unlogged = [method for method in lacking if name == "dynamics" and not any(map(_logged, method.runs))]
+    able = [method for method in lacking if method not in unlogged]
+    note = f"Nothing was logged while {_names(unlogged)} learned (training.dynamics_every). " if unlogged else ""
+    if not able:
+        return note.strip(), ""
+    how = "This makes it" if len(able) == 1 else "For the first, this makes it"
+    command = f"dymoe analyze {name} {shlex.quote(str(able[0].runs[0].path))}"
+    return f"{note}Not analysed yet: {_names(able)}. {how}:", command
+
+
+def _names(methods: Sequence[Method]) -> str:
+    return ", ".join(method.label for method in methods)
+
+
+def _logged(run: Run) -> bool:
+    """Whether the trainer wrote down how routing changed; older runs have no such log."""
+    return any(run.path.glob("stages/*/dynamics.jsonl"))
 
 
 def later_weight(frame: "pd.DataFrame") -> "pd.DataFrame":
