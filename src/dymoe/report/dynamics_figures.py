@@ -43,8 +43,8 @@ def dynamics_figures(methods: Sequence[Method]) -> list[Figure]:
             "Training dynamics: token types",
             "The types of the training tokens over the optimizer steps, the tasks one behind the other, each with its "
             "own count of steps: the share of new, ambiguous and old tokens in percent (a mean over layers), and the "
-            "share of the routing weight that goes to the group in training. Ambiguous and old tokens are those that "
-            "guidance keeps off the new experts.",
+            "share of the routing weight that goes to the group in training. DyMoE's guidance keeps ambiguous and old "
+            "tokens off the new experts.",
             tuple(
                 _plot(one, mean, key, names, title, unit=100.0, stacked=stacked)
                 for key, (one, mean) in enumerate(zip(found, means, strict=True))
