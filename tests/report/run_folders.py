@@ -145,3 +145,4 @@ def write_stage(
         raw = [draw_from.random() + (4 if j == i else 0) for j in range(len(tasks))]
         weights[task] = {"weight": [value / sum(raw) for value in raw], "by_layer": {}}
     atomic_json(folder / "routing.json", {"groups": list(tasks), "tasks": weights})
+    atomic_write(folder / "dynamics.jsonl", "")  # the page looks whether there is one, not into it

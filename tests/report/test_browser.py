@@ -1,17 +1,22 @@
 """The page in a real headless Chromium: figures drawn, nothing on the console, no foreign script, no network."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import big_page
 import pytest
 from browser import Page, chromium
+from frames import add_analyses, overlay_frame
 from PIL import Image
+from reading import THREE
 from run_folders import TASKS, make_joint, make_run
 
+from dymoe.analysis import store
 from dymoe.report import write_report
 
 DRAWN = """[...document.querySelectorAll('.plot')]
-    .filter((plot) => !plot.closest('details:not([open])'))
+    .filter((plot) => !plot.closest('details:not([open]), [hidden]'))
     .every((plot) => plot.querySelector('svg.main-svg'))"""
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"onload="window.hacked=1'
 
@@ -45,7 +50,7 @@ def show(page: Page, path: Path, scheme: str = "light", width: int = 1280) -> No
 def test_every_figure_is_drawn_and_the_console_is_silent(page: Page, report: Path) -> None:
     show(page, report)
     ids = page.evaluate("[...document.querySelectorAll('figure')].map((f) => f.closest('section').id)")
-    assert ids == ["side-by-side", "over-stages", "matrices", "lost", "routing-drift", "routing-maps"]
+    assert ids == ["losses", "side-by-side", "over-stages", "matrices", "lost", "routing-drift", "routing-maps"]
     assert page.evaluate("[...document.querySelectorAll('figure')].every((f) => f.querySelector('svg.main-svg'))")
     assert page.evaluate("document.querySelectorAll('#over-stages .plot svg.main-svg').length") >= len(TASKS)
     # Not only frames: one trace per method, and a number in every cell of the lower triangle.
@@ -91,10 +96,125 @@ def test_a_phone_needs_no_sideways_scrolling(page: Page, report: Path) -> None:
     assert page.messages == []
 
 
+def choose(page: Page, select: str, downs: int = 1) -> str:
+    """Move a select's choice down by keyboard; returns the option chosen."""
+    page.evaluate(f"document.querySelector({json.dumps(select)}).focus()")
+    for _ in range(downs):
+        page.send("Input.dispatchKeyEvent", type="rawKeyDown", key="ArrowDown", windowsVirtualKeyCode=40)
+        page.send("Input.dispatchKeyEvent", type="keyUp", key="ArrowDown", windowsVirtualKeyCode=40)
+    return str(page.evaluate(f"document.querySelector({json.dumps(select)}).selectedOptions[0].textContent"))
+
+
+SHOWN = "[...document.querySelectorAll('#samples article')].filter((a) => !a.hidden)"
+
+
+def test_two_methods_are_compared_by_keyboard(page: Page, report: Path) -> None:
+    show(page, report)
+    status = "document.querySelector('#samples [role=status]').textContent"
+    indices = {"lora": "0", "incmoelora": "1", "dymoe": "2", "joint": "3"}
+    for downs in (0, 1):
+        page.evaluate("document.querySelector('#samples select[name=kept]').selectedIndex = 1")
+        kept = choose(page, "#samples select[name=kept]", downs)
+        page.evaluate("document.querySelector('#samples select[name=lost]').selectedIndex = 2")
+        lost = choose(page, "#samples select[name=lost]", 1)
+        assert (kept, lost) == (("lora", "incmoelora")[downs], "dymoe")
+        shown = page.evaluate(f"{SHOWN}.map((a) => [a.dataset.kept, a.dataset.lost])")
+        assert shown
+        assert all(indices[kept] in keeps.split() and indices[lost] in loses.split() for keeps, loses in shown)
+        rows = "[...a.querySelectorAll('.fates li')].filter((r) => !r.hidden).map((r) => r.dataset.method)"
+        assert all(
+            set(methods) == {indices[kept], indices[lost]} for methods in page.evaluate(f"{SHOWN}.map((a) => {rows})")
+        )
+        assert page.evaluate(status).startswith(f"{len(shown)} of 32 samples are shown. Of all, {kept} still answers ")
+    task = choose(page, "#samples select[name=task]")
+    assert set(page.evaluate(f"{SHOWN}.map((a) => a.dataset.task)")) <= {str(TASKS.index(task))}
+    assert page.messages == []
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("analysed")
+    runs = [
+        add_analyses(make_run(folder / method, method, 0, THREE), seed, THREE)
+        for seed, method in enumerate(("dymoe", "incmoelora"))
+    ]
+    return write_report(runs, folder / "report.html")
+
+
+def test_the_routing_figures_are_drawn_and_follow_the_choice(page: Page, analysed: Path) -> None:
+    show(page, analysed)
+    assert page.messages == []
+    figures = ("drift-parts", "drift-layers", "drift-changed", "drift-forgetting", "activation")
+    for section in (*figures, "token-types", "loss-terms"):
+        assert page.evaluate(f"document.querySelectorAll('#{section} .panel:not([hidden]) svg.main-svg').length") > 0
+    panels = "[...document.querySelectorAll('#{} .panel:not([hidden]) h3')].map((h) => h.textContent)"
+    assert page.evaluate(panels.format("activation")) == ["dymoe, after stage 3"]
+    assert page.evaluate("document.querySelectorAll('#activation .panel:not([hidden]) .point').length") == 15
+    choose(page, "#activation select[data-place='0']")
+    page.wait(DRAWN)
+    assert page.evaluate(panels.format("activation")) == ["incmoelora, after stage 3"]
+    rows = "[...document.querySelectorAll('#activation tbody tr')].filter((r) => !r.hidden)"
+    assert page.evaluate(f"{rows}.map((r) => r.children[0].textContent)") == [
+        f"incmoelora, stage 3: {task}" for task in THREE
+    ]
+    choose(page, "#drift-layers select[data-place='1']", 2)
+    page.wait(DRAWN)
+    assert page.evaluate(panels.format("drift-layers")) == ["dymoe, after stage 3: instruction"]
+    assert page.messages == []
+
+
+def test_the_token_overlay_is_coloured_by_group_or_type(page: Page, analysed: Path) -> None:
+    show(page, analysed)
+    patch = "document.querySelector('#overlay .panel:not([hidden]) .view:last-child .patches b')"
+    letter = f"getComputedStyle({patch}, '::after').content"
+    number = page.evaluate(f"{patch}.dataset.g")
+    assert number in ("1", "2", "3")
+    assert page.evaluate(letter) in ("attr(data-g)", f'"{number}"')  # older browsers do not resolve it
+    before = page.evaluate(f"getComputedStyle({patch}).backgroundColor")
+    assert choose(page, "#overlay select[name=colour]") == "token type"
+    assert page.evaluate(letter)[1] == page.evaluate(f"{patch}.title.split(', ')[1][0]")
+    assert page.evaluate(f"getComputedStyle({patch}).backgroundColor") != "rgba(0, 0, 0, 0)" != before
+    assert "data:image/webp" in page.evaluate(f"getComputedStyle({patch}.parentElement).backgroundImage")
+    label = page.evaluate(f"{patch}.parentElement.getAttribute('aria-label')")
+    assert label.startswith("The picture, 4 by 4 patches. Patches: ")
+    assert choose(page, "#overlay select[data-place='1']") == "textvqa: textvqa-0"
+    assert page.evaluate("document.querySelector('#overlay .panel:not([hidden]) h3').textContent").startswith(
+        "dymoe: textvqa, textvqa-0"
+    )
+    assert page.messages == []
+
+
+def test_the_routing_sections_fit_a_phone_and_the_dark(page: Page, analysed: Path) -> None:
+    show(page, analysed, "dark", 390)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    wide = "[...document.querySelectorAll('.panel:not(.scroll) .plot svg')].map((s) => s.clientWidth)"
+    assert max(page.evaluate(wide)) <= 390
+    ink = "getComputedStyle(document.querySelector('#activation .ytick text')).fill"
+    assert page.evaluate(ink) == "rgb(228, 231, 235)"
+    assert page.messages == []
+
+
+def test_a_page_of_twelve_methods_weighs_under_ten_megabytes(big: Path) -> None:
+    assert 6_000_000 < big.stat().st_size < 10_000_000
+
+
+@pytest.mark.slow
+def test_a_page_of_twelve_methods_loads_in_under_two_seconds(big: Path, tmp_path: Path) -> None:
+    told = [big_page.load(big, tmp_path / str(number)) for number in range(3)]
+    assert min(computing for _, computing in told) < 2, told
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return big_page.make(tmp_path_factory.mktemp("big"))
+
+
 def test_hostile_text_stays_text(page: Page, tmp_path: Path) -> None:
     # The first two are short enough to stand unclipped in a label, where plotly would read them as markup.
     tasks = ("<b>bold<i>", "a&lt;b<br>c", "<img src=x onerror=window.hacked=1>", '"onload="hacked=1')
     runs = [make_run(tmp_path / f"r{i}", f"{HOSTILE}{i}", i, tasks, text=HOSTILE) for i in range(2)]
+    add_analyses(runs[0], 0, tasks)
+    store(runs[0], "overlay", overlay_frame(0, tasks, words=(HOSTILE, "\u202e{{7*7}}")), {"command": HOSTILE})
     show(page, write_report(runs, tmp_path / "report.html"))
     page.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
     page.wait(DRAWN)

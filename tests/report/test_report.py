@@ -1,6 +1,5 @@
 """What the page says, and which run folders it refuses."""
 
-import base64
 import json
 import re
 import shutil
@@ -8,13 +7,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 import pytest
-from run_folders import make_joint, make_run, picture, write_results
+from reading import THREE, Text, matrix_run, page
+from run_folders import make_joint, make_run, write_results
 
 from dymoe.errors import DymoeError
 from dymoe.evaluation import AccuracyMatrix
@@ -23,50 +21,8 @@ from dymoe.report import write_report
 from dymoe.report.figures import over_stages, routing_drift
 from dymoe.report.plots import build
 from dymoe.report.runs import read_run, read_runs
-from dymoe.report.samples import pick
-from dymoe.report.summary import Method, Stat, gather, headline, number, remarks
-
-THREE = ("scienceqa", "textvqa", "imagenet")
-
-
-class Text(HTMLParser):
-    """The page as a browser would read it: text by the id of the section around it, and all start tags."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.sections: dict[str, str] = {"": ""}
-        self._section, self._skip = "", False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._skip = tag in ("script", "style")
-        if tag == "section":
-            self._section = dict(attrs)["id"] or ""
-            self.sections[self._section] = ""
-
-    def handle_endtag(self, tag: str) -> None:
-        self._skip = False
-        if tag == "section":
-            self._section = ""
-
-    def handle_data(self, data: str) -> None:
-        if not self._skip:
-            self.sections[self._section] += " " + " ".join(data.split())
-
-
-def page(tmp_path: Path, *runs: Path) -> Text:
-    out = write_report(runs, tmp_path / "report.html")
-    assert out == tmp_path / "report.html"
-    return Text(out.read_text(encoding="utf-8"))
-
-
-def matrix_run(folder: Path, method: str, rows: list[list[float]], seed: int = 0, **more: Any) -> Path:
-    """A run folder with just these numbers."""
-    write_results(folder, method=method, seed=seed, tasks=list(THREE), matrix=rows, **more)
-    return folder
-
+from dymoe.report.summary import Method, Stat, gather, number
+from dymoe.report.words import headline, remarks
 
 # ---------------------------------------------------------------- what it says
 
@@ -227,54 +183,6 @@ def test_numbers_are_shown_with_a_real_minus_and_no_minus_zero() -> None:
     assert Stat.of([2.0]).text() == "2.0"
 
 
-# ---------------------------------------------------------------- samples
-
-
-def sampled(tmp_path: Path, name: str, answers: dict[str, list[float]]) -> Path:
-    """A run over two stages whose samples have these scores at stage 1 and 2."""
-    run = matrix_run(tmp_path / name, name, [[80], [70, 70]])
-    for stage in (1, 2):
-        lines = [
-            {"id": i, "prediction": f"{name} {i} {stage}", "score": scores[stage - 1], "lenient": 1.0}
-            for i, scores in answers.items()
-        ]
-        file = run / "stages" / f"0{stage}-{THREE[stage - 1]}" / "predictions" / "scienceqa.jsonl"
-        atomic_write(file, "".join(json.dumps(line) + "\n" for line in lines))
-    records = [{"task": "scienceqa", "id": i, "question": f"q {i}", "answer": "x"} for i in answers]
-    atomic_json(run / "samples.json", records)
-    return run
-
-
-def test_samples_that_one_method_lost_and_another_kept_come_first(tmp_path: Path) -> None:
-    lora = sampled(tmp_path, "lora", {"same": [1, 1], "never": [0, 0], "both": [1, 0], "told": [1, 0], "found": [0, 1]})
-    dymoe = sampled(
-        tmp_path, "dymoe", {"same": [1, 1], "never": [0, 0], "both": [1, 0], "told": [1, 1], "found": [0, 1]}
-    )
-    chosen = pick(gather(read_runs([lora, dymoe])))
-    assert [shown.question.id for shown in chosen[:2]] == ["told", "both"]
-    assert chosen[0].lost_by == ["lora"]
-    assert chosen[1].lost_by == ["lora", "dymoe"]
-    text = page(tmp_path, lora, dymoe).sections["samples"]
-    assert "lora told 1" in text
-    assert "dymoe told 2" in text
-    assert "lost by lora" in text
-
-
-def test_without_samples_json_the_section_says_so(tmp_path: Path) -> None:
-    text = page(tmp_path, make_run(tmp_path / "a", tasks=THREE, samples=0)).sections["samples"]
-    assert "None of these runs wrote a samples.json" in text
-
-
-def test_images_stay_within_the_page_budget(tmp_path: Path) -> None:
-    run = sampled(tmp_path, "lora", {str(i): [1, 0] for i in range(3)})
-    big = base64.b64encode(picture(0) + bytes(1_500_000)).decode()
-    records = read_json(run / "samples.json")
-    atomic_json(run / "samples.json", [r | {"image_base64": big, "mime": "image/jpeg"} for r in records])
-    out = write_report([run], tmp_path / "r.html")
-    assert out.read_bytes().count(big.encode()) == 1
-    assert out.stat().st_size < 10_000_000
-
-
 # ---------------------------------------------------------------- safety of the page
 
 
@@ -375,7 +283,10 @@ SAMPLE = {"task": "scienceqa", "id": "1", "question": "q", "answer": "a"}
         (edit("group_hashes", [{"stage": 1}]), '"group_hashes" holds'),
         (edit("group_hashes", 5), '"group_hashes" holds 5'),
         (text(f"{STAGE}/routing.json", "{"), r"01-scienceqa/routing\.json: not valid JSON"),
-        (text(f"{STAGE}/routing.json", '{"groups": ["a"], "tasks": {"x": {"weight": [0.4]}}}'), "task 'x'.*1 in sum"),
+        (
+            text(f"{STAGE}/routing.json", '{"groups": ["a"], "tasks": {"x": {"weight": [-0.4]}}}'),
+            "task 'x'.*not below 0",
+        ),
         (text(f"{STAGE}/routing.json", '{"groups": ["a"], "tasks": {"x": []}}'), r"routing\.json: task 'x'"),
         (text("samples.json", "{}"), r"samples\.json: holds a dict"),
         (text("samples.json", "[3]"), r"samples\.json: sample 1 is 3"),
@@ -430,3 +341,40 @@ def test_reading_a_run_gives_its_matrix(tmp_path: Path) -> None:
 def test_importing_the_report_does_not_import_torch() -> None:
     code = "import sys, dymoe.report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_zero_shot_run_is_a_level_too(tmp_path: Path) -> None:
+    zero = tmp_path / "zero"
+    write_results(zero, method="zero-shot", seed=0, tasks=list(THREE), matrix=[], zero_shot=[10.0, 20.0, 30.0])
+    line = {"id": "a", "prediction": "no idea", "score": 0.0}
+    atomic_write(zero / "zero-shot" / "predictions" / "scienceqa.jsonl", json.dumps(line) + "\n")
+    atomic_json(zero / "samples.json", [{"task": "scienceqa", "id": "a", "question": "what?", "answer": "cat"}])
+    assert headline(gather(read_runs([zero]))) == "No task was learned: 20.0 % correct on average."
+    parsed = page(tmp_path, make_run(tmp_path / "a", tasks=THREE), zero)
+    assert "zero-shot seed 0 – 20.0 – – – –" in " ".join(parsed.sections["metrics"].split())
+    assert "no idea" in page(tmp_path, zero).sections["samples"]
+    beside = matrix_run(tmp_path / "b", "lora", [[80], [70, 70]], zero_shot=[10.0, 20.0, 30.0])
+    assert read_run(beside).level is None  # a run that learns keeps its stages
+
+
+def test_companions_are_part_of_a_methods_name(tmp_path: Path) -> None:
+    kinds = ({}, {"replay": {"size": 10}}, {"replay": {"size": 20}}, {"asd": {}, "replay": {"size": 10}})
+    runs = [
+        matrix_run(tmp_path / str(i), "dymoe", [[80], [70, 70]], settings={"tau": 0.2}, **{"with": kind})
+        for i, kind in enumerate(kinds)
+    ]
+    labels = [method.label for method in gather(read_runs(runs))]
+    assert labels == [
+        "dymoe",
+        "dymoe with replay (replay.size 10)",
+        "dymoe with replay (replay.size 20)",
+        "dymoe with asd, replay",
+    ]
+
+
+def test_groups_that_all_have_full_weight_are_not_routed(tmp_path: Path) -> None:
+    run = matrix_run(tmp_path / "a", "inclora", [[80], [70, 70]])
+    tasks = {"scienceqa": {"weight": [1.0, 1.0]}, "textvqa": {"weight": [1.0, 1.0]}}
+    atomic_json(run / "stages" / "02-textvqa" / "routing.json", {"groups": ["scienceqa", "textvqa"], "tasks": tasks})
+    parsed = page(tmp_path, run)
+    assert not {"routing-drift", "routing-maps", "drift-parts", "activation", "overlay"} & set(parsed.sections)

@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dymoe.analysis.expert_activation import activation, dead, pruned, pruned_share
+    from dymoe.analysis.expert_activation import activation
+    from dymoe.analysis.expert_use import dead, pruned, pruned_share
     from dymoe.analysis.learned import Learned, open_run
     from dymoe.analysis.routing_drift import correlation, drift, drift_and_forgetting, drift_by_task
     from dymoe.analysis.storage import about, store, stored
@@ -23,7 +24,7 @@ _HOMES = {
     "by_strategy": "token_dilemma",
     "conclusion": "token_dilemma",
     "correlation": "routing_drift",
-    "dead": "expert_activation",
+    "dead": "expert_use",
     "dilemma": "token_dilemma",
     "drift": "routing_drift",
     "drift_and_forgetting": "routing_drift",
@@ -31,8 +32,8 @@ _HOMES = {
     "dynamics": "training_dynamics",
     "open_run": "learned",
     "overlay": "token_overlay",
-    "pruned": "expert_activation",
-    "pruned_share": "expert_activation",
+    "pruned": "expert_use",
+    "pruned_share": "expert_use",
     "store": "storage",
     "stored": "storage",
     "token_routing": "token_overlay",

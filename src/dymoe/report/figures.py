@@ -4,7 +4,21 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from dymoe.report.plots import Figure, Plot, Table, build, colour, error, escape, heatmap, line, marker, positions, room
+from dymoe.report.plots import (
+    Figure,
+    Plot,
+    Table,
+    build,
+    colour,
+    error,
+    escape,
+    heatmap,
+    line,
+    marker,
+    positions,
+    room,
+    signs,
+)
 from dymoe.report.summary import Method, number
 
 
@@ -53,8 +67,8 @@ def side_by_side(methods: Sequence[Method]) -> Figure:
     caption = (
         "The open mark is the mean accuracy just after each task was learned (MFT), the filled one the mean "
         "over all tasks at the end (MFN). The shorter the line, the less was forgotten; the farther right "
-        "the filled mark, the better the result. A method that learns all tasks at once has no open "
-        "mark. Thin bars: standard deviation over seeds."
+        "the filled mark, the better the result. A method without stages (all tasks at once, "
+        "or none) has no open mark. Thin bars: standard deviation over seeds."
     )
     table = Table(("method", "MFT (%)", "MFN (%)", "BWT (points)"), tuple(rows))
     return Figure("side-by-side", "The methods side by side", caption, (plot,), table, wide=True)
@@ -70,9 +84,9 @@ def over_stages(methods: Sequence[Method]) -> Figure:
     for i, task in enumerate(tasks[: last or len(tasks)]):
         traces = []
         for method, mean in zip(methods, means, strict=True):
-            if method.joint:
+            if method.level:
                 x = [1, max(last, 2)]
-                y = [method.joint_accuracy(i)] * 2
+                y = [method.level_accuracy(i)] * 2
             else:
                 x = list(range(i + 1, method.stages + 1))
                 y = [mean[t - 1][i] for t in x]
@@ -83,13 +97,13 @@ def over_stages(methods: Sequence[Method]) -> Figure:
                     x=x,
                     y=y,
                     name=escape(method.label),
-                    mode="lines" if method.joint else "lines+markers",
+                    mode="lines" if method.level else "lines+markers",
                     line=line(method),
                     marker={"symbol": marker(method), "size": 7, "color": colour(method)},
                     hovertemplate="%{fullData.name}, stage %{x}: %{y:.1f} %<extra></extra>",
                 )
             )
-            values = dict(zip(x, y, strict=True)) if not method.joint else {max(last, 1): y[-1]}
+            values = dict(zip(x, y, strict=True)) if not method.level else {max(last, 1): y[-1]}
             stages = (number(values.get(t)) for t in range(1, max(last, 1) + 1))
             rows.append((f"{task}: {method.label}", *stages))
         plots.append(
@@ -106,14 +120,14 @@ def over_stages(methods: Sequence[Method]) -> Figure:
         "One plot for each task: accuracy in percent against the stage (how many tasks have been learned). A "
         "line starts where its task is learned; where it falls, learning the task of that stage cost it."
     )
-    head = ("task: method", *(f"stage {t}" for t in range(1, last + 1))) if last else ("task: method", "joint")
+    head = ("task: method", *(f"stage {t}" for t in range(1, last + 1))) if last else ("task: method", "accuracy")
     return Figure(
         "over-stages",
         "Accuracy of each task over stages",
         caption,
         tuple(plots),
         Table(head, tuple(rows)),
-        legend=tuple(methods),
+        legend=signs(methods),
     )
 
 
@@ -123,7 +137,7 @@ def _mean_title(method: Method) -> str:
 
 def matrices(methods: Sequence[Method]) -> Figure | None:
     """The accuracy matrix of every sequential method as a heatmap, its single runs in a fold."""
-    sequential = [method for method in methods if not method.joint]
+    sequential = [method for method in methods if not method.level]
     if not sequential:
         return None
     tasks = methods[0].tasks
@@ -160,7 +174,7 @@ def matrices(methods: Sequence[Method]) -> Figure | None:
 
 def lost_per_task(methods: Sequence[Method]) -> Figure | None:
     """Forgetting of every task and, beside it, format drift, as bars for each method."""
-    sequential = [method for method in methods if not method.joint and method.stages > 1]
+    sequential = [method for method in methods if not method.level and method.stages > 1]
     if not sequential:
         return None
     last = max(method.stages for method in sequential)
@@ -209,7 +223,7 @@ def lost_per_task(methods: Sequence[Method]) -> Figure | None:
         "rule, not lost for a lenient reader): what looks forgotten but is not. Below zero the form got better."
     )
     table = Table(("task: method", "forgetting (points)", "format drift (points)"), tuple(rows))
-    return Figure("lost", "What each task lost", caption, tuple(plots), table, legend=tuple(sequential), wide=True)
+    return Figure("lost", "What each task lost", caption, tuple(plots), table, legend=signs(sequential), wide=True)
 
 
 def routing_drift(methods: Sequence[Method]) -> Figure | None:
@@ -254,7 +268,7 @@ def routing_drift(methods: Sequence[Method]) -> Figure | None:
     head = ("method: task", *(f"stage {t}" for t in range(2, last + 1)))
     table = Table(head, tuple(rows))
     return Figure(
-        "routing-drift", "Routing drift over stages", caption, (plot,), table, legend=tuple(routed), wide=True
+        "routing-drift", "Routing drift over stages", caption, (plot,), table, legend=signs(routed), wide=True
     )
 
 
@@ -265,7 +279,7 @@ def routing_maps(methods: Sequence[Method]) -> Figure | None:
     groups: tuple[str, ...] = ()
     for method in methods:
         run = method.runs[0]
-        stages = [stage for stage in run.routing if stage <= run.stages and len(run.routing[stage].groups) > 1]
+        stages = [stage for stage in run.routing if stage <= run.stages and run.routing[stage].divides]
         if not stages:
             continue
         routing = run.routing[max(stages)]
@@ -279,9 +293,9 @@ def routing_maps(methods: Sequence[Method]) -> Figure | None:
     if not plots:
         return None
     caption = (
-        "Row: the task whose test tokens are routed; column: the expert group that the weight goes to, in "
-        "the order the groups were added; each row sums to 100 %. Weight to the right of the diagonal "
-        "goes to groups that were added after the task was learned: that is routing drift."
+        "Row: the task whose test tokens are routed; column: the expert group that the weight goes to, in the "
+        "order the groups were added; each row sums to 100 %, or less where layers have no experts. Weight to the "
+        "right of the diagonal goes to groups that were added after the task was learned: that is routing drift."
     )
     padded = tuple((*row, *["–"] * (len(groups) + 1 - len(row))) for row in rows)
     table = Table(("method: task", *groups), padded)

@@ -12,10 +12,16 @@ from plotly.offline import get_plotlyjs
 
 from dymoe.files import atomic_write
 from dymoe.report import figures
-from dymoe.report.plots import Table, colour, glyph
+from dymoe.report.activation_figures import activation_figures
+from dymoe.report.drift_figures import drift_figures
+from dymoe.report.dynamics_figures import dynamics_figures
+from dymoe.report.losses import losses
+from dymoe.report.overlay import Overlay, overlay
+from dymoe.report.plots import Figure, Table
 from dymoe.report.runs import Run, read_runs
-from dymoe.report.samples import by_task, pick, shorten
-from dymoe.report.summary import METRICS, Method, gather, headline, number, remarks
+from dymoe.report.samples import Comparison, compare, shorten
+from dymoe.report.summary import METRICS, Method, gather, number
+from dymoe.report.words import cards, headline, lost_most, remarks
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -49,30 +55,41 @@ def render(methods: Sequence[Method]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["shorten"] = shorten
-    environment.filters["colour"] = colour
-    environment.filters["glyph"] = glyph
     library = get_plotlyjs()
     script = _source(environment, "script.js.jinja")
-    sections = [
+    first = _present(losses(methods))
+    forgetting = _present(
         figures.side_by_side(methods),
         figures.over_stages(methods),
         figures.matrices(methods),
         figures.lost_per_task(methods),
-        figures.routing_drift(methods),
-        figures.routing_maps(methods),
+    )
+    routing = [
+        *_present(figures.routing_drift(methods), figures.routing_maps(methods)),
+        *drift_figures(methods),
+        *activation_figures(methods),
     ]
+    tokens, training = overlay(methods), dynamics_figures(methods)
     runs = [run for method in methods for run in method.runs]
     hashes, hash_verdict = hash_table(runs)
+    samples = compare(methods)
     return environment.get_template("page.html.jinja").render(
         stream=methods[0].runs[0].stream,
         headline=headline(methods),
+        cards=cards(methods),
         remarks=remarks(methods),
+        contents=_contents(first, forgetting, routing, tokens, training),
         methods=methods,
         metrics=metrics_table(methods),
-        figures=[figure for figure in sections if figure is not None],
+        first=first,
+        forgetting=forgetting,
+        routing=routing,
+        overlay=tokens,
+        training=training,
         hashes=hashes,
         hash_verdict=hash_verdict,
-        samples=by_task(pick(methods)),
+        samples=samples,
+        pairs=pair_table(methods, samples),
         answered_by=[(method.label, method.runs[0].seed) for method in methods],
         runs=run_table(runs),
         style=Markup(_source(environment, "style.css.jinja")),
@@ -80,6 +97,34 @@ def render(methods: Sequence[Method]) -> str:
         script=Markup(script),
         policy=_policy(library, script),
     )
+
+
+def _present(*figures: Figure | None) -> list[Figure]:
+    return [figure for figure in figures if figure is not None]
+
+
+Links = list[tuple[str, str]]
+
+
+def _contents(
+    first: Sequence[Figure],
+    forgetting: Sequence[Figure],
+    routing: Sequence[Figure],
+    tokens: Overlay | None,
+    training: Sequence[Figure],
+) -> list[tuple[str, Links]]:
+    """The page's sections as (id, title), under three names."""
+
+    def links(figures: Sequence[Figure]) -> Links:
+        return [(figure.id, figure.title) for figure in figures]
+
+    samples = ("samples", "What one still answers and another has lost")
+    about_routing = [*links(routing), *([("overlay", "Token by token")] if tokens else []), *links(training)]
+    return [
+        ("Forgetting", [*links(first), ("metrics", "Metrics"), *links(forgetting), samples]),
+        *([("Routing", about_routing)] if about_routing else []),
+        ("Evidence", [("hashes", "Frozen groups"), ("runs", "Runs")]),
+    ]
 
 
 def _source(environment: Environment, name: str) -> str:
@@ -100,9 +145,24 @@ def metrics_table(methods: Sequence[Method]) -> Table:
     for method in methods:
         values = [(method.metric(key), key.startswith("BWT")) for key in METRICS]
         cells = ["–" if stat is None else stat.text(sign=signed) for stat, signed in values]
-        rows.append((method.label, method.seeds, *cells, "–" if method.joint else method.worst_loss()))
+        rows.append((method.label, method.seeds, *cells, "–" if method.level else lost_most(method)))
     head = ("method", "runs", "MFT", "MFN", "MAA", "BWT (÷ T)", "BWT (÷ T−1)", "lost most")
     return Table(head, tuple(rows))
+
+
+def pair_table(methods: Sequence[Method], samples: Comparison) -> Table | None:
+    """How many samples each method (row) still answers that another (column) has lost; None for a single method."""
+    if len(methods) < 2:
+        return None
+    others = [method for method in methods if not method.level]
+    rows = [
+        (
+            method.label,
+            *("–" if other is method else str(samples.counts[method.index][other.index]) for other in others),
+        )
+        for method in methods
+    ]
+    return Table(("still answered by", *(f"lost by {method.label}" for method in others)), tuple(rows))
 
 
 def hash_table(runs: Sequence[Run]) -> tuple[Table, str]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.io.json import to_json_plotly
 
-from dymoe.report.summary import Method, Stat
+from dymoe.report.summary import Method, Stat, number
 
 COLOURS = 8
 LABEL = 20
@@ -33,27 +34,68 @@ MARKERS = {
 DASHES = ("solid", "dash", "dot")
 
 
+# Which option of each of a figure's choices something belongs to; nothing for what is always shown.
+Keys = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question that the reader answers with a select: `options` in order, the one at `chosen` to begin with."""
+
+    label: str
+    options: tuple[str, ...]
+    chosen: int = 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there is anything to choose."""
+        return len(self.options) > 1
+
+
 @dataclass(frozen=True)
 class Table:
-    """Column heads and rows of text; the first cell of a row is its head."""
+    """Column heads and rows of text; the first cell of a row is its head.
+
+    Where `keys` are given there is one for each row, and only the rows of the reader's choice are shown.
+    """
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    keys: tuple[Keys, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plotly graph: `spec` is JSON that may stand inside a script element, `label` says what it shows."""
+    """One plotly graph: `spec` is JSON that may stand inside a script element, `label` says what it shows.
+
+    `height` and `width` are in pixels; where the page is narrower than `width` the plot scrolls sideways.
+    """
 
     title: str
     label: str
     spec: str
     height: int
+    keys: Keys = ()
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One entry of a legend: a name with its colour (a CSS variable) and a character, never the colour alone."""
+
+    label: str
+    colour: str
+    glyph: str
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One or several plots under one caption; `table` holds every number that they draw."""
+    """One or several plots under one caption; `table` holds every number that they draw.
+
+    `wide` plots stand two beside each other, a `full` one takes the page's whole width. `made` says, under the numbers,
+    which commands made them. `note` says what is missing and `command` makes it; a figure without plots is its title
+    and its note.
+    """
 
     id: str
     title: str
@@ -62,8 +104,23 @@ class Figure:
     table: Table
     folded: tuple[Plot, ...] = ()
     fold_title: str = ""
-    legend: tuple[Method, ...] = ()
+    legend: tuple[Sign, ...] = ()
     wide: bool = False
+    full: bool = False
+    choices: tuple[Choice, ...] = ()
+    note: str = ""
+    command: str = ""
+    made: tuple[str, ...] = ()
+
+    @property
+    def chosen(self) -> Keys:
+        """What is chosen to begin with."""
+        return tuple(choice.chosen for choice in self.choices)
+
+    @property
+    def single(self) -> bool:
+        """Whether one plot is shown at a time."""
+        return sum(plot.keys in ((), self.chosen) for plot in self.plots) == 1
 
 
 def escape(text: str) -> str:
@@ -84,28 +141,36 @@ def marker(method: Method) -> str:
 
 
 def glyph(method: Method) -> str:
-    """The method's marker as a character; a dotted line for a joint method, which is drawn without markers."""
-    return "┄" if method.joint else MARKERS[marker(method)]
+    """The method's marker as a character; a dotted line for one without stages, which is drawn without markers."""
+    if method.level:
+        return "┄" if method.runs[0].trained else "╌"
+    return MARKERS[marker(method)]
+
+
+def signs(methods: Sequence[Method]) -> tuple[Sign, ...]:
+    """The methods' colours and marks as a legend."""
+    return tuple(Sign(method.label, colour(method), glyph(method)) for method in methods)
 
 
 def line(method: Method) -> dict[str, Any]:
-    """The method's line: its colour, dotted for a joint method, dashed where colours come round again."""
-    dash = "dot" if method.joint else DASHES[(method.index // COLOURS) % len(DASHES)]
+    """The method's line: its colour, dotted or dashed without stages, dashed where colours come round again."""
+    level = "dot" if method.runs[0].trained else "longdashdot"
+    dash = level if method.level else DASHES[(method.index // COLOURS) % len(DASHES)]
     return {"color": colour(method), "width": 2, "dash": dash}
 
 
-def build(title: str, label: str, traces: Sequence[Any], height: int, **layout: Any) -> Plot:
-    """A plotly graph in the page's look; `height` in pixels, `layout` overrides plotly's layout keys."""
+def build(
+    title: str, label: str, traces: Sequence[Any], height: int, keys: Keys = (), width: int = 0, **layout: Any
+) -> Plot:
+    """A plotly graph in the page's look; `height` and `width` in pixels, `layout` overrides plotly's layout keys."""
     axis = {
         "gridcolor": "var(--grid)",
         "zerolinecolor": "var(--grid)",
         "automargin": True,
         "fixedrange": True,
     }
-    figure = go.Figure(
-        list(traces),
+    look = go.Layout(
         {
-            "template": "none",
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"color": "var(--ink)", "family": "system-ui, sans-serif", "size": 12},
@@ -123,13 +188,14 @@ def build(title: str, label: str, traces: Sequence[Any], height: int, **layout: 
             **layout,
         },
     )
-    spec = json.loads(figure.to_json())
-    spec["layout"]["template"] = {}
+    # Not through go.Figure, which checks every trace a second time; an empty template keeps out plotly's own look.
+    whole = {"data": [trace.to_plotly_json() for trace in traces], "layout": look.to_plotly_json() | {"template": {}}}
+    spec = _short(json.loads(to_json_plotly(whole)))
     text = json.dumps(spec, separators=(",", ":"))
     # Inside a script element only "<" can end the data; the other two are escaped for good measure.
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return Plot(title, label, text, height)
+    return Plot(title, label, text, height, keys, width)
 
 
 def error(stat: Stat | None) -> float:
@@ -155,37 +221,83 @@ def positions(names: Sequence[str]) -> dict[str, Any]:
 def heatmap(
     title: str,
     label: str,
-    z: list[list[float | None]],
+    z: Sequence[Sequence[float | None]],
     columns: Sequence[str],
     rows: Sequence[str],
     what: str,
+    change: bool = False,
+    row_numbers: bool = True,
+    first: int = 1,
+    keys: Keys = (),
+    cell: int = 30,
 ) -> Plot:
-    """A heatmap of percentages (0 to 100, None is left blank); `what` is the text under the pointer."""
-    names = [f"{i} {escape(name)}" for i, name in enumerate(columns, start=1)]
-    sides = [f"{i} {escape(name)}" for i, name in enumerate(rows, start=1)]
+    """A heatmap of percentages (0 to 100) or, with `change`, of points from loss to gain; None is left blank.
+
+    Args:
+        title: the plot's heading.
+        label: what it shows, for screen readers.
+        z: one row of values for each of `rows`.
+        columns: names, shown with their numbers.
+        rows: names, shown with their numbers unless `row_numbers` is off.
+        what: the text under the pointer.
+        change: values are changes in points; below 0 is loss.
+        row_numbers: see `rows`.
+        first: number of the first column.
+        keys: the choice that the plot belongs to.
+        cell: height of a row in pixels.
+    """
+    names = [f"{i} {escape(name)}" for i, name in enumerate(columns, start=first)]
+    sides = [f"{i} {escape(name)}" for i, name in enumerate(rows, start=1)] if row_numbers else _distinct(rows)
     axis = {"type": "category", "showgrid": False, "dtick": 1, "automargin": False}
     top = 20 + 0.7 * room(columns, prefix=2)
+    if change:
+        reach = max((abs(value) for row in z for value in row if value is not None), default=0) or 1
+        scale = [[0, "var(--heat-lost)"], [0.5, "var(--heat-low)"], [1, "var(--heat-high)"]]
+        text = [["" if value is None else number(value, 0, sign=True) for value in row] for row in z]
+        colours: dict[str, Any] = {"zmin": -reach, "zmax": reach, "colorscale": scale, "text": text}
+        colours["texttemplate"] = "%{text}"
+    else:
+        scale = [[0, "var(--heat-low)"], [1, "var(--heat-high)"]]
+        colours = {"zmin": 0, "zmax": 100, "colorscale": scale, "texttemplate": "%{z:.0f}"}
     trace = go.Heatmap(
-        z=z,
+        z=[list(row) for row in z],
         x=names,
         y=sides,
-        zmin=0,
-        zmax=100,
-        colorscale=[[0, "var(--heat-low)"], [1, "var(--heat-high)"]],
         showscale=False,
         xgap=2,
-        ygap=2,
-        texttemplate="%{z:.0f}",
-        textfont={"size": 11, "color": "var(--ink)"},
+        ygap=2 if cell > 20 else 1,
+        textfont={"size": 11 if cell > 20 else 9, "color": "var(--ink)"},
         hoverongaps=False,
         hovertemplate=what,
+        **colours,
     )
     return build(
         title,
         label,
         [trace],
-        round(top) + 30 * len(rows) + 8,
-        margin={"l": 14 + room(rows, prefix=2), "r": 0.5 * room(columns), "t": top, "b": 8},
+        round(top) + cell * len(rows) + 8,
+        keys,
+        margin={"l": 14 + room(rows, prefix=2 * row_numbers), "r": 0.5 * room(columns), "t": top, "b": 8},
         xaxis={"side": "top", "tickangle": -45, **axis},
         yaxis={"autorange": "reversed", **axis},
     )
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names as labels; plotly would merge those that look alike once clipped, so they get a space of no width."""
+    labels: list[str] = []
+    for name in names:
+        label = escape(name)
+        while label in labels:
+            label += "\u200b"
+        labels.append(label)
+    return labels
+
+
+def _short(value: Any) -> Any:
+    """Numbers with as many digits as can be seen; the page carries thousands of them."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    return {key: _short(item) for key, item in value.items()} if isinstance(value, dict) else value

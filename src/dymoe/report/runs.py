@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.evaluation.drift import drift
+from dymoe.evaluation.drift import ROUNDING, drift
 from dymoe.evaluation.matrix import AccuracyMatrix
 from dymoe.files import read_json
 
@@ -17,7 +17,10 @@ STAGE_FOLDER = re.compile(r"(\d+)-.+")
 
 @dataclass(frozen=True)
 class Routing:
-    """Weight that each task's test tokens put on each expert group at one stage; every row sums to 1."""
+    """Weight that each task's test tokens put on each expert group at one stage.
+
+    A row sums to 1, to less where layers have no experts, and to more where a method adds up all groups at full weight.
+    """
 
     groups: tuple[str, ...]
     weights: Mapping[str, tuple[float, ...]]
@@ -26,13 +29,18 @@ class Routing:
         """The task's drift (see `dymoe.evaluation.drift`), in 0..1, None where there is none or it was not asked."""
         return drift(task, self.groups, self.weights[task]) if task in self.weights else None
 
+    @property
+    def divides(self) -> bool:
+        """Whether there are several groups among which tokens are divided."""
+        return len(self.groups) > 1 and all(math.fsum(row) <= 1 + ROUNDING for row in self.weights.values())
+
 
 @dataclass(frozen=True)
 class Run:
     """One run folder: what results.json and the stages' routing.json say, checked.
 
-    `rows` is the accuracy matrix as far as the run has come; a joint run (all tasks learned at once) has one
-    row over all tasks in `joint` instead, and no stages.
+    `rows` is the accuracy matrix as far as the run has come; a run without stages (joint: all tasks learned at once;
+    zero-shot: none) has one row over all tasks in `level` instead.
     """
 
     path: Path
@@ -43,15 +51,20 @@ class Run:
     seed: int
     base: str
     rows: tuple[tuple[float, ...], ...]
-    joint: tuple[float, ...] | None
+    level: tuple[float, ...] | None
     format_drift: Mapping[str, float]
     group_hashes: tuple[tuple[int, Mapping[str, str]], ...]
     routing: Mapping[int, Routing]
     facts: Mapping[str, Any]
 
     @property
+    def trained(self) -> bool:
+        """Whether any task was learned."""
+        return bool(self.rows) or self.facts.get("joint") is not None
+
+    @property
     def stages(self) -> int:
-        """How many stages are done (0 for a joint run)."""
+        """How many stages are done (0 for a run without any)."""
         return len(self.rows)
 
     def matrix(self, stages: int | None = None) -> AccuracyMatrix:
@@ -106,7 +119,7 @@ def read_run(path: Path) -> Run:
     tasks = _strings(file, data, "tasks")
     if len(set(tasks)) != len(tasks) or not tasks:
         raise DymoeError(f'{file}: "tasks" is {list(tasks)}; different task names are needed')
-    joint = _joint(file, data, len(tasks))
+    level = _level(file, data, len(tasks))
     known = {"tasks", "matrix", "lenient_matrix", "metrics", "forgetting", "format_drift", "group_hashes"}
     return Run(
         path=path,
@@ -116,8 +129,8 @@ def read_run(path: Path) -> Run:
         tasks=tasks,
         seed=_field(file, data, "seed", int),
         base=_field(file, data, "base", str),
-        rows=() if joint else _rows(file, data, tasks),
-        joint=joint,
+        rows=() if level else _rows(file, data, tasks),
+        level=level,
         format_drift=_points(file, data, "format_drift"),
         group_hashes=_hashes(file, data),
         routing={n: _routing(f) for n, folder in stage_folders(path) if (f := folder / "routing.json").exists()},
@@ -170,12 +183,14 @@ def _rows(file: Path, data: Mapping[str, Any], tasks: tuple[str, ...]) -> tuple[
         raise DymoeError(f'{file}: "matrix": {error}') from error
 
 
-def _joint(file: Path, data: Mapping[str, Any], tasks: int) -> tuple[float, ...] | None:
-    row = data.get("joint")
+def _level(file: Path, data: Mapping[str, Any], tasks: int) -> tuple[float, ...] | None:
+    """The one row over all tasks of a run without stages; a run that learns may have a zero-shot row beside it."""
+    key = "zero_shot" if data.get("joint") is None and not data.get("matrix") else "joint"
+    row = data.get(key)
     if row is None:
         return None
     if not (isinstance(row, list) and len(row) == tasks and all(is_number(v) and 0 <= v <= 100 for v in row)):
-        raise DymoeError(f'{file}: "joint" is {row!r}; one percentage for each of the {tasks} tasks is needed')
+        raise DymoeError(f'{file}: "{key}" is {row!r}; one percentage for each of the {tasks} tasks is needed')
     return tuple(float(value) for value in row)
 
 
@@ -206,16 +221,14 @@ def _routing(file: Path) -> Routing:
     weights = {}
     for task, entry in _field(file, data, "tasks", dict).items():
         weight = entry.get("weight") if isinstance(entry, dict) else None
-        # A tenth of a percent leaves room for a mean over layers that was stored in half precision.
         if not (
             isinstance(weight, list)
             and len(weight) == len(groups)
             and all(is_number(value) and value >= -1e-6 for value in weight)
-            and abs(math.fsum(weight) - 1) < 1e-2
         ):
             raise DymoeError(
                 f'{file}: task {task!r}: "weight" is {weight!r}; one weight for each of the '
-                f"{len(groups)} groups, not below 0 and 1 in sum, is needed"
+                f"{len(groups)} groups, not below 0, is needed"
             )
         weights[task] = tuple(float(value) for value in weight)
     return Routing(groups, weights)

@@ -1,9 +1,9 @@
-"""What the runs say: seeds gathered into methods, means with spread, and the answer in words."""
+"""What the runs say in numbers: seeds gathered into methods, means with spread."""
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dymoe.report.runs import Run
@@ -46,9 +46,9 @@ class Method:
     index: int
 
     @property
-    def joint(self) -> bool:
-        """Whether all tasks were learned at once (an upper bound that has no stages and forgets nothing)."""
-        return self.runs[0].joint is not None
+    def level(self) -> bool:
+        """Whether there are no stages, so that nothing is forgotten: all tasks learned at once, or none."""
+        return self.runs[0].level is not None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ class Method:
     @property
     def complete(self) -> bool:
         """Whether every run has learned the whole stream."""
-        return self.joint or self.stages == len(self.tasks)
+        return self.level or self.stages == len(self.tasks)
 
     @property
     def seeds(self) -> str:
@@ -72,10 +72,10 @@ class Method:
         return f"seed {numbers}" if len(self.runs) == 1 else f"seeds {numbers}"
 
     def metric(self, key: str) -> Stat | None:
-        """One of METRICS over the runs; of a joint run only the final accuracy (MFN) has a meaning."""
-        if not self.joint:
+        """One of METRICS over the runs; without stages only the final accuracy (MFN) has a meaning."""
+        if not self.level:
             return Stat.of([run.matrix(self.stages).to_dict()[key] for run in self.runs])
-        return Stat.of([statistics.fmean(run.joint or ()) for run in self.runs]) if key == "MFN" else None
+        return Stat.of([statistics.fmean(run.level or ()) for run in self.runs]) if key == "MFN" else None
 
     def rows(self) -> list[list[float]]:
         """The accuracy matrix, averaged over the runs cell by cell."""
@@ -83,9 +83,9 @@ class Method:
             [statistics.fmean(run.rows[t][i] for run in self.runs) for i in range(t + 1)] for t in range(self.stages)
         ]
 
-    def joint_accuracy(self, task: int) -> float:
-        """Mean accuracy in percent of a joint method on one task."""
-        return statistics.fmean(run.joint[task] for run in self.runs if run.joint)
+    def level_accuracy(self, task: int) -> float:
+        """Mean accuracy in percent on one task of a method without stages."""
+        return statistics.fmean(run.level[task] for run in self.runs if run.level)
 
     def forgetting(self, task: int) -> Stat | None:
         """Percentage points lost on a task since its best earlier stage; None before it was learned."""
@@ -111,20 +111,28 @@ class Method:
         known = [value for i in range(stage - 1) if (value := self.drift(stage, i)) is not None]
         return statistics.fmean(known) if known else None
 
-    def worst_loss(self) -> str:
-        """Which task lost most and the later task whose learning cost it most, in words."""
-        lost = [
-            (stat.mean, task)
-            for task in range(self.stages - 1)
-            if (stat := self.forgetting(task)) is not None and stat.mean >= 0.05
-        ]
-        if not lost:
-            return "nothing" if self.stages > 1 else "–"
-        points, task = max(lost, key=lambda pair: pair[0])
-        rows = self.rows()
-        drops = [(rows[t - 1][task] - rows[t][task], t) for t in range(task + 1, self.stages)]
-        stage = max(drops, key=lambda pair: pair[0])[1]
-        return f"{self.tasks[task]} ({number(points)} points, mostly while learning {self.tasks[stage]})"
+    def change(self, task: int, stage: int) -> Stat | None:
+        """Points that a task's accuracy changed by at a stage (1-based) that learned another; None before that."""
+        if not task + 1 < stage <= self.stages:
+            return None
+        return Stat.of([run.rows[stage - 1][task] - run.rows[stage - 2][task] for run in self.runs])
+
+    def change_of_task(self, task: int) -> Stat | None:
+        """Points that a task's accuracy changed by since it was learned; None where nothing was learned after it.
+
+        The sum over tasks is T times backward transfer, and so is the sum over stages of `change_at`.
+        """
+        if not task + 1 < self.stages:
+            return None
+        return Stat.of([run.rows[self.stages - 1][task] - run.rows[task][task] for run in self.runs])
+
+    def change_at(self, stage: int) -> Stat | None:
+        """Points that the tasks before it changed by at a stage (1-based), summed over them; None at the first."""
+        if not 1 < stage <= self.stages:
+            return None
+        return Stat.of(
+            [math.fsum(run.rows[stage - 1][i] - run.rows[stage - 2][i] for i in range(stage - 1)) for run in self.runs]
+        )
 
 
 def gather(runs: Sequence[Run]) -> list[Method]:
@@ -136,11 +144,12 @@ def gather(runs: Sequence[Run]) -> list[Method]:
     """
     grouped: dict[tuple[str, str, bool], list[Run]] = {}
     for run in runs:
-        grouped.setdefault((run.method, _settings(run), run.joint is not None), []).append(run)
+        settings = json.dumps(_settings(run), sort_keys=True, default=str)
+        grouped.setdefault((_name(run), settings, run.level is not None), []).append(run)
     labelled: list[tuple[str, list[Run]]] = []
-    for (method, _, _), members in grouped.items():
-        variants = [other[0] for other in grouped.values() if other[0].method == method]
-        label = f"{method}{_difference(members[0], variants)}"
+    for (name, _, _), members in grouped.items():
+        variants = [other[0] for other in grouped.values() if _name(other[0]) == name]
+        label = f"{name}{_difference(members[0], variants)}"
         if len({run.seed for run in members}) == len(members):
             labelled.append((label, sorted(members, key=lambda run: run.seed)))
         else:
@@ -154,112 +163,26 @@ def gather(runs: Sequence[Run]) -> list[Method]:
     return methods
 
 
-def _settings(run: Run) -> str:
-    """The method's settings as one text that is equal for equal settings."""
-    return json.dumps(run.facts.get("settings") or {}, sort_keys=True, default=str)
+def _name(run: Run) -> str:
+    """The method with its companions, as in "dymoe with replay"."""
+    companions = run.facts.get("with")
+    return f"{run.method} with {', '.join(companions)}" if companions else run.method
+
+
+def _settings(run: Run) -> dict[str, object]:
+    """The method's settings and, as "replay.size", those of its companions."""
+    found = dict(run.facts.get("settings") or {})
+    companions = run.facts.get("with") or {}
+    for name in companions:
+        values = companions[name] if isinstance(companions, dict) else None
+        found |= {f"{name}.{key}": value for key, value in (values or {}).items()}
+    return found
 
 
 def _difference(run: Run, variants: Sequence[Run]) -> str:
     """The settings of `run` in which the variants of its method differ, " (key value, ...)" or nothing."""
-    held = [variant.facts.get("settings") or {} for variant in variants]
+    held = [_settings(variant) for variant in variants]
     keys = sorted({key for settings in held for key in settings})
-    own = run.facts.get("settings") or {}
+    own = _settings(run)
     told = [f"{key} {own.get(key)}" for key in keys if any(settings.get(key) != own.get(key) for settings in held)]
     return f" ({', '.join(told)})" if told else ""
-
-
-def _listing(parts: Sequence[str], most: int = 4) -> str:
-    """Parts as in "a, b and c"; of more than `most` only the first and the last."""
-    if len(parts) > most:
-        return f"{parts[0]} down to {parts[-1]}"
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
-def headline(methods: Sequence[Method]) -> str:
-    """The one sentence that a reader came for: which method forgot least, with its numbers."""
-    sequential = [method for method in methods if not method.joint]
-    if not sequential:
-        return f"All tasks were learned at once: {number(_metric(methods[0], 'MFN'))} % correct on average."
-    stages = max(method.stages for method in sequential)
-    ranked = sorted(
-        (method for method in sequential if method.stages == stages),
-        key=lambda method: _metric(method, "BWT"),
-        reverse=True,
-    )
-    best = ranked[0]
-    if stages == 1:
-        return f"Only {best.tasks[0]} has been learned so far, so nothing could be forgotten yet."
-    scope = "" if best.complete else f" (after {stages} of {len(best.tasks)} tasks)"
-    if len(ranked) == 1:
-        return (
-            f"{best.label} went from {number(_metric(best, 'MFT'))} % just after learning each task to "
-            f"{number(_metric(best, 'MFN'))} % at the end: backward transfer of {_bwt(best)} points{scope}."
-        )
-    others = _listing([f"{_bwt(method)} for {method.label}" for method in ranked[1:]])
-    return f"{best.label} forgot least: backward transfer of {_bwt(best)} points against {others}{scope}."
-
-
-def remarks(methods: Sequence[Method]) -> list[str]:
-    """What the headline must not be read without: final accuracy, chance, what is unfinished or unlike."""
-    notes = []
-    shown = [(m, _metric(m, "MFN")) for m in methods if m.complete]
-    if len(shown) > 1:
-        ranked = sorted(shown, key=lambda pair: pair[1], reverse=True)
-        notes.append(
-            "Mean accuracy at the end: "
-            + _listing([f"{number(value)} % for {method.label}" for method, value in ranked])
-            + "."
-        )
-    sequential = sorted(
-        (m for m in methods if not m.joint and m.stages == max(x.stages for x in methods) > 1),
-        key=lambda method: _metric(method, "BWT"),
-        reverse=True,
-    )
-    if len(sequential) > 1:
-        notes.append(_chance(sequential[0], sequential[1]))
-    for method in methods:
-        if not method.complete:
-            notes.append(
-                f"{method.label} is shown as far as its runs have come: {method.stages} of {len(method.tasks)} tasks."
-            )
-    notes += _unlike([run for method in methods for run in method.runs])
-    return notes
-
-
-def _metric(method: Method, key: str) -> float:
-    stat = method.metric(key)
-    return math.nan if stat is None else stat.mean
-
-
-def _bwt(method: Method) -> str:
-    stat = method.metric("BWT")
-    return "–" if stat is None else stat.text(sign=True)
-
-
-def _chance(best: Method, second: Method) -> str:
-    """Whether the first two can be told apart by the seeds there are."""
-    first, other = best.metric("BWT"), second.metric("BWT")
-    if first is None or other is None or first.spread is None or other.spread is None:
-        return "A method with a single seed has no spread: a small difference to it may be chance."
-    gap, spread = first.mean - other.mean, max(first.spread, other.spread)
-    verdict = "more than" if gap > spread else "no more than"
-    return (
-        f"The first two differ by {number(gap)} points, {verdict} the larger spread over seeds "
-        f"({number(spread)}); ± is the standard deviation over seeds."
-    )
-
-
-def _unlike(runs: Sequence[Run]) -> list[str]:
-    """One remark for each setting in which the runs differ although a comparison needs it equal."""
-    settings: dict[str, Callable[[Run], object]] = {
-        "base model": lambda run: run.base,
-        "steps per task": lambda run: run.facts.get("steps_per_task"),
-        "evaluation split": lambda run: run.facts.get("split"),
-        "instructions": lambda run: run.facts.get("instructions"),
-    }
-    notes = []
-    for what, read in settings.items():
-        values = sorted({str(read(run)) for run in runs})
-        if len(values) > 1:
-            notes.append(f"These runs differ in their {what} ({', '.join(values)}); compare them with care.")
-    return notes
