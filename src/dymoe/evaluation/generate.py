@@ -11,6 +11,7 @@ from dymoe.errors import DymoeError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers.generation.streamers import BaseStreamer
 
     from dymoe.adapter.trace import RoutingTrace
     from dymoe.lvlm import Collator, Lvlm
@@ -76,6 +77,7 @@ def generate(
     part: tuple[int, int] = (0, 1),
     gather: Gather = lambda value: [value],
     trace: "RoutingTrace | None" = None,
+    streamer: "BaseStreamer | None" = None,
 ) -> list[str]:
     """Greedy answers, in the order of `samples`; a row ends at the end token.
 
@@ -90,6 +92,7 @@ def generate(
         part: which of how many processes this is; each answers its own batches (see `batches`).
         gather: gives every process's value, in order, to each of them.
         trace: of the experts; it is told which rows have ended, so that their tokens do not count.
+        streamer: gets the tokens of a single sample as they come (see `dymoe.evaluation.stream`).
     """
     model: Any = lvlm.model
     tokenizer: Any = lvlm.processor.tokenizer  # type: ignore[attr-defined]
@@ -109,6 +112,7 @@ def generate(
                 eos_token_id=collator.stop_tokens,
                 pad_token_id=pad,
                 stopping_criteria=watching,
+                streamer=streamer,
             )
         texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
