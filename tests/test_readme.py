@@ -57,7 +57,8 @@ def test_the_commands_name_what_there_is():
     text = "\n".join(blocks("sh")).replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in text.splitlines()]
     shown = [words[words.index("dymoe") + 1 :] for words in lines if "dymoe" in words]
-    assert [words[0] for words in shown] == ["assemble", "doctor", "run", "run", "score", "push", "sweep", "sweep"]
+    expected = ["assemble", "doctor", "run", "run", "score", "analyze", "push", "sweep", "sweep"]
+    assert [words[0] for words in shown] == expected
     assert all(words[0] in COMMANDS for words in shown)
     for name in [word for words in lines for word in words if word.startswith("recipes/")]:
         assert (ROOT / name).is_file(), name
