@@ -2,7 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -207,3 +211,20 @@ def test_a_person_asks_in_a_browser(address, tmp_path):
         assert tab.evaluate("document.documentElement.scrollWidth") == 390
         assert tab.messages == []
         assert {url.split("/")[2] for url in tab.requests if url.startswith(("http", "ws"))} == {address.split("/")[2]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_told_to_end(folders, tmp_path, end):
+    pytest.importorskip("gradio")
+    words = [sys.executable, "-m", "dymoe", "play", str(folders[1])]
+    surroundings = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings) as served:
+        line = served.stdout.readline()
+        assert re.fullmatch(r"Open http://127\.0\.0\.1:\d+/ \(Ctrl\+C ends\)\n", line)
+        assert list(tmp_path.glob("dymoe-play-*"))
+        served.send_signal(end)
+        _, err = served.communicate(timeout=60)
+    assert served.returncode == 0
+    assert err.splitlines() == [f"loading {folders[1]}"]
+    assert not list(tmp_path.glob("dymoe-play-*"))

@@ -1,6 +1,7 @@
 """`dymoe play RUN [RUN ...]`: a local page to ask learned runs."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             if host not in LOOPBACK:
                 print(f"dymoe: everyone who reaches {host} can use this page", file=sys.stderr)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads are removed then too
             print(f"Open {address} (Ctrl+C ends)", flush=True)
             Event().wait()
         except KeyboardInterrupt:
