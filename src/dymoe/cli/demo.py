@@ -28,6 +28,12 @@ def main(argv: Sequence[str]) -> int:
         print(HELP)
         return 0
     output, steps = _options(argv)
+    print(
+        f"{len(TASKS)} tasks of {steps} steps ({', '.join(TASKS)}), first with IncMoELoRA, then with DyMoE; after each "
+        f"task {QUESTIONS} questions of every task so far. All goes to {output}; interrupted, call it again to go on.",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         runs = [_run(method, output / method, steps) for method in METHODS]
     except KeyboardInterrupt:
