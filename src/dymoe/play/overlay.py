@@ -28,16 +28,16 @@ STYLE = """
 .routing h4 { margin: 0 0 .5rem; }
 .routing svg { display: block; width: 100%; max-width: 18rem; border-radius: .35rem; margin-bottom: .75rem; }
 .routing p { margin: 0 0 .75rem; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere; }
+.routing mark { display: inline-block; max-width: 100%; line-height: 1.3; }
 .routing mark { border-radius: .2rem; padding: .1rem .05rem; margin-right: 1px; }
 .routing mark, .routing mark * { color: #14171b !important; }
 .routing mark sub { font-size: .65em; font-weight: 600; margin-left: 1px; }
 .routing table, .routing thead, .routing tbody, .routing tr { border: 0; border-collapse: collapse; }
-.routing th, .routing td { border: 0; padding: .15rem .75rem .15rem 0; text-align: right; white-space: nowrap; }
+.routing th, .routing td { border: 0; padding: .15rem 0 .15rem .6rem; text-align: right; white-space: nowrap; }
 .routing th { font-weight: 400; }
 .routing thead th { line-height: 1.2; vertical-align: bottom; }
-.routing tbody th { text-align: left; }
-.routing th mark { display: inline-block; min-width: 1.5em; margin-right: .35rem; }
-.routing th mark { text-align: center; font-weight: 600; }
+.routing tbody th { padding-left: 0; text-align: left; }
+.routing th mark { min-width: 1.5em; margin-right: .35rem; text-align: center; font-weight: 600; }
 """
 
 
