@@ -402,7 +402,7 @@ def test_compiled_layer_has_no_graph_break(training):
         ("top_k", 0, "top_k"),
         ("temperature", 0.0, "temperature"),
         ("tau", -1.0, "tau"),
-        ("guidance", "both", "guidance must be one of exclusive, protect, none"),
+        ("guidance", "both", "guidance must be one of exclusive, protect, only-"),
         ("gate", "softmax", "gate must be one of"),
         ("compute", "fast", "compute must be one of"),
         ("lora_dropout", 1.0, "lora_dropout"),

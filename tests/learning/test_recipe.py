@@ -73,7 +73,10 @@ def test_the_paper_configuration():
         ({"method": "dymo"}, "method: unknown method 'dymo'; did you mean dymoe?"),
         ({"settings": {"tua": 0.2}}, "settings.tua: unknown key; did you mean settings.tau?"),
         ({"settings": {"tau": "big"}}, "settings.tau: expected float, got 'big'"),
-        ({"settings": {"guidance": "strict"}}, "settings.guidance: expected one of exclusive, protect, none"),
+        (
+            {"settings": {"guidance": "strict"}},
+            "settings.guidance: expected one of exclusive, protect, only-",
+        ),
         ({"settings": {"num_experts": 0}}, "settings.num_experts: expected 1 or more, got 0"),
         ({"settings": {"rsr_start": 1}}, "settings.rsr_start: expected a share in [0, 1), got 1.0"),
         ({"method": "lora", "settings": {"tau": 0.2}}, "settings.tau: unknown key"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from dymoe.adapter import LayerRouting
 from dymoe.adapter.trace import place_of
 from dymoe.analysis.learned import Learned, Tell, open_run, silently
-from dymoe.analysis.storage import COLUMNS
+from dymoe.analysis.storage import joined
 from dymoe.methods.companions.pruning import keep
 
 EXPERT = ["layer", "projection", "group"]  # with its number within the group, what names an expert
@@ -42,7 +42,7 @@ def activation(
     """
     learned = open_run(run)
     learned.require_routing()
-    rows: list[dict[str, Any]] = []
+    frames = []
     for number in learned.chosen_stages(stages):
         for task, own in learned.chosen_tasks(None):
             if own.index > number:
@@ -55,8 +55,8 @@ def activation(
                 learned.observe(batch, sums)
                 done += len(batch["input_ids"])
                 tell(f"stage {number}, {task.name}", done, len(chosen))
-            rows += ({"task": task.name, "stage": number, **row} for row in sums.rows())
-    return pd.DataFrame(rows, columns=[*COLUMNS["activation"]])
+            frames.append(pd.DataFrame(sums.rows()).assign(task=task.name, stage=number))
+    return joined("activation", frames)
 
 
 class _Sums:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dymoe.adapter import LayerRouting
 from dymoe.adapter.trace import place_of
 from dymoe.analysis.learned import Learned, Tell, open_run, silently
-from dymoe.analysis.storage import COLUMNS
+from dymoe.analysis.storage import joined
 from dymoe.analysis.tokens import KINDS, image_tokens, kinds
 from dymoe.errors import DymoeError
 from dymoe.evaluation.drift import drift as drift_of
@@ -52,14 +52,14 @@ def drift(
     learned = open_run(run)
     learned.require_routing()
     wanted = learned.chosen_stages(stages)
-    rows: list[dict[str, Any]] = []
+    frames = []
     for task, own in learned.chosen_tasks(None):
         numbers = [own.index, *(number for number in wanted if number > own.index)]
         sums = _task_sums(learned, task, numbers, samples, tell)
         for number in numbers:
             if number in wanted:
-                rows += ({"task": task.name, "stage": number, **row} for row in sums[number].rows())
-    return pd.DataFrame(rows, columns=[*COLUMNS["drift"]])
+                frames.append(pd.DataFrame(sums[number].rows()).assign(task=task.name, stage=number))
+    return joined("drift", frames)
 
 
 def _task_sums(

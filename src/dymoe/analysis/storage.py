@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,14 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     ),
 }
 KEY = b"dymoe"  # of the metadata
+
+
+def joined(name: str, frames: "Sequence[pd.DataFrame]") -> "pd.DataFrame":
+    """The parts of an analysis as one frame, its columns in their order."""
+    import pandas as pd
+
+    columns = [*COLUMNS[name]]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
 
 def file_of(run: str | Path, name: str) -> Path:

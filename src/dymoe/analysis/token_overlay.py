@@ -12,7 +12,7 @@ from peft import PeftModel
 from dymoe.adapter import DyMoEConfig, LayerRouting
 from dymoe.adapter.trace import place_of
 from dymoe.analysis.learned import Learned, Tell, observe, open_run, silently
-from dymoe.analysis.storage import COLUMNS
+from dymoe.analysis.storage import joined
 from dymoe.analysis.tokens import KINDS, PADDING, image_tokens, kinds, patch_grid, texts
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import to_device
@@ -67,7 +67,7 @@ def overlay(
             )
             frames.append(found.assign(task=task.name, sample=sample.id, picture=picture, stage=stage))
         tell(task.name, number + 1, len(chosen))
-    return pd.concat(frames, ignore_index=True)[[*COLUMNS["overlay"]]]
+    return joined("overlay", frames)
 
 
 def _dtype(learned: Learned) -> str:
