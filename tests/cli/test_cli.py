@@ -88,6 +88,7 @@ def test_show_prints_the_matrix_and_escapes_names(tmp_path, capsys):
     (tmp_path / "results.json").write_text(json.dumps(results()))
     assert main(["show", str(tmp_path)]) == 0
     told = capsys.readouterr().out
+    assert told.splitlines()[0] == "lora on pocket-coin, seed 0 (accuracy in percent)"
     for word in ("[red]A", "60.0", "40.0", "70.0", "MFN 55.00", "BWT_T-1 -20.00", "format drift 2.50"):
         assert word in told
 

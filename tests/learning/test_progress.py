@@ -30,7 +30,7 @@ def show(terminal: bool) -> str:
 def test_plain_lines_say_each_end():
     told = show(terminal=False).splitlines()
     for line in (
-        "dymoe on stream: task 1/2 [red]A: learning 3/3 loss 0.500 new 25%",
+        "dymoe on stream: task 1/2 [red]A: learning 3/3 loss 0.500, 25% new tokens",
         "dymoe on stream: task 2/2 B: asking B 4/4",
         "dymoe on stream: [bold]said",
     ):

@@ -11,6 +11,7 @@ COMMANDS = {
     "sweep": "learn many recipes and seeds side by side and write a table",
     "analyze": "say where a run's tokens go: drift, activation, single tokens, training, the dilemma",
     "report": "write one HTML page about one run or several side by side",
+    "play": "open a local page to ask a run and see which experts serve each token",
     "assemble": "build LLaVA-1.5 before instruction tuning from Vicuna, CLIP and a projector",
     "show": "print a run's accuracy matrix and metrics",
     "score": "score a file of answers as CoIN's code does, or as a careful benchmark would",

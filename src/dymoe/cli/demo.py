@@ -20,6 +20,10 @@ TASKS = ["ScienceQA", "ImageNet", "VQAv2"]
 STEPS = 16
 BATCH = 8
 QUESTIONS = 40  # per task and stage
+METRICS = (
+    "MFT: mean accuracy of the tasks as just learned; MFN: at the end; MAA: mean over the stages; BWT: change of the "
+    "earlier tasks since they were learned, summed and divided by the number of tasks (T-1: of earlier tasks)."
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,6 +32,12 @@ def main(argv: Sequence[str]) -> int:
         print(HELP)
         return 0
     output, steps = _options(argv)
+    print(
+        f"{len(TASKS)} tasks of {steps} steps ({', '.join(TASKS)}), first with IncMoELoRA, then with DyMoE; after each "
+        f"task {QUESTIONS} questions of every task so far. All goes to {output}; interrupted, call it again to go on.",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         runs = [_run(method, output / method, steps) for method in METHODS]
     except KeyboardInterrupt:
@@ -39,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
     for run in runs:
         show(run)
+    print(METRICS)
     print(sentence(*(read_json(run / "results.json") for run in runs)))
     page = write_report(runs, output / "report.html")
     print(f"Report: {page}")
@@ -85,7 +96,8 @@ def sentence(first: dict[str, Any], second: dict[str, Any]) -> str:
     ends = "higher" if two["MFN"] > one["MFN"] else "lower" if two["MFN"] < one["MFN"] else "level"
     than = "as" if forgets == "as much" else "than"
     return (
-        f"{b} forgot {forgets} {than} {a} (earlier tasks changed by {kept_b:+.1f} against {kept_a:+.1f} points), "
+        f"{b} forgot {forgets} {than} {a} (earlier tasks changed by {kept_b:+.1f} against {kept_a:+.1f} points on "
+        "average), "
         f"learned {learns} of each new task ({two['MFT']:.1f} against {one['MFT']:.1f} % when just trained) "
         f"and ended {ends} ({two['MFN']:.1f} against {one['MFN']:.1f} % over all tasks; "
         f"one seed, {sum(first['steps'])} steps, {min(first['samples'].values())} questions a task)."

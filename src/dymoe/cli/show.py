@@ -31,8 +31,15 @@ def show(path: Path) -> None:
         raise DymoeError(f"{path}: no results.json here; give a run folder with at least one finished stage")
     results = read_json(path / "results.json")
     console = Console(highlight=False)
+    # Not as the table's own title, which would be broken to the table's width.
+    console.print(title(results), markup=False, soft_wrap=True, style="italic")
     console.print(matrix_table(results))
     console.print(metrics_line(results), markup=False, soft_wrap=True)
+
+
+def title(results: dict[str, Any]) -> str:
+    """What the table shows, of which run."""
+    return f"{results['method']} on {results['stream']}, seed {results['seed']} (accuracy in percent)"
 
 
 def matrix_table(results: dict[str, Any]) -> Any:
@@ -41,8 +48,7 @@ def matrix_table(results: dict[str, Any]) -> Any:
     from rich.table import Table
 
     tasks = results["tasks"]
-    title = f"{results['method']} on {results['stream']}, seed {results['seed']} (accuracy in percent)"
-    table = Table(title=escape(title), title_justify="left")
+    table = Table()
     table.add_column("after")
     for task in tasks:
         table.add_column(escape(task), justify="right")

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
     from dymoe.adapter.trace import RoutingTrace
 
 # What `generate` carries on from step to step, one column a token; the batch is the last dimension but one.
@@ -19,10 +21,12 @@ class Greedy:
 
     Args:
         trace: of the experts; it is told which rows have ended, so that their tokens do not count.
+        streamer: gets the answer's tokens of a single sample as they come.
     """
 
-    def __init__(self, trace: "RoutingTrace | None" = None) -> None:
+    def __init__(self, trace: "RoutingTrace | None" = None, streamer: "BaseStreamer | None" = None) -> None:
         self._trace = trace
+        self._streamer = streamer
 
     def __call__(
         self,
@@ -55,6 +59,8 @@ class Greedy:
                 scores = logits_processor(input_ids, outputs.logits[:, -1].to(torch.float32, copy=True))
                 tokens = torch.where(running, scores.argmax(-1), pad)
                 written[places, step] = tokens
+                if self._streamer is not None:
+                    self._streamer.put(tokens.cpu())
                 running = running & ~torch.isin(tokens, ends)
                 left = int(running.sum())
                 if not left or step == steps - 1:

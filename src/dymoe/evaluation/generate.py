@@ -12,6 +12,7 @@ from dymoe.evaluation.decode import Greedy
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers.generation.streamers import BaseStreamer
 
     from dymoe.adapter.trace import RoutingTrace
     from dymoe.lvlm import Collator, Lvlm
@@ -77,6 +78,7 @@ def generate(
     part: tuple[int, int] = (0, 1),
     gather: Gather = lambda value: [value],
     trace: "RoutingTrace | None" = None,
+    streamer: "BaseStreamer | None" = None,
 ) -> list[str]:
     """Greedy answers, in the order of `samples`; a row ends at the end token.
 
@@ -91,6 +93,7 @@ def generate(
         part: which of how many processes this is; each answers its own batches (see `batches`).
         gather: gives every process's value, in order, to each of them.
         trace: of the experts; it is told which rows have ended, so that their tokens do not count.
+        streamer: gets the tokens of a single sample as they come (see `dymoe.evaluation.stream`).
     """
     model: Any = lvlm.model
     tokenizer: Any = lvlm.processor.tokenizer  # type: ignore[attr-defined]
@@ -105,7 +108,7 @@ def generate(
         with torch.inference_mode(), autocast(model.device.type, dtype):
             tokens = model.generate(
                 **batch,
-                custom_generate=Greedy(trace),
+                custom_generate=Greedy(trace, streamer),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,

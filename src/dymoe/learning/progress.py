@@ -99,7 +99,7 @@ class Display(Bars):
     def step(self, step: int, steps: int, logs: Mapping[str, float]) -> None:
         """Optimizer step `step` of `steps` is done."""
         loss = f"loss {logs['loss']:.3f}" if "loss" in logs else ""
-        share = f" new {logs['share_new']:.0%}" if "share_new" in logs else ""
+        share = f", {logs['share_new']:.0%} new tokens" if "share_new" in logs else ""
         self._show("learning", step, steps, loss + share)
 
     def evaluating(self, task: str, done: int, samples: int) -> None:

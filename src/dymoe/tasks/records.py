@@ -1,19 +1,18 @@
 """Reading the records of a parquet file, each one checked; an error names the file and the record."""
 
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from dymoe.errors import DymoeError
+from dymoe.pictures import FORMATS, opened
 from dymoe.tasks.base import Sample
 from dymoe.tasks.scoring import Scorer, scorer
 
 COLUMNS = ("id", "image", "question", "answer", "reference", "split")
-_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def read_table(path: str | Path) -> list[dict[str, Any]]:
@@ -99,16 +98,19 @@ def check_image(data: bytes | None) -> None:
     """Refuse a picture that cannot be decoded; None (a question of text alone) is fine.
 
     Raises:
-        DymoeError: no bytes, another format than PNG, JPEG or WebP, or a picture that is cut off.
+        DymoeError: no bytes, another format than PNG, JPEG or WebP, a picture that is cut off, or a larger one than is
+            read.
     """
     if data is None:
         return
     if not data:
         raise DymoeError("'image' has no bytes; it must be a PNG, JPEG or WebP picture, or null")
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with opened(data, FORMATS) as image:
             image.load()
+    except DymoeError as error:
+        raise DymoeError(f"'image' is {error}") from None
     except UnidentifiedImageError as error:
         raise DymoeError("'image' is not a PNG, JPEG or WebP picture") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise DymoeError(f"'image' cannot be decoded ({error})") from error

@@ -1,0 +1,71 @@
+"""`dymoe play RUN [RUN ...]`: a local page to ask learned runs."""
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from threading import Event
+
+from dymoe.cli.options import parse, whole
+from dymoe.errors import DymoeError
+
+HELP = """usage: dymoe play RUN [RUN ...] [--host ADDRESS] [--port N]
+
+Serve a page on this machine: drop a picture, ask any stage of the runs, watch the answer and which experts serve each
+patch and word. Nothing leaves the machine. Ctrl+C ends it. Needs Gradio: pip install 'gradio>=6'
+
+  --host ADDRESS  where to listen (127.0.0.1, which this machine alone can reach)
+  --port N        the port (the first free one from 7860 on)"""
+
+INSTALL = "install it with: pip install 'gradio>=6' (the extra `play` of dymoe)"
+# Gradio reads these when it is imported.
+QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Load the runs, serve the page until Ctrl+C."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(HELP)
+        return 0 if argv else 2
+    options, words = parse("play", argv, ("--host", "--port"))
+    host, port = options.get("--host", "127.0.0.1"), whole("play", options, "--port")
+    if port is not None and port > 65535:
+        raise DymoeError(f"play: --port: expected 1 to 65535, got {port}")
+    require_gradio()
+    with tempfile.TemporaryDirectory(prefix="dymoe-play-") as room:
+        os.environ.update(QUIET, GRADIO_TEMP_DIR=room)
+        from dymoe.play.ask import Runs
+
+        runs = Runs([Path(word) for word in words], tell=lambda text: print(text, file=sys.stderr, flush=True))
+        from dymoe.play.page import launch
+
+        page, address = launch(runs, host, port, Path(room))
+        try:
+            if host not in LOOPBACK:
+                print(f"dymoe: everyone who reaches {host} can use this page", file=sys.stderr)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads are removed then too
+            print(f"Open {address} (Ctrl+C ends)", flush=True)
+            Event().wait()
+        except KeyboardInterrupt:
+            print()
+        finally:
+            page.close(verbose=False)
+    return 0
+
+
+def require_gradio() -> None:
+    """Refuse to go on without Gradio 6 or newer.
+
+    Raises:
+        DymoeError: it is missing or older.
+    """
+    try:
+        found = version("gradio")
+    except PackageNotFoundError:
+        raise DymoeError(f"play: needs Gradio, which is not installed; {INSTALL}") from None
+    if int(found.partition(".")[0]) < 6:
+        raise DymoeError(f"play: needs Gradio 6 or newer, here is {found}; {INSTALL}")

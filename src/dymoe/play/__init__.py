@@ -1,0 +1,5 @@
+"""A local page on which a person asks a learned run, stage by stage, and sees which experts serve each token.
+
+`ask.py` answers and routes without knowing the page, `overlay.py` draws the routing as HTML, `page.py` is the page.
+Only `page.py` imports Gradio, which is an optional dependency.
+"""

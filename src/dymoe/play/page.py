@@ -1,0 +1,274 @@
+"""The page: a picture and a question on one side, the answer and its tokens' routing on the other.
+
+Gradio serves it, without its analytics, share links, web fonts and footer: the page asks no address but its own.
+"""
+
+import html
+import tempfile
+from abc import ABCMeta
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from dymoe import pictures
+from dymoe.errors import DymoeError
+from dymoe.play import overlay
+from dymoe.play.ask import LONGEST, Asked, Runs
+from dymoe.tasks.records import check_image
+
+TITLE = "dymoe: ask a learned run"
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+ANSWER = 32  # tokens, unless asked for more
+QUESTION = 4000  # characters
+WAITING = 16  # questions in the queue
+ELSEWHERE = "a picture is sent here as a file; none is fetched from another address"
+BEFORE = "Here the routing of the tokens is drawn when a question has been answered."
+ABOUT = """Ask what the run was taught, stage by stage; with the instruction that its examples carry, the answer is the
+one that evaluation gives. Below it each patch of the picture and each word is marked with the expert group that serves
+it and with its token type."""
+
+
+async def _cached_here(self: Any, url_or_file_path: str | Path | None) -> str | None:
+    """The place in the cache of a file that was sent here.
+
+    Raises:
+        gr.Error: it is at another address.
+    """
+    if "://" in str(url_or_file_path or ""):
+        raise _shown(ELSEWHERE)
+    place: str | None = await gr.Image.async_move_resource_to_block_cache(self, url_or_file_path)
+    return place
+
+
+def _encoded(self: Any, payload: Any) -> bytes | None:
+    """The encoded picture, checked before anything decodes it; None without one.
+
+    Raises:
+        gr.Error: it is no picture, a larger one than is read, or not sent as a file.
+    """
+    if payload is None:
+        return None
+    if payload.path is None:
+        raise _shown(ELSEWHERE)
+    file = Path(payload.path)
+    try:
+        pictures.check_size(file.stat().st_size)
+        data = file.read_bytes()
+        check_image(data)
+    except (DymoeError, OSError) as error:
+        raise _shown(_line(error).replace("'image'", "the picture", 1)) from None
+    return data
+
+
+# Gradio's image field, which decodes nothing and fetches nothing. Made without Gradio's own metaclass code, which would
+# write a stub (.pyi) beside this file; a class all the same, since Gradio makes new fields of it for each visitor.
+_MEMBERS = {
+    "__module__": __name__,
+    "is_template": True,
+    "preprocess": _encoded,
+    "async_move_resource_to_block_cache": _cached_here,
+}
+Upload: Any = ABCMeta.__new__(type(gr.Image), "Upload", (gr.Image,), _MEMBERS)
+
+
+def build(runs: Runs, files: Path) -> gr.Blocks:
+    """The page, not yet served.
+
+    Args:
+        runs: in memory.
+        files: a folder for the examples' pictures.
+    """
+    first = runs.names[0]
+    every = [runs.routed(name) for name in runs.names]
+    layers = sorted({layer for routed in every for layer, _ in routed})
+    projections = list(dict.fromkeys(projection for routed in every for _, projection in routed))
+    stages = max((runs.stages(name) for name in runs.names), key=len)
+    stages = [*runs.stages(first), *stages[len(runs.stages(first)) :]]
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown(f"# {TITLE}\n{' '.join(ABOUT.split())}")
+        asked = gr.State()
+        with gr.Row():
+            with gr.Column(scale=2):
+                picture = Upload(
+                    label="Picture",
+                    placeholder="Drop a picture here or click: PNG, JPEG or WebP; none for a question of text alone",
+                    sources=["upload", "clipboard"],
+                    buttons=[],
+                    height=260,
+                )
+                question = gr.Textbox(label="Question", lines=3, max_length=QUESTION, submit_btn=False)
+                with gr.Row():
+                    run = gr.Dropdown(runs.names, value=first, label="Run", interactive=True)
+                    stage = gr.Dropdown(stages, value=len(runs.stages(first)) - 1, label="Stage", interactive=True)
+                longest = gr.Slider(1, LONGEST, ANSWER, step=1, label="Longest answer (tokens)")
+                with gr.Row():
+                    button = gr.Button("Ask", variant="primary")
+                    stop = gr.Button("Stop")
+            with gr.Column(scale=3):
+                answer = gr.Textbox(label="Answer", lines=2, interactive=False, buttons=["copy"])
+                expected = gr.Textbox(label="Expected answer", interactive=False)
+                with gr.Row():
+                    layer = gr.Dropdown(layers, value=layers[len(layers) // 2], label="Decoder layer")
+                    projection = gr.Dropdown(projections, value=_usual(projections), label="Projection")
+                routing = gr.HTML(overlay.note(BEFORE), label="Routing", elem_classes="routing-place")
+        gr.Examples(
+            _examples(runs, first, files), [picture, question, expected], examples_per_page=8, label="From the run"
+        )
+
+        run.change(
+            lambda name: gr.Dropdown(runs.stages(name), value=len(runs.stages(name)) - 1),
+            run,
+            stage,
+            api_visibility="private",
+        )
+        gr.on([picture.input, question.input], None, None, expected, js="() => ''")
+        how: Any = {"concurrency_id": "model", "concurrency_limit": 1}
+        question_and_place = [run, stage, question, picture, longest, layer, projection]
+        answering = gr.on(
+            [button.click, question.submit],
+            _one_line(_asking(runs)),
+            question_and_place,
+            [answer, routing, asked],
+            api_name="ask",
+            **how,
+        )
+        stop.click(None, cancels=[answering])
+        gr.on(
+            [layer.change, projection.change],
+            _one_line(lambda past, layer, projection: _routing(runs, past, layer, projection)),
+            [asked, layer, projection],
+            routing,
+            api_visibility="private",
+            **how,
+        )
+        page.queue(max_size=WAITING)
+    return page
+
+
+def _asking(runs: Runs) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    """What the button does: the answer as it grows, then the routing of its tokens."""
+
+    def ask(
+        run: str, stage: int, question: str, picture: bytes | None, longest: int, layer: int, projection: str
+    ) -> Iterator[tuple[Any, ...]]:
+        past = None
+        for past in runs.ask(run, int(stage), question, picture, int(longest)):
+            yield past.sample.answer, overlay.note("…"), None
+        assert past is not None  # the last answer is the whole one, though it may be empty
+        yield past.sample.answer, _routing(runs, past, layer, projection), past
+
+    return ask
+
+
+def _routing(runs: Runs, past: Asked | None, layer: int, projection: str) -> Any:
+    """The routing as HTML, or a line that says why there is none."""
+    from dymoe.analysis.token_overlay import seen_picture
+
+    if past is None:
+        return overlay.note(BEFORE)
+    learned = runs[past.run]
+    try:
+        frame = runs.route(past, int(layer))
+    except DymoeError as error:
+        return overlay.note(_line(error))
+    frame = frame[frame["projection"] == projection]
+    if frame.empty:
+        return overlay.note(f"layer {layer}: {projection} holds no experts in this run")
+    picture = seen_picture(learned.lvlm, past.sample) if past.sample.has_image else None
+    return overlay.draw(frame, picture, learned.groups(past.stage))
+
+
+def _examples(runs: Runs, name: str, files: Path) -> list[list[str | None]]:
+    """Picture, question and reference answer of the run's examples, the pictures as files."""
+    rows: list[list[str | None]] = []
+    for number, sample in enumerate(runs.examples(name)):
+        place = None
+        if (data := sample.image) is not None:
+            with pictures.opened(data) as picture:
+                place = files / f"{number}.{str(picture.format).lower()}"
+            place.write_bytes(data)
+        rows.append([None if place is None else str(place), sample.question, sample.answer])
+    return rows
+
+
+def _usual(projections: list[str]) -> str:
+    return "v_proj" if "v_proj" in projections else projections[0]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _shown(text: str) -> gr.Error:
+    """An error as the page shows it: one line of text, for Gradio would take it for HTML."""
+    return gr.Error(html.escape(text, quote=False), duration=None, title="Not possible", print_exception=False)
+
+
+def _one_line(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The same work, its DymoeErrors shown on the page."""
+    from inspect import isgeneratorfunction
+
+    if isgeneratorfunction(work):
+
+        @wraps(work)
+        def told(*values: Any) -> Any:
+            try:
+                yield from work(*values)
+            except DymoeError as error:
+                raise _shown(_line(error)) from None
+    else:
+
+        @wraps(work)
+        def told(*values: Any) -> Any:
+            try:
+                return work(*values)
+            except DymoeError as error:
+                raise _shown(_line(error)) from None
+
+    return told
+
+
+def launch(runs: Runs, host: str, port: int | None, room: Path) -> tuple[gr.Blocks, str]:
+    """Serve the page from a thread of its own.
+
+    Args:
+        runs: in memory.
+        host: address to listen on.
+        port: the first free one from Gradio's usual one on when None.
+        room: a folder for uploads and examples; its owner removes it.
+
+    Returns:
+        The page (`close` ends it) and its address.
+
+    Raises:
+        DymoeError: the host is none of this machine, or the port is taken.
+    """
+    files = Path(tempfile.mkdtemp(dir=room))
+    page = build(runs, files)
+    try:
+        _, local, _ = page.launch(
+            share=False,
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            inbrowser=False,
+            quiet=True,
+            max_file_size=pictures.MAX_BYTES,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            theme=gr.themes.Default(**FONTS),
+            css=overlay.STYLE,
+        )
+    except OSError as error:
+        where = f"{host}:{port}" if port else host
+        raise DymoeError(
+            f"play: {where} cannot be listened on; give another --port or --host ({_line(error)})"
+        ) from None
+    return page, local
