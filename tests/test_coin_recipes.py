@@ -14,8 +14,9 @@ from peft import get_peft_model
 from dymoe.adapter import DyMoEConfig
 from dymoe.learning.budget import Shape, groups_after, memory, shape_of
 from dymoe.learning.groups import stored_parameters, trainable_parameters
+from dymoe.learning.plan import Plan
 from dymoe.learning.recipe import Recipe, load_recipe
-from dymoe.learning.sweep import Plan, is_sweep, load_sweep
+from dymoe.learning.sweep import is_sweep, load_sweep
 from dymoe.lvlm.shapes import meta_model, published_config
 from tests.tasks import coin_tree
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,13 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
                 raise
     except OSError as error:
         raise DymoeError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def free_space(path: str | Path) -> tuple[Path, int]:
+    """What exists of `path` (itself or the nearest folder above it), and the bytes free on that disk."""
+    path = Path(path).absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    return there, shutil.disk_usage(there).free
 
 
 def sha256_of(path: Path) -> str:

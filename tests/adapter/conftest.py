@@ -36,8 +36,8 @@ def randomise(model, groups=None):
                     b.copy_(torch.randn(b.shape, generator=generator) * 0.05)
 
 
-@pytest.fixture
-def batch():
+def padded_batch():
+    """Three rows of nine tokens, padded on the left; the last four are labels."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(1, 60, (3, 9), generator=generator)
     mask = torch.ones_like(ids)
@@ -46,3 +46,8 @@ def batch():
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :5] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.fixture
+def batch():
+    return padded_batch()

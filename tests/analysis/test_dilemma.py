@@ -14,7 +14,7 @@ from dymoe.adapter import group_hash
 from dymoe.analysis.token_dilemma import STRATEGIES, complete, dilemma_sweep
 from dymoe.cli import main
 from dymoe.errors import DymoeError
-from dymoe.learning.sweep import Plan
+from dymoe.learning.plan import Plan
 from tests.adapter.conftest import batch, randomise, small, tiny_llama  # noqa: F401 - batch is a fixture
 from tests.learning.tiny import write_recipe
 

@@ -1,5 +1,6 @@
 """The memory arithmetic against what torch itself holds: autograd's saved tensors, parameters, AdamW's state."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from dymoe.learning.budget import (
 )
 from dymoe.learning.groups import stored_parameters, trainable_parameters
 from dymoe.learning.recipe import load_recipe
-from dymoe.lvlm.model import check_4bit
+from dymoe.lvlm.model import require_bitsandbytes
 from dymoe.lvlm.options import ModelOptions
 from dymoe.lvlm.shapes import meta_model, published_config
 
@@ -125,6 +126,16 @@ def test_groups_gradients_and_state_are_those_of_the_parameters(method: str) -> 
     assert found.training > found.asking - found.evaluation
 
 
+@pytest.mark.parametrize("method, copies", [("lora", 0), ("lwf", 1), ("ewc", 2)])
+@pytest.mark.parametrize("words", [[], ["--with", "[replay]"]], ids=["alone", "with replay"])
+def test_what_a_method_keeps_of_the_group_that_trains_is_counted(method: str, copies: int, words: list[str]) -> None:
+    recipe = load_recipe(Path("recipes/pocket") / f"{method}.yaml", words)
+    shape = shape_of(tiny())
+    first, second = memory(recipe, shape, 1), memory(recipe, shape, 2)
+    assert first.groups == 4 * first.stored
+    assert second.groups == 4 * (second.stored + copies * second.trainable)
+
+
 def test_four_bits_take_an_eighth_of_the_linears_and_their_scales() -> None:
     shape = shape_of(meta_model(published_config("llava-1.5-7b")))
     # 32 layers: q, k, v, o of 4096 x 4096; gate, up, down of 4096 x 11008.
@@ -160,7 +171,15 @@ def test_a_linear_router_scores_the_older_experts_too() -> None:
     assert group_parameters(shape, config, older=8)[1] == 12 * inputs
 
 
+def test_the_page_holds_the_table_that_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path("tools/memory.py", run_name="__main__")
+    made = capsys.readouterr().out
+    assert made.count("\n| ") == 11
+    assert made in Path("docs/memory.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.skipif(__import__("importlib.util").util.find_spec("bitsandbytes") is not None, reason="it is there")
-def test_without_bitsandbytes_four_bits_are_refused() -> None:
-    with pytest.raises(DymoeError, match="needs bitsandbytes, which is not installed"):
-        check_4bit()
+def test_without_bitsandbytes_the_key_that_needs_it_is_named() -> None:
+    for key in ("model_options.load_in_4bit", "training.optimizer"):
+        with pytest.raises(DymoeError, match=f"^{key}: needs bitsandbytes, which is not installed"):
+            require_bitsandbytes(key)

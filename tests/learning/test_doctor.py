@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dymoe.cli import main
-from dymoe.learning.doctor import Checkup, check
+from dymoe.learning.doctor import check
+from dymoe.learning.findings import Checkup
 from dymoe.learning.recipe import load_recipe
 from tests.learning.tiny import save_tiny, write_recipe
 from tests.tasks import coin_tree

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from dymoe import methods
 from dymoe.learning.folder import RunFolder
+from dymoe.learning.learner import free_name
 from dymoe.learning.recipe import load_recipe
-from dymoe.learning.run import free_name, run
+from dymoe.learning.run import run
 from dymoe.methods import Probe
 from dymoe.methods.cmoe import CMoE
 from tests.learning.tiny import write_recipe

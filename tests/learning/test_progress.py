@@ -2,10 +2,14 @@
 
 import io
 import time
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from dymoe.learning.cells import SweepDisplay
 from dymoe.learning.progress import Display
+from dymoe.learning.records import Cell
 
 
 def show(terminal: bool) -> str:
@@ -39,3 +43,20 @@ def test_bars_in_a_terminal_show_task_step_and_loss():
     assert "\x1b[" in told
     for word in ("dymoe on stream", "2/2", "loss 0.500", "[bold]said", "[red]A: learning"):
         assert word in told
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["lines", "bars"])
+def test_a_sweep_shows_what_runs_and_what_failed(terminal):
+    out = io.StringIO()
+    place = ("origin", "original", 0, Path("lora.yaml"), (), {"tasks": ["A", "B"]}, "mark")
+    cell = Cell("lora", *place, Path("runs/lora-0"), None, "lora")
+    with SweepDisplay(3, 1, Console(file=out, force_terminal=terminal, width=100)) as display:
+        display.started(cell)
+        display.at(cell, "task 2 B, step 3")
+        if terminal:
+            time.sleep(0.25)  # the bars are drawn ten times a second
+        display.ended(cell, "[red]no")
+    told = out.getvalue()
+    assert "lora, seed 0: failed: [red]no; 1 of 3 done, 0 running, 1 failed" in " ".join(told.split())
+    assert ("task 2 B, step 3" in told) == terminal
+    assert ("sweep" in told and "\x1b[" in told) == terminal

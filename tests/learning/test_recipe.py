@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dymoe.cli import main
 from dymoe.errors import DymoeError
-from dymoe.learning.recipe import Recipe, load_recipe, parse_overrides
+from dymoe.learning.recipe import Recipe, Training, load_recipe, parse_overrides
 from dymoe.learning.sweep import is_sweep
 from dymoe.methods import available
 from dymoe.methods.settings import keys
@@ -158,3 +158,14 @@ def test_a_wrong_recipe_ends_before_anything_heavy_is_imported(tmp_path):
     assert done.returncode == 2
     assert done.stdout.strip() == "[]"
     assert "did you mean seed?" in done.stderr
+
+
+@given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3))
+def test_the_steps_of_a_stage_are_those_that_see_every_sample(samples, batch, passes, processes, epochs):
+    training = Training(epochs=epochs, batch_size=batch, gradient_accumulation=passes)
+    left, steps = samples * epochs, 0
+    while left > 0:
+        left -= batch * passes * processes
+        steps += 1
+    assert training.steps(samples, 2, processes) == steps
+    assert Training(steps_per_task=5, batch_size=batch).steps(samples, 2, processes) == 10

@@ -17,8 +17,10 @@ import yaml
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.cells import _Job, _stop, last_line, stage_of
+from dymoe.learning.plan import Plan
 from dymoe.learning.recipe import load_recipe
-from dymoe.learning.sweep import Plan, choose, is_sweep, load_sweep, read_results
+from dymoe.learning.records import choose, read_results
+from dymoe.learning.sweep import is_sweep, load_sweep
 from tests.learning.test_resume import COMMAND
 from tests.learning.tiny import write_recipe
 

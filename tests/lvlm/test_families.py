@@ -5,15 +5,19 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors import safe_open
 from tests.learning.tiny import write_recipe
 from tests.lvlm.conftest import png, sample
 from tests.lvlm.families import FAMILIES
 
+from dymoe.adapter import DyMoEConfig
 from dymoe.errors import DymoeError
+from dymoe.learning.budget import shape_of
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
 from dymoe.lvlm import Collator, Lvlm, cached_features, load
+from dymoe.lvlm.decoder import decoder_linears
 
 QUESTION = "What is it?\nAnswer with one word."
 SIZES = [(40, 24), (20, 60), None, (64, 50)]  # height, width
@@ -162,6 +166,22 @@ def test_two_tasks_are_learned_on_the_language_model_alone(loaded, tmp_path):
             assert all(weights.get_tensor(name).abs().sum() > 0 for name in learned)
         owners = {name.removeprefix("base_model.model.").split(".dymoe_")[0] for name in names}
         assert owners == linears
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["its own decoder", "a decoder that holds the tower"])
+def test_the_linears_that_are_counted_are_those_that_get_experts(loaded, whole, monkeypatch):
+    family, _, lvlm = loaded
+    model = copy.deepcopy(lvlm.model)
+    if whole:
+        monkeypatch.setattr(model, "get_decoder", lambda: model.base_model)
+    counted = decoder_linears(model)
+    shape = shape_of(model)
+    assert [linear.name for linear in shape.linears] == counted
+    wrapped = get_peft_model(model, DyMoEConfig(num_experts=1, r=1, top_k=1), adapter_name="a")
+    assert [layer.name for layer in wrapped.base_model.layers()] == counted
+    assert decoder_linears(model) == counted  # the bases of wrapped linears do not count again
+    assert not any("vision_" in name for name in counted)
+    assert whole or len(counted) == family.layers
 
 
 # --- what the families have in common -----------------------------------------------------------------------------

@@ -31,7 +31,8 @@ from transformers import (
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.lvlm import Collator, load
-from dymoe.lvlm.llava import assemble, build_config, build_tokenizer, new_rows
+from dymoe.lvlm.llava import assemble, new_rows
+from dymoe.lvlm.vicuna import build_config, build_tokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "

@@ -15,7 +15,7 @@ from dymoe.errors import DymoeError
 from dymoe.learning.data import Data
 from dymoe.learning.recipe import Training
 from dymoe.methods import Stage
-from tests.adapter.conftest import randomise, tiny_llama
+from tests.adapter.conftest import padded_batch, randomise, tiny_llama
 
 TASKS = [SimpleNamespace(name=name, train=[f"{name}{i}" for i in range(20)]) for name in "abc"]
 
@@ -74,14 +74,7 @@ def question(batch):
 
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(1, 60, (3, 9), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    mask[1, :1] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :5] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return padded_batch()
 
 
 # ---- the attention ----------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from dymoe import methods
 from dymoe.errors import DymoeError
 from dymoe.learning.groups import group_hash, train_group
 from dymoe.methods import Stage
-from dymoe.methods import same as maths
-from dymoe.methods.same import FILE, FOLDER, InputStatistics
+from dymoe.methods import shaping as maths
+from dymoe.methods.inputs import FILE, InputStatistics
+from dymoe.methods.same import FOLDER
 from tests.adapter.conftest import randomise, tiny_llama
 
 

@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import pickle
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,10 +16,9 @@ from hypothesis import strategies as st
 
 from dymoe.errors import DymoeError
 from dymoe.tasks import Sample, Source, available, load_stream, own, task_names
-from dymoe.tasks import index as indexing
 from dymoe.tasks.coin import check, layout, stream
 from dymoe.tasks.coin.layout import published
-from dymoe.tasks.index import Plan, index, split, stable_hash
+from dymoe.tasks.index import Plan, cache_folder, index, split, stable_hash
 from dymoe.tasks.lazy import ImageFile, Joined, Records, View, image_path, image_size, joined
 from dymoe.tasks.llava import parse, read_box, read_records
 from dymoe.tasks.scoring import scorer
@@ -287,7 +287,7 @@ def test_no_image_is_opened_before_it_is_asked_for(trees: dict[str, Path], monke
     from dymoe.learning.results import data_description
 
     opened = Opened().watch(monkeypatch)
-    indexing.clear()
+    shutil.rmtree(cache_folder(), ignore_errors=True)
     found = load(trees["coin"])
     samples = [sample for task in found.tasks for sample in (*task.train, *task.validation, *task.test)]
     description = data_description(found)

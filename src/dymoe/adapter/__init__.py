@@ -9,7 +9,7 @@ from peft.mapping import (
 from dymoe.adapter.config import PEFT_TYPE, DyMoEConfig
 from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.layer import DyMoELayer
-from dymoe.adapter.model import DyMoEModel, group_hash, group_tensors
+from dymoe.adapter.model import DyMoEModel, group_hash, group_tensors, tensors_hash
 from dymoe.adapter.trace import GroupWeights, LayerRouting, RoutingTrace
 
 # PEFT's mappings take any string as key; saving and loading are delegated to the tuner class found here.
@@ -28,4 +28,5 @@ __all__ = [
     "RoutingTrace",
     "group_hash",
     "group_tensors",
+    "tensors_hash",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dymoe.adapter.layer import DyMoELayer
 from dymoe.adapter.selection import Select, Selector
 from dymoe.adapter.selectors import SELECTORS
 from dymoe.adapter.trace import RoutingTrace
+from dymoe.lvlm.decoder import decoder_linears
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -247,7 +249,7 @@ def _language_projections(model: nn.Module) -> str | list[str]:
     Fused projections count as what they are. The output embedding, a vision tower and a projector are left alone; a
     module that is no transformers model with a decoder gets the seven usual names.
     """
-    linears = _decoder_linears(model)
+    linears = decoder_linears(model)
     if not linears:
         return list(PROJECTIONS)
     decoder = model.get_decoder()  # type: ignore[operator]
@@ -256,28 +258,6 @@ def _language_projections(model: nn.Module) -> str | list[str]:
     pattern = (re.escape(inside + ".") if inside else "") + rf"(.*\.)?({leaves})"
     matched = {name for name, module in model.named_modules() if re.fullmatch(pattern, name)}
     return pattern if matched == set(linears) else linears
-
-
-def _decoder_linears(model: nn.Module) -> list[str]:
-    """Names of the linears (or what wraps them already) in the decoder, in the model's order."""
-    if not hasattr(model, "get_decoder"):
-        return []
-    decoder = model.get_decoder()  # type: ignore[operator]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    inside = set(decoder.modules())
-    for module in decoder.modules():  # a decoder that is the whole model holds the tower too
-        if module is not decoder and "text" not in getattr(module, "input_modalities", "text"):
-            inside -= set(module.modules())
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if module not in inside or module is head:
-            continue
-        if isinstance(module, DyMoELayer):
-            found.append(name)
-            inside -= set(module.modules())
-        elif isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
-            found.append(name)
-    return found
 
 
 def group_tensors(model: nn.Module, group: str) -> dict[str, Tensor]:
@@ -304,8 +284,16 @@ def group_hash(model: nn.Module, group: str) -> str:
     Raises:
         ValueError: the model has no such group.
     """
+    return tensors_hash(sorted(group_tensors(model, group).items()))
+
+
+def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors of any dtype and device, one after the other.
+
+    A group's names are those under which PEFT saves it, so that the hash can be taken from the file alone.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(group_tensors(model, group).items()):
+    for name, tensor in named:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

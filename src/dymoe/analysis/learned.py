@@ -14,8 +14,8 @@ from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import autocast, batches, evaluated, to_device
 from dymoe.learning.folder import StageFolder
 from dymoe.learning.groups import hashes, load_group, trace_of
+from dymoe.learning.learner import base_model
 from dymoe.learning.recipe import Recipe, recorded
-from dymoe.learning.run import base_model
 from dymoe.lvlm import Collator, ImageFeatures, Lvlm, cached_features
 from dymoe.tasks import Sample, Task, load_stream
 

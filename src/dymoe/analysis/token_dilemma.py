@@ -9,7 +9,8 @@ import pandas as pd
 
 from dymoe.analysis.storage import COLUMNS
 from dymoe.errors import DymoeError
-from dymoe.learning.sweep import Sweep, is_sweep, load_sweep, read_results
+from dymoe.learning.records import read_results
+from dymoe.learning.sweep import Sweep, is_sweep, load_sweep
 
 GUIDANCE = "settings.guidance"
 # Which tokens reach the new experts while the second task is learned -> the mask that does it (`dymoe.routing`).

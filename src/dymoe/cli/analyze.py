@@ -194,7 +194,7 @@ def _dilemma(words: Sequence[str]) -> int:
     from dymoe.analysis.token_dilemma import dilemma_sweep
     from dymoe.cli.sweep import FLAGS, learn
     from dymoe.files import atomic_write
-    from dymoe.learning.sweep import read_results
+    from dymoe.learning.records import read_results
 
     overrides = [word for word in words[1:] if word not in FLAGS]
     sweep = dilemma_sweep(words[0], overrides)

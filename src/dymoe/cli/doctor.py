@@ -2,11 +2,15 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
+
+if TYPE_CHECKING:
+    from dymoe.learning.findings import Checkup, Finding
 
 HELP = """usage: dymoe doctor RECIPE [--all] [--samples N] [--json] [--KEY VALUE ...]
 
@@ -32,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     from dymoe.learning.recipe import load_recipe
 
     recipe = load_recipe(argv[0], [word for word in words if word not in ("--all", "--json")])
-    from dymoe.learning.doctor import check, tables
+    from dymoe.learning.doctor import check
 
     found = check(recipe, argv[0], None if "--all" in words else samples, Path(argv[0]).parent)
     if "--json" in words:
@@ -62,3 +66,35 @@ def _samples(words: Sequence[str]) -> tuple[int, list[str]]:
         del given[: 0 if "=" in word else 1]
     options, _ = parse("doctor", own, ("--samples",))
     return whole("doctor", options, "--samples") or 64, rest
+
+
+def tables(found: "Checkup") -> Iterator[Any]:
+    """What was found, for a terminal: findings, tasks, recipes."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    def made(title: str, *heads: str) -> Table:
+        table = Table(title=title)
+        for head in heads:
+            table.add_column(head, overflow="fold")
+        return table
+
+    colours = {"wrong": "red", "note": "yellow", "fine": "green"}
+    first = made("What was checked", "", "what", "where", "found", "how to mend it")
+    order: Callable[[Finding], int] = lambda finding: list(colours).index(finding.level)  # noqa: E731
+    for finding in sorted(found.findings, key=order):
+        words = (escape(word) for word in (finding.what, finding.where, finding.found, finding.mend))
+        first.add_row(f"[{colours[finding.level]}]{finding.level}[/]", *words)
+    yield first
+    if found.tasks:
+        second = made("Tasks", "task", "train", "test", "tokens, mean", "longest", "hours")
+        for row in found.tasks:
+            hours = "-" if row["hours"] is None else f"{row['hours']:,.2f}"
+            counts = (f"{row['train']:,}", f"{row['test']:,}", f"{row['tokens_mean']:.0f}", str(row["tokens_longest"]))
+            second.add_row(row["task"], *counts, hours)
+        yield second
+    if found.fits:
+        third = made(f"Recipes on {found.machine['device']}", "recipe", "GB", "fits")
+        for row in found.fits:
+            third.add_row(escape(row["recipe"]), f"{row['bytes'] / 1e9:.1f}", "yes" if row["fits"] else "no")
+        yield third

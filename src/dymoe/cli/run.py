@@ -3,9 +3,14 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dymoe.learning.dryrun import Measured
 
 HELP = """usage: dymoe run RECIPE [--resume | --dry-run] [--KEY VALUE ...]
 
@@ -60,18 +65,48 @@ def _dry_run(recipe: Any, overrides: Sequence[str]) -> int:
     from rich.console import Console
 
     from dymoe.files import atomic_json
-    from dymoe.learning.dryrun import as_dict, dry_run, table
+    from dymoe.learning.dryrun import as_dict, dry_run
 
     output = recipe.output if any(word.partition("=")[0] == "--output" for word in overrides) else ""
     if output and not output.endswith(".json"):
         raise DymoeError(f"run: --dry-run --output: expected a JSON file, got {output!r}")
     rows = dry_run(recipe)
     wide = None if sys.stdout.isatty() else 140
-    Console(file=sys.stdout, highlight=False, width=wide).print(table(rows))
+    Console(file=sys.stdout, highlight=False, width=wide).print(_table(rows))
     if output:
         atomic_json(output, as_dict(rows, recipe))
         print(f"Measured: {output}")
     return 0
+
+
+def _table(rows: "Sequence[Measured]") -> "Table":
+    """The measurement as a table for a terminal."""
+    from rich.table import Table
+
+    from dymoe.learning.dryrun import published
+
+    made = Table(title="Dry run: random weights, made data")
+    heads = ("task", "s/step", "tokens/s", "answers/s", "peak GB", "by arithmetic", "steps", "hours", "hours to ask")
+    for head in (*heads, f"paper ({published()['hardware']})"):
+        made.add_column(head, justify="left" if head == "task" else "right", overflow="fold")
+
+    def number(value: float | None, places: int = 2) -> str:
+        return "-" if value is None else f"{value:,.{places}f}"
+
+    for row in rows:
+        made.add_row(
+            row.task,
+            number(row.step_seconds),
+            number(row.tokens_per_second, 0),
+            number(row.answers_per_second),
+            number(row.peak_bytes / 1e9, 1),
+            number(None if row.estimated_bytes is None else row.estimated_bytes / 1e9, 1),
+            number(row.steps, 0),
+            number(row.hours),
+            number(row.asking_hours),
+            number(row.paper_hours),
+        )
+    return made
 
 
 def help_text() -> str:

@@ -48,7 +48,8 @@ def learn(sweep: Any, path: str, argv: Sequence[str], command: str) -> int:
         argv: of its words `FLAGS` are read.
         command: what goes on with it.
     """
-    from dymoe.learning.sweep import Plan, read_results
+    from dymoe.learning.plan import Plan
+    from dymoe.learning.records import read_results
 
     if sweep.published:
         from dymoe.report.leaderboard import published
@@ -96,7 +97,7 @@ class _Book:
     def write(self) -> None:
         """Both files, each in full or not at all."""
         from dymoe.files import atomic_json, atomic_write
-        from dymoe.learning.sweep import choose
+        from dymoe.learning.records import choose
         from dymoe.report.leaderboard import markdown, tuning_markdown
 
         if self.rows and not self.about.get("machine"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dymoe.lvlm.decoder import decoder_linears
 from dymoe.lvlm.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ OWN = 4  # bytes of an expert's parameter, its gradient and each of AdamW's two 
 # Bits of a 4-bit weight with its block's scale: 64 weights share a float32, which double quantisation holds in 8 bits
 # with a float32 for 256 of them (QLoRA, section 3).
 BITS = {True: 4 + 8 / 64 + 32 / (64 * 256), False: 4 + 32 / 64}
-# Copies of what trains that a method keeps in float32: EWC an anchor and a Fisher matrix, LwF its teacher.
-KEPT = {"ewc": 2, "lwf": 1}
 # Text tokens behind the image that an estimate takes where no data says more; answers' tokens among them.
 TEXT, ANSWER = 128, 64
 
@@ -69,11 +68,8 @@ class Shape:
 
 def shape_of(model: Any) -> Shape:
     """The shapes of a model, on any device (`dymoe.lvlm.shapes.meta_model`), before it got experts."""
-    from dymoe.lvlm.model import linears
-
     text = model.config.get_text_config()
-    inside, _ = linears(model)
-    found = [(name, model.get_submodule(name)) for name in inside]
+    found = [(name, model.get_submodule(name)) for name in decoder_linears(model)]
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
@@ -279,7 +275,7 @@ def memory(recipe: "Recipe", shape: Shape, stage: int, tokens: int | None = None
     prompt = 4 * shape.hidden * size + 3 * shape.inner * size
     return Memory(
         weights=weight_bytes(shape, training.dtype, options),
-        groups=float(OWN * (stored + KEPT.get(recipe.method, 0) * trainable * (stage > 1))),
+        groups=float(OWN * (stored + method.copies * trainable * (stage > 1))),
         packed=float(sum(packs[:-1])),
         gradients=float(OWN * trainable),
         optimizer=0.0 if paged else float(moments),

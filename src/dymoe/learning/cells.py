@@ -12,14 +12,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID, TimeElapsedColumn
 
 from dymoe.errors import DymoeError
-from dymoe.learning.sweep import Cell, record
+from dymoe.learning.progress import Bars
+from dymoe.learning.records import Cell, record
 
 GRACE = 30.0  # seconds that a stopped process has to end by itself
 TAIL = 8192  # bytes of a file's end that are looked at
@@ -225,7 +226,7 @@ def _tail(file: Path) -> str:
         return ""
 
 
-class SweepDisplay:
+class SweepDisplay(Bars):
     """Cells done, running and failed, and where each running one is; plain lines outside a terminal.
 
     Args:
@@ -235,35 +236,17 @@ class SweepDisplay:
     """
 
     def __init__(self, cells: int, done: int, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        super().__init__(TimeElapsedColumn(), console)
         self.cells = cells
         self.done = done
         self.failed = 0
         self._now: dict[Cell, str] = {}
-        self._bars: Progress | None = None
         self._all: TaskID | None = None
         self._lines: dict[Cell, TaskID] = {}
         self._told = time.monotonic()
 
-    def __enter__(self) -> "SweepDisplay":
-        if self.console.is_terminal:
-            self._bars = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-                TimeElapsedColumn(),
-                console=self.console,
-            )
-            self._bars.start()
-            self._all = self._bars.add_task("sweep", total=self.cells, completed=self.done, note="")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+    def _begin(self, bars: Progress) -> None:
+        self._all = bars.add_task("sweep", total=self.cells, completed=self.done, note="")
 
     def started(self, cell: Cell) -> None:
         """A cell's turn has come."""

@@ -5,7 +5,6 @@ two batches asked per task, the first of each to warm up.
 """
 
 import io
-import math
 import resource
 import sys
 import tempfile
@@ -22,8 +21,6 @@ from dymoe.learning.progress import Display
 from dymoe.learning.recipe import Recipe
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from dymoe.tasks import Sample, Stream, Task
 
 TIMES = Path(__file__).parent / "published_times.json"
@@ -84,7 +81,8 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
         DymoeError: the model has no configuration to be made from, or a stage fails as it would in the run.
     """
     from dymoe.learning.budget import memory, shape_of
-    from dymoe.learning.run import Made, run
+    from dymoe.learning.learner import Made
+    from dymoe.learning.run import run
     from dymoe.lvlm.shapes import config_of, meta_model, random_lvlm
 
     if recipe.method == "zero-shot":
@@ -117,7 +115,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
         seconds = seen.steps[task.name]
         asked = seen.asked[task.name]
         train, test = sizes[task.name]
-        steps = _steps(recipe, train, rows)
+        steps = recipe.training.steps(min(train, recipe.training.limit or train))
         minutes = published()["minutes"].get(recipe.method, {}).get(task.name) if recipe.stream == "coin" else None
         found.append(
             Measured(
@@ -134,13 +132,6 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
             )
         )
     return found
-
-
-def _steps(recipe: Recipe, samples: int, rows: int) -> int:
-    training = recipe.training
-    if training.steps_per_task is not None:
-        return training.steps_per_task
-    return math.ceil(min(samples, training.limit or samples) * (training.epochs or 1.0) / rows)
 
 
 def _tokens(lvlm: Any, task: "Task", recipe: Recipe, rows: int) -> tuple[int, int]:
@@ -212,17 +203,16 @@ def made_stream(recipe: Recipe, train: int, test: int) -> tuple["Stream", dict[s
 
     CoIN's samples are made (`made_task`), another stream's are its own, repeated as often as needed.
     """
-    from dymoe.tasks import Stream, load_stream, task_names
+    from dymoe.tasks import Stream
 
     if recipe.stream == "coin":
         from dymoe.tasks.coin.layout import published as coin
 
-        names = task_names("coin", recipe.order, recipe.tasks)
+        names = recipe.task_names()
         sizes = {name: (coin()["tasks"][name]["train"], coin()["tasks"][name]["test"]) for name in names}
         lengths = {name: Lengths(**published()["lengths"][name]) for name in names}
         return Stream("coin", tuple(made_task(name, lengths[name], train, test) for name in names)), sizes
-    names_of = (recipe.stream, recipe.order, recipe.instructions, recipe.tasks)
-    stream = load_stream(*names_of, recipe.seed, recipe.data)
+    stream = recipe.load_stream()
     sizes = {task.name: (len(task.train), len(task.test)) for task in stream.tasks}
     tasks = tuple(
         replace(task, train=_repeated(task.train, train), test=_repeated(task.test, test)) for task in stream.tasks
@@ -283,31 +273,3 @@ def as_dict(rows: Sequence[Measured], recipe: Recipe) -> dict[str, Any]:
         "paper": {key: published()[key] for key in ("source", "hardware")},
         "tasks": [asdict(row) for row in rows],
     }
-
-
-def table(rows: Sequence[Measured]) -> "Table":
-    """The measurement as a table for a terminal."""
-    from rich.table import Table
-
-    made = Table(title="Dry run: random weights, made data")
-    heads = ("task", "s/step", "tokens/s", "answers/s", "peak GB", "by arithmetic", "steps", "hours", "hours to ask")
-    for head in (*heads, f"paper ({published()['hardware']})"):
-        made.add_column(head, justify="left" if head == "task" else "right", overflow="fold")
-
-    def number(value: float | None, places: int = 2) -> str:
-        return "-" if value is None else f"{value:,.{places}f}"
-
-    for row in rows:
-        made.add_row(
-            row.task,
-            number(row.step_seconds),
-            number(row.tokens_per_second, 0),
-            number(row.answers_per_second),
-            number(row.peak_bytes / 1e9, 1),
-            number(None if row.estimated_bytes is None else row.estimated_bytes / 1e9, 1),
-            number(row.steps, 0),
-            number(row.hours),
-            number(row.asking_hours),
-            number(row.paper_hours),
-        )
-    return made

@@ -3,9 +3,18 @@
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 
 def silent() -> Console:
@@ -13,7 +22,45 @@ def silent() -> Console:
     return Console(stderr=True, quiet=True, force_terminal=False)
 
 
-class Display:
+class Bars:
+    """Progress bars while a `with` block runs, in a terminal alone.
+
+    Args:
+        clock: the last column: time left, or time gone.
+        console: where to write; standard error by default.
+    """
+
+    def __init__(self, clock: ProgressColumn, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._clock = clock
+        self._bars: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                self._clock,
+                console=self.console,
+            )
+            self._bars.start()
+            self._begin(self._bars)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def _begin(self, bars: Progress) -> None:
+        """Draw the first bars."""
+        raise NotImplementedError
+
+
+class Display(Bars):
     """Progress over stages, steps and evaluated samples.
 
     Args:
@@ -23,35 +70,17 @@ class Display:
     """
 
     def __init__(self, title: str, stages: int, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        super().__init__(TimeRemainingColumn(), console)
         self.title = title
         self.stages = stages
-        self._bars: Progress | None = None
         self._all: TaskID | None = None
         self._now: TaskID | None = None
         self._told = 0.0
         self._stage = ""
 
-    def __enter__(self) -> "Display":
-        if self.console.is_terminal:
-            self._bars = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._bars.start()
-            self._all = self._bars.add_task(self.title, total=self.stages, note="tasks")
-            self._now = self._bars.add_task("", total=None, note="")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+    def _begin(self, bars: Progress) -> None:
+        self._all = bars.add_task(self.title, total=self.stages, note="tasks")
+        self._now = bars.add_task("", total=None, note="")
 
     def note(self, text: str) -> None:
         """Say one line."""

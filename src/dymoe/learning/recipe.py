@@ -1,10 +1,11 @@
 """Recipes: one YAML file per experiment, typed, checked in full before any work starts."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dymoe.errors import DymoeError
 from dymoe.lvlm.options import ModelOptions
@@ -12,6 +13,9 @@ from dymoe.methods import Composed, Method, available, companion_settings, setti
 from dymoe.methods.base import require
 from dymoe.methods.settings import build, keys, nearest
 from dymoe.tasks.source import Source
+
+if TYPE_CHECKING:
+    from dymoe.tasks import Stream
 
 
 @dataclass
@@ -103,6 +107,12 @@ class Training:
         """Samples per optimizer step over all devices."""
         return self.batch_size * processes * self.accumulation(processes)
 
+    def steps(self, samples: int, tasks: int = 1, processes: int = 1) -> int:
+        """Optimizer steps of a stage that learns `tasks` tasks with `samples` samples together, on so many devices."""
+        if self.steps_per_task is not None:
+            return self.steps_per_task * tasks
+        return math.ceil(samples * (self.epochs or 1.0) / self.samples_of_step(processes))
+
 
 @dataclass
 class Evaluation:
@@ -181,6 +191,26 @@ class Recipe:
             for name, settings in self.with_.items()
         ]
         return Composed(method, companions) if companions else method
+
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks' names in their order, without loading them.
+
+        Raises:
+            DymoeError: as `load_stream`.
+        """
+        from dymoe.tasks import task_names
+
+        return task_names(self.stream, self.order, self.tasks)
+
+    def load_stream(self) -> "Stream":
+        """The recipe's tasks, every record checked.
+
+        Raises:
+            DymoeError: an unknown stream or task, a file or record that cannot be used (`dymoe.tasks.load_stream`).
+        """
+        from dymoe.tasks import load_stream
+
+        return load_stream(self.stream, self.order, self.instructions, self.tasks, self.seed, self.data)
 
     def resolved(self) -> dict[str, Any]:
         """All keys with their values, defaults of method and companions included; what a run folder keeps.
@@ -340,12 +370,10 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _check(values: dict[str, Any], where: str) -> Recipe:
     """The typed recipe, its method's settings checked as well."""
-    from dymoe.tasks import task_names
-
     recipe = build(Recipe, values, where)
     recipe.build_method(where)
     try:
-        task_names(recipe.stream, recipe.order, recipe.tasks)
+        recipe.task_names()
     except DymoeError as error:
         raise DymoeError(f"{where}: {error}") from None
     # A recipe that names its shape can be planned and dry-run before the model's folder is there.

@@ -8,7 +8,6 @@ processes can go on with.
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from dymoe.learning.groups import trace_of, write_group
 from dymoe.learning.order import Loader, Order
 from dymoe.learning.processes import ALONE, Processes
 from dymoe.learning.recipe import Training
+from dymoe.lvlm.model import require_bitsandbytes
 from dymoe.methods import Method
 from dymoe.methods.companions import Companion
 
@@ -55,11 +55,8 @@ def training_arguments(
     gpu = torch.cuda.is_available()
     if training.dtype == "float16" and not gpu:
         raise DymoeError("training.dtype: float16 needs a GPU; use bfloat16 or float32")
-    if training.optimizer == "paged-adamw" and find_spec("bitsandbytes") is None:
-        raise DymoeError(
-            "training.optimizer: paged-adamw needs bitsandbytes, which is not installed; `pip install bitsandbytes`, "
-            "or take adamw"
-        )
+    if training.optimizer == "paged-adamw":
+        require_bitsandbytes("training.optimizer")
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps if steps is not None else -1,

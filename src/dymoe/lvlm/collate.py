@@ -171,25 +171,7 @@ class Collator:
         The picture stands in the first question, that of the first of the `earlier` (question, answer) pairs if there
         are any.
         """
-        ask = answer is None
-        if earlier:
-            return self._render_turns([*earlier, (question, answer)], image, ask)
-        if getattr(self._processor, "chat_template", None):
-            parts: list[dict[str, str]] = [{"type": "image"}] if image else []
-            messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
-            if answer is not None:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-            return self._processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
-        before = self._image_token if image else ""
-        if getattr(self._tokenizer, "chat_template", None):
-            said: list[dict[str, str]] = [{"role": "user", "content": f"{before}\n{question}" if image else question}]
-            if answer is not None:
-                said.append({"role": "assistant", "content": answer})
-            return self._tokenizer.apply_chat_template(said, add_generation_prompt=ask, tokenize=False)
-        return f"{before}{question}\n" + ("" if answer is None else f"{answer}{self._eos}")
-
-    def _render_turns(self, turns: Sequence[tuple[str, str | None]], image: bool, ask: bool) -> str:
-        """A conversation of several turns as text; the last answer may be missing."""
+        turns: list[tuple[str, str | None]] = [*earlier, (question, answer)]
         structured = bool(getattr(self._processor, "chat_template", None))
         messages: list[dict[str, Any]] = []
         for number, turn in enumerate(turns):
@@ -204,9 +186,9 @@ class Collator:
                     messages.append({"role": role, "content": f"{self._image_token}\n{text}" if seen else text})
         if structured or getattr(self._tokenizer, "chat_template", None):
             writer = self._processor if structured else self._tokenizer
-            return writer.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
+            return writer.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
         before = self._image_token if image else ""
-        said = [f"{question}\n" + ("" if answer is None else f"{answer}{self._eos}") for question, answer in turns]
+        said = [f"{asked}\n" + ("" if told is None else f"{told}{self._eos}") for asked, told in turns]
         return f"{before}{''.join(said)}"
 
     def _end_token(self) -> str:

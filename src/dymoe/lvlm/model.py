@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
+from dymoe.lvlm.decoder import decoder_linears
 from dymoe.lvlm.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def load(
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise DymoeError(f"dtype: {dtype!r} is not a floating dtype of torch; use bfloat16, float32 or float16")
     if options is not None and options.load_in_4bit:
-        check_4bit()
+        require_bitsandbytes("model_options.load_in_4bit")
         if name == "pocket":
             raise DymoeError("model_options.load_in_4bit: the pocket model is small and has no 4-bit form")
     if name == "pocket":
@@ -65,8 +66,11 @@ def freeze(model: "PreTrainedModel") -> "PreTrainedModel":
     return model
 
 
-def check_4bit() -> None:
+def require_bitsandbytes(key: str) -> None:
     """Refuse to go on without bitsandbytes.
+
+    Args:
+        key: the recipe's key that needs it, for the message.
 
     Raises:
         DymoeError: it is not installed.
@@ -75,31 +79,22 @@ def check_4bit() -> None:
 
     if find_spec("bitsandbytes") is None:
         raise DymoeError(
-            "model_options.load_in_4bit: needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or "
-            "take a recipe without it"
+            f"{key}: needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or leave this key out"
         )
-
-
-def linears(model: "PreTrainedModel") -> tuple[list[str], list[str]]:
-    """Names of the plain linears inside and outside the language model's decoder."""
-    from torch import nn
-
-    decoder = set(model.get_decoder().modules())
-    every = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    head = model.get_output_embeddings()
-    inside = [name for name, module in every if module in decoder and module is not head]
-    return inside, [name for name, _ in every if name not in set(inside)]
 
 
 def _quantization(place: str, dtype: "torch.dtype", options: ModelOptions) -> dict[str, Any]:
     """What makes transformers load the decoder's linears in 4 bits and nothing else; empty without."""
     if not options.load_in_4bit:
         return {}
+    from torch import nn
     from transformers import AutoConfig, BitsAndBytesConfig
 
     from dymoe.lvlm.shapes import meta_model
 
-    _, outside = linears(meta_model(AutoConfig.from_pretrained(place, trust_remote_code=False)))
+    model = meta_model(AutoConfig.from_pretrained(place, trust_remote_code=False))
+    inside = set(decoder_linears(model))
+    outside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in inside]
     made = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=options.quant_type,

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
-from dymoe.lvlm.model import Lvlm, check_4bit, freeze, linears, processor_at
+from dymoe.lvlm.decoder import decoder_linears
+from dymoe.lvlm.model import Lvlm, freeze, processor_at, require_bitsandbytes
 from dymoe.lvlm.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 # Llama 2 (arXiv 2307.09288) as Vicuna 1.5 has it: hidden size, FFN size, layers, heads.
 LLAMA = {"llava-1.5-7b": (4096, 11008, 32, 32), "llava-1.5-13b": (5120, 13824, 40, 40)}
 PIECES = 32000  # tokens of Vicuna's tokenizer
-SYSTEM_TOKENS = 36  # LLaVA's system prompt and its role words in Vicuna's tokens, about
 
 
 def published_config(name: str) -> Any:
@@ -111,7 +111,7 @@ def random_lvlm(name: str, dtype: str, options: ModelOptions) -> Lvlm:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = config_of(name, options)
     if options.load_in_4bit:
-        check_4bit()
+        require_bitsandbytes("model_options.load_in_4bit")
         # Quantised while they move to the GPU, a linear at a time: the whole would not fit there.
         with torch.device("cpu"):
             model = AutoModelForImageTextToText.from_config(config, dtype=kind, trust_remote_code=False)
@@ -127,8 +127,7 @@ def quantize(model: "PreTrainedModel", dtype: Any, options: ModelOptions) -> Non
     """Put 4-bit linears in the place of the language model's; they hold 4 bits once they are moved to a device."""
     import bitsandbytes as bnb
 
-    inside, _ = linears(model)
-    for path in inside:
+    for path in decoder_linears(model):
         parent, _, leaf = path.rpartition(".")
         holder = model.get_submodule(parent)
         old: Any = getattr(holder, leaf)
@@ -154,7 +153,7 @@ def quantize(model: "PreTrainedModel", dtype: Any, options: ModelOptions) -> Non
 
 def processor_of(name: str, config: Any) -> Any:
     """The model's own processor; where its folder is not there, a made one (see `random_lvlm`)."""
-    from dymoe.lvlm.llava import build_processor
+    from dymoe.lvlm.vicuna import build_processor
 
     folder = Path(name).expanduser()
     if folder.is_dir() or config.model_type != "llava":

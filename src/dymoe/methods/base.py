@@ -1,6 +1,6 @@
 """What a method is: the four choices growth, gate, loss terms and data, and nothing else.
 
-The loop (`dymoe.learning.run`) and the trainer (`dymoe.learning.trainer`) know only this class. A method
+The loop (`dymoe.learning.learner`) and the trainer (`dymoe.learning.trainer`) know only this class. A method
 keeps its settings as dataclass fields; what it has to remember between tasks (a Fisher matrix, statistics) it
 writes below `Stage.memory` in `after_task` and reads from `Stage.earlier` in `before_task`, so that a
 resumed run finds it again. A companion (`dymoe.methods.companions`) has the same hooks and changes what a
@@ -105,6 +105,8 @@ class Method:
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    # Copies of what trains that the method holds in float32 from the second task on; the memory budget counts them.
+    copies: ClassVar[int] = 0
 
     lora_alpha: float = 128.0
     lora_dropout: float = 0.05
@@ -131,6 +133,20 @@ class Method:
     def config(self, stage: Stage) -> DyMoEConfig:
         """The adapter config of the group that `stage` adds: its experts, their gate, its routing terms."""
         raise NotImplementedError
+
+    def group_config(self, num_experts: int, rank: int, **choices: Any) -> DyMoEConfig:
+        """A group's config with the method's scale, dropout, layers and way to compute; what is not chosen is off.
+
+        Args:
+            num_experts: experts of the group.
+            rank: rank of each.
+            choices: further fields of `DyMoEConfig`; guidance and the routing terms are off unless they stand here.
+        """
+        from dymoe.adapter import DyMoEConfig
+
+        own = {key: getattr(self, key) for key in ("lora_alpha", "lora_dropout", "target_modules", "compute")}
+        off = {"guidance": "none", "load_balance": 0.0, "exclusivity": 0.0, "specialization": 0.0}
+        return DyMoEConfig(num_experts=num_experts, r=rank, **{**own, **off, **choices})
 
     def probe(self, stage: Stage, data: StageData) -> Probe | None:
         """A temporary group to train first, all others frozen; None for none."""

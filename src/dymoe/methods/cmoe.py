@@ -122,26 +122,20 @@ class CMoE(Method):
         return self._config(self.experts, self.lora_alpha, self.load_balance, self._pattern(stage))
 
     def _config(self, experts: int, lora_alpha: float, load_balance: float, pattern: dict[str, int]) -> DyMoEConfig:
-        from dymoe.adapter import DyMoEConfig
 
-        return DyMoEConfig(
-            num_experts=experts,
-            r=self.rank,
+        return self.group_config(
+            experts,
+            self.rank,
             lora_alpha=lora_alpha,
-            lora_dropout=self.lora_dropout,
             top_k=self.top_k,
             temperature=self.temperature,
             gate="linear",
-            guidance="none",
             load_balance=load_balance,
             balance_over="all",
-            exclusivity=0.0,
-            specialization=0.0,
             expert_pattern=pattern,
             selector="vae",
             selector_options={"hidden": self.locator_hidden, "latent": self.locator_latent},
             target_modules=FFN if self.target_modules is None else self.target_modules,
-            compute=self.compute,
         )
 
     def _pattern(self, stage: Stage) -> dict[str, int]:

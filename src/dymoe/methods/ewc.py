@@ -41,6 +41,7 @@ class EWC(LoRA):
 
     name: ClassVar[str] = "ewc"
     summary: ClassVar[str] = "one LoRA, held back where the Fisher matrix says that earlier tasks need it"
+    copies: ClassVar[int] = 2  # the anchor and the Fisher matrix
 
     penalty: float = 400.0
     samples: int = 1000

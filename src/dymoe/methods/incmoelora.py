@@ -41,20 +41,5 @@ class IncMoELoRA(Method):
 
     def config(self, stage: Stage) -> DyMoEConfig:
         """The group's config with every routing term switched off."""
-        from dymoe.adapter import DyMoEConfig
-
-        return DyMoEConfig(
-            num_experts=self.num_experts,
-            r=self.rank,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            top_k=self.top_k,
-            temperature=self.temperature,
-            gate="cosine",
-            guidance="none",
-            load_balance=0.0,
-            exclusivity=0.0,
-            specialization=0.0,
-            target_modules=self.target_modules,
-            compute=self.compute,
-        )
+        choices = {"top_k": self.top_k, "temperature": self.temperature}
+        return self.group_config(self.num_experts, self.rank, gate="cosine", **choices)

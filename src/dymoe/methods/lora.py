@@ -37,19 +37,4 @@ class LoRA(Method):
 
     def config(self, stage: Stage) -> DyMoEConfig:
         """One expert of full rank whose weight is 1 for every token."""
-        from dymoe.adapter import DyMoEConfig
-
-        return DyMoEConfig(
-            num_experts=1,
-            r=self.rank,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            top_k=1,
-            gate="uniform",
-            guidance="none",
-            load_balance=0.0,
-            exclusivity=0.0,
-            specialization=0.0,
-            target_modules=self.target_modules,
-            compute=self.compute,
-        )
+        return self.group_config(1, self.rank, top_k=1, gate="uniform")

@@ -31,6 +31,7 @@ class LwF(LoRA):
 
     name: ClassVar[str] = "lwf"
     summary: ClassVar[str] = "one LoRA, distilled from the model before the task"
+    copies: ClassVar[int] = 1  # the teacher
 
     distillation: float = 1.0
     temperature: float = 2.0

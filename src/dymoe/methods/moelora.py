@@ -54,20 +54,11 @@ class MoELoRA(Method):
 
     def config(self, stage: Stage) -> DyMoEConfig:
         """A bank under a dense linear router."""
-        from dymoe.adapter import DyMoEConfig
-
-        return DyMoEConfig(
-            num_experts=self.num_experts,
-            r=self.rank,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
+        return self.group_config(
+            self.num_experts,
+            self.rank,
             top_k=self.num_experts,
             temperature=1.0,
             gate="linear",
-            guidance="none",
             load_balance=self.load_balance,
-            exclusivity=0.0,
-            specialization=0.0,
-            target_modules=self.target_modules,
-            compute=self.compute,
         )

@@ -50,24 +50,8 @@ class ProgLoRA(Method):
 
     def config(self, stage: Stage) -> DyMoEConfig:
         """One expert of full rank, whose weight is what the selector gives its group."""
-        from dymoe.adapter import DyMoEConfig
-
-        return DyMoEConfig(
-            num_experts=1,
-            r=self.rank,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            top_k=1,
-            gate="uniform",
-            guidance="none",
-            load_balance=0.0,
-            exclusivity=0.0,
-            specialization=0.0,
-            selector="keys",
-            selector_options={"hidden": self.hidden},
-            target_modules=self.target_modules,
-            compute=self.compute,
-        )
+        options = {"hidden": self.hidden}
+        return self.group_config(1, self.rank, top_k=1, gate="uniform", selector="keys", selector_options=options)
 
     def training_samples(self, stage: Stage) -> Sequence[Sample]:
         """The stage's own samples, then those recalled: drawn without repetition, evenly from the tasks seen."""

@@ -8,10 +8,9 @@ the second start is as honest as the first.
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +170,6 @@ def index(
         return found
     finally:
         lock.release()
-
-
-def clear(folder: Path | None = None) -> None:
-    """Remove all indexes; they are made again when they are needed."""
-    shutil.rmtree(folder or cache_folder(), ignore_errors=True)
 
 
 def _cached(plan: Plan, folder: Path, fresh: bool = False) -> Index | None:
@@ -349,11 +343,6 @@ def scorable(table: Path) -> Any:
     import numpy as np
 
     return np.flatnonzero(_held(table) >= 0)
-
-
-def describe(found: Index) -> dict[str, Any]:
-    """An index as plain values, for a check or a report."""
-    return {**asdict(found), "path": str(found.path), "table": str(found.table), "bad": len(found.bad)}
 
 
 def listed(indexes: Sequence[Index]) -> tuple[Mapping[str, Any], ...]:

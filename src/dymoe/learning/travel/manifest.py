@@ -9,8 +9,6 @@ A shared result is a folder::
 one folder per stage, as PEFT saves an adapter. Nothing else belongs to it.
 """
 
-import hashlib
-import json
 import os
 import re
 import stat
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import sha256_of
+from dymoe.files import parse_json, read_bytes, sha256_of
 
 FORMAT = "dymoe-results/1"
 MANIFEST = "manifest.json"
@@ -102,10 +100,7 @@ def parse(text: bytes, where: str) -> Manifest:
     told = f"{where}: {MANIFEST}"
     if len(text) > MANIFEST_BYTES:
         raise DymoeError(f"{told}: larger than {MANIFEST_BYTES} bytes; this is no manifest of dymoe push")
-    try:
-        values = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DymoeError(f"{told}: not valid JSON ({error})") from None
+    values = parse_json(text, told)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise DymoeError(f"{told}: format is {found!r}, expected {FORMAT!r}; this is no result of dymoe push")
@@ -268,10 +263,7 @@ def check_group(folder: Path, group: Group, where: str) -> None:
             cannot be read or are not those that the hash was made of.
     """
     told = f"{where}: {group.folder}/{CONFIG}"
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DymoeError(f"{told}: cannot be read ({error})") from None
+    config = parse_json(read_bytes(folder / CONFIG), told)
     if not isinstance(config, dict) or config.get("peft_type") != "DYMOE":
         raise DymoeError(f"{told}: is not the config of an expert group (peft_type DYMOE)")
     mapping = config.get("auto_mapping")
@@ -289,19 +281,15 @@ def stored_hash(file: Path, where: str) -> str:
     Raises:
         DymoeError: the file is no safetensors file.
     """
-    import torch
     from safetensors import SafetensorError, safe_open
 
-    digest = hashlib.sha256()
+    from dymoe.adapter import tensors_hash
+
     try:
         with safe_open(file, "pt") as tensors:
-            for name in sorted(tensors.keys()):
-                tensor = tensors.get_tensor(name)
-                digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            return tensors_hash((name, tensors.get_tensor(name)) for name in sorted(tensors.keys()))
     except (SafetensorError, OSError, ValueError) as error:
         raise DymoeError(f"{where}: cannot be read as safetensors ({error})") from None
-    return digest.hexdigest()
 
 
 def check_tree(root: Path, where: str) -> Manifest:

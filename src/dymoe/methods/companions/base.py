@@ -54,6 +54,7 @@ class Composed(Method):
 
     def __init__(self, method: Method, companions: Sequence[Companion]) -> None:
         self.name = method.name  # type: ignore[misc]  # whatever goes with it, the method is the same
+        self.copies = method.copies  # type: ignore[misc]
         self.method = method
         self.companions = tuple(companions)
         self.parts: tuple[Method | Companion, ...] = (method, *self.companions)

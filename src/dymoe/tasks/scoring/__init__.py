@@ -30,8 +30,7 @@ from dymoe.tasks.scoring import (
     sefe_scienceqa,
     soft_accuracy,
 )
-
-Scorer = Callable[[str, Mapping[str, Any]], float]
+from dymoe.tasks.scoring.text import Scorer
 
 _RULES: dict[str, ModuleType] = {
     "letter": letter,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dymoe.tasks.scoring import exact_match
+from dymoe.tasks.scoring.exact_match import either, read_text
 
 
 def strict(prediction: str, reference: Mapping[str, Any]) -> float:
@@ -16,18 +17,10 @@ def strict(prediction: str, reference: Mapping[str, Any]) -> float:
     Raises:
         DymoeError: the reference's answer is not text.
     """
-    return float(prediction.rstrip(".").lower() == exact_match.read_text(reference))
+    return float(prediction.rstrip(".").lower() == read_text(reference))
 
 
-def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
-    """What `strict` or the corrected rule's lenient twin accepts.
-
-    Raises:
-        DymoeError: the reference's answer is not text.
-    """
-    if strict(prediction, reference) or not exact_match.read_text(reference).strip():
-        return strict(prediction, reference)
-    return exact_match.lenient(prediction, reference)
+lenient = either(strict, exact_match.lenient)
 
 
 def readable(prediction: str, reference: Mapping[str, Any]) -> bool:

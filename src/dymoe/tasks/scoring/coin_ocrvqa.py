@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dymoe.tasks.scoring import exact_match
-from dymoe.tasks.scoring.exact_match import read_text
+from dymoe.tasks.scoring.exact_match import either, read_text
 
 
 def strict(prediction: str, reference: Mapping[str, Any]) -> float:
@@ -20,15 +20,7 @@ def strict(prediction: str, reference: Mapping[str, Any]) -> float:
     return float(not skipped(prediction) and prediction.lower() == answer.lower())
 
 
-def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
-    """What `strict` or the corrected rule's lenient twin accepts.
-
-    Raises:
-        DymoeError: the reference's answer is not text.
-    """
-    if strict(prediction, reference) or not read_text(reference).strip():
-        return strict(prediction, reference)
-    return exact_match.lenient(prediction, reference)
+lenient = either(strict, exact_match.lenient)
 
 
 def readable(prediction: str, reference: Mapping[str, Any]) -> bool:

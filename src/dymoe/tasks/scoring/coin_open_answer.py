@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dymoe.tasks.scoring import processed_match
-from dymoe.tasks.scoring.exact_match import read_text
+from dymoe.tasks.scoring.exact_match import either, read_text
 
 
 def strict(prediction: str, reference: Mapping[str, Any]) -> float:
@@ -20,15 +20,7 @@ def strict(prediction: str, reference: Mapping[str, Any]) -> float:
     return float(prediction.upper() == read_text(reference).upper())
 
 
-def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
-    """1.0 also when the answer stands among other words or in another spelling.
-
-    Raises:
-        DymoeError: the reference's answer is not text.
-    """
-    if strict(prediction, reference) or not read_text(reference).strip():
-        return strict(prediction, reference)
-    return processed_match.lenient(prediction, reference)
+lenient = either(strict, processed_match.lenient)
 
 
 def readable(prediction: str, reference: Mapping[str, Any]) -> bool:

@@ -7,44 +7,50 @@ wrong; as the right answer is always one of the choices, that never changes a sc
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dymoe.tasks.scoring import letter
+from dymoe.tasks.scoring.text import Scorer
 
 _LONE = re.compile(r"\b(\w)\b")
 
 
-def strict(prediction: str, reference: Mapping[str, Any]) -> float:
-    """1.0 when CoIN's parser finds the right letter.
+_Reads = Callable[[str, Mapping[str, Any]], bool]
+
+
+def rules(parse: Callable[[str], str | None]) -> tuple[Scorer, Scorer, _Reads]:
+    """The functions `strict`, `lenient` and `readable` of a rule that reads a letter out of a prediction.
+
+    `strict` gives 1.0 for the right letter, `lenient` for what `strict` or the corrected rule's lenient twin accepts;
+    `readable` says whether the letter of one of the choices is found. A reference's `answer` is a letter A to E (CoIN's
+    test files) or an index 0 to 4 (problems.json); each raises a DymoeError where it or the choices cannot be read.
 
     Args:
-        reference: `answer` is a letter A to E (CoIN's test files) or an index 0 to 4 (problems.json).
-
-    Raises:
-        DymoeError: the reference's letter or choices cannot be read.
+        parse: gives the answer that a prediction holds, None when it finds nothing.
     """
-    return float(parse(prediction) == letter.read_choice(reference)[0])
+
+    def strict(prediction: str, reference: Mapping[str, Any]) -> float:
+        return float(parse(prediction) == letter.read_choice(reference)[0])
+
+    def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
+        return max(strict(prediction, reference), letter.lenient(prediction, reference))
+
+    def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
+        count = len(letter.read_choice(reference)[1]) or len(letter.LETTERS)
+        said = parse(prediction)
+        return said is not None and said in list(letter.LETTERS[:count])
+
+    return strict, lenient, readable
 
 
-def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
-    """What `strict` or the corrected rule's lenient twin accepts.
-
-    Raises:
-        DymoeError: the reference's letter or choices cannot be read.
-    """
-    return max(strict(prediction, reference), letter.lenient(prediction, reference))
-
-
-def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
-    """Whether the parser finds the letter of one of the choices."""
-    return is_choice(parse(prediction), reference)
-
-
-def is_choice(said: str | None, reference: Mapping[str, Any]) -> bool:
-    """Whether `said` is the letter of one of the reference's choices."""
-    count = len(letter.read_choice(reference)[1]) or len(letter.LETTERS)
-    return said is not None and said in list(letter.LETTERS[:count])
+def leading(prediction: str) -> str | None:
+    """The first two steps, which CoIN and SEFE share: the text is a letter, or starts with a letter and ". "."""
+    if prediction in list(letter.LETTERS):
+        return prediction
+    if prediction[:1] in list(letter.LETTERS) and prediction[1:3] == ". ":
+        return prediction[0]
+    return None
 
 
 def parse(prediction: str) -> str | None:
@@ -56,10 +62,4 @@ def parse(prediction: str) -> str | None:
     return found
 
 
-def leading(prediction: str) -> str | None:
-    """The first two steps, which CoIN and SEFE share: the text is a letter, or starts with a letter and ". "."""
-    if prediction in list(letter.LETTERS):
-        return prediction
-    if prediction[:1] in list(letter.LETTERS) and prediction[1:3] == ". ":
-        return prediction[0]
-    return None
+strict, lenient, readable = rules(parse)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.scoring.text import brief, contains_words, process_answer
+from dymoe.tasks.scoring.text import Scorer, brief, contains_words, process_answer
 
 _OPPOSITE = {"yes": "no", "no": "yes"}
 
@@ -55,6 +55,21 @@ def read_answer(reference: Mapping[str, Any]) -> str:
     if not isinstance(answer, str) or not answer.strip():
         raise DymoeError(f"reference: 'answer' must be a text that is not empty, not {brief(answer)}")
     return answer
+
+
+def either(strict: Scorer, twin: Scorer) -> Scorer:
+    """The lenient rule of a CoIN rule: what `strict` or the corrected rule's lenient twin accepts.
+
+    An empty answer is left to `strict`; the twin would refuse it. The rule raises a DymoeError where the reference's
+    answer is not text.
+    """
+
+    def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
+        if strict(prediction, reference) or not read_text(reference).strip():
+            return strict(prediction, reference)
+        return twin(prediction, reference)
+
+    return lenient
 
 
 def read_text(reference: Mapping[str, Any]) -> str:

@@ -6,6 +6,10 @@ a space, number words to digits, no articles, apostrophes put back into contract
 """
 
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Scorer = Callable[[str, Mapping[str, Any]], float]
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = {

@@ -1,0 +1,435 @@
+"""The loop over a stream: learn a task, freeze its group, ask every task seen so far, write it down."""
+
+import gc
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from dymoe.errors import DymoeError
+from dymoe.files import atomic_json
+from dymoe.learning.data import Data
+from dymoe.learning.folder import RunFolder, StageFolder
+from dymoe.learning.processes import Processes
+from dymoe.learning.progress import Display
+from dymoe.learning.recipe import Recipe
+from dymoe.learning.results import write_results
+from dymoe.methods import Method, Stage
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor
+    from transformers import TrainerCallback
+
+    from dymoe.lvlm import Collator, ImageFeatures, Lvlm
+    from dymoe.tasks import Sample, Stream, Task
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run is given in place of what its recipe names; a dry run makes both.
+
+    Attributes:
+        stream: the tasks.
+        lvlm: the model, on the CPU or where it is to be.
+        pictures: how many pictures the recipe's own stream has, so that features are cached here if they are there.
+    """
+
+    stream: "Stream"
+    lvlm: "Lvlm"
+    pictures: int
+
+
+@dataclass
+class Learner:
+    """One run at work: the model with the groups learned so far, and where everything is written."""
+
+    recipe: Recipe
+    method: Method
+    stream: "Stream"
+    folder: RunFolder
+    stages: list[StageFolder]
+    display: Display
+    processes: Processes
+    lvlm: "Lvlm"
+    collator: "Collator"
+    features: "ImageFeatures | None"
+    model: "PeftModel | None" = None
+
+    @classmethod
+    def load(
+        cls,
+        recipe: Recipe,
+        method: Method,
+        stream: "Stream",
+        folder: RunFolder,
+        stages: list[StageFolder],
+        display: Display,
+        processes: Processes,
+        made: Made | None = None,
+    ) -> "Learner":
+        """Load the base model and the groups that earlier stages trained."""
+        import torch
+
+        from dymoe.lvlm import Collator, cached_features
+
+        _quiet()
+        if recipe.training.threads is not None:
+            torch.set_num_threads(recipe.training.threads)
+        if processes.wrapped:
+            display.note(f"{processes.count} processes, {processes.strategy}")
+        display.note(f"loading the model {recipe.model}")
+        lvlm = _placed(_loaded(recipe) if made is None else made.lvlm)
+        pictures = sum(len(task.train) + len(task.validation) + len(task.test) for task in stream.tasks)
+        features = cached_features(lvlm, pictures if made is None else made.pictures)
+        collator = Collator(lvlm, features, recipe.model_options.max_length)
+        learner = cls(recipe, method, stream, folder, stages, display, processes, lvlm, collator, features)
+        learner._load_groups(learner._trained())
+        return learner
+
+    def _trained(self) -> list[tuple[int, dict[str, Any]]]:
+        """Place and record of every stage whose group is saved, as process 0 finds them."""
+        stages = enumerate(self.stages)
+        return self.processes.from_main(
+            lambda: [(place, stage.read("training.json")) for place, stage in stages if stage.trained]
+        )
+
+    def _load_groups(self, trained: "Sequence[tuple[int, dict[str, Any]]]") -> None:
+        """Load every trained group; one that several stages trained on as the last of them left it."""
+        from dymoe.learning.groups import hashes, load_group
+
+        last = {record["group"]: (self.stages[place], record) for place, record in trained}
+        for group, (stage, record) in last.items():
+            self.model = load_group(self.lvlm.model, self.model, group, stage.adapter)
+            if hashes(self.model)[group] != record["hashes"][group]:
+                raise DymoeError(f"{stage.adapter}: expert group {group!r} is not the one saved (hash differs)")
+
+    def learn(self, rounds: "Sequence[tuple[str, tuple[Task, ...]]]") -> None:
+        """Go through the stages; finished ones are passed over."""
+        if not rounds or (self.recipe.evaluation.zero_shot and self.model is None):
+            self.display.note("asking the model before it learns")
+            folder = StageFolder(self.folder.path / "zero-shot")
+            seconds = self._evaluate(self.stream.tasks, folder)
+            if self.processes.main:
+                folder.write("done.json", {"seconds": {"evaluate": seconds}})
+        learned: list[Task] = []
+        for index, (name, tasks) in enumerate(rounds, start=1):
+            folder = self.stages[index - 1]
+            earlier = tuple(stage.memory for stage in self.stages[: index - 1])
+            stage = Stage(index, name, tasks, folder.memory, earlier, tuple(learned), self._seed(index))
+            learned += tasks
+            if self.processes.from_main(lambda folder=folder: folder.done is None):  # type: ignore[misc]
+                self.display.stage(index, name)
+                self._stage(stage, folder, learned)
+
+    def _stage(self, stage: Stage, folder: StageFolder, learned: "Sequence[Task]") -> None:
+        """Train the stage's group unless it was, evaluate, mark the stage done."""
+        if not self.processes.from_main(lambda: folder.trained):
+            self._train(stage, folder)
+        seconds = self._evaluate(learned, folder)
+        if not self.processes.main:
+            return
+        record = folder.read("training.json")
+        record["seconds"]["evaluate"] = seconds
+        self.folder.event("stage", stage=stage.index, task=stage.name, scores=folder.read("scores.json"))
+        folder.write("done.json", record)
+        write_results(self.folder, self.recipe, self.stream.names, self.stages)
+        shutil.rmtree(folder.trainer, ignore_errors=True)
+
+    def _train(self, stage: Stage, folder: StageFolder) -> None:
+        """Train the stage's group, check that the frozen ones did not change, save it with its record.
+
+        Raises:
+            DymoeError: a frozen group changed, or the group cannot be written.
+        """
+        from transformers import set_seed
+
+        from dymoe.learning.groups import hashes, train_group, trainable_parameters
+
+        group = self.method.group(stage)
+        before = {name: value for name, value in hashes(self.model).items() if name != group}
+        data = self._data(stage)
+        self._probe(stage, folder, data)
+        set_seed(stage.seed)
+        self.model = train_group(self.lvlm.model, self.model, group, self.method.config(stage))
+        parameters = trainable_parameters(self.model)
+        started = time.perf_counter()
+        self.method.before_task(self.model, stage, data)
+        hooks = time.perf_counter() - started
+        self._see(data.samples)
+        record = self._fit(group, stage, data.samples, data.steps, folder.trainer, self.method, folder.dynamics)
+        if self.processes.main:
+            record["trainable_parameters"] = parameters
+            record["seconds"]["method"] = hooks
+            self._conclude(group, stage, folder, data, before, record)
+        self._share()
+
+    def _conclude(
+        self,
+        group: str,
+        stage: Stage,
+        folder: StageFolder,
+        data: Data,
+        before: dict[str, str],
+        record: dict[str, Any],
+    ) -> None:
+        """Let the method finish the trained group; freeze, check and save it. Process 0 alone does this."""
+        from dymoe.learning.groups import freeze_all, hashes, save_group, stored_parameters
+
+        assert self.model is not None
+        started = time.perf_counter()
+        self.method.after_task(self.model, stage, data)
+        record["seconds"]["method"] = round(record["seconds"]["method"] + time.perf_counter() - started, 1)
+        freeze_all(self.model)
+        after = hashes(self.model)
+        changed = [name for name, value in before.items() if after.get(name) != value]
+        if changed:
+            raise DymoeError(f"stage {stage.index} {stage.name!r}: frozen expert groups changed: {changed}")
+        proof = {"hashes_before": before, "hashes": after}
+        sizes = {"stored_parameters": stored_parameters(self.model)}
+        folder.write("training.json", {"group": group, **sizes, **record, **proof})
+        save_group(self.model, group, folder.adapter)
+
+    def _share(self) -> None:
+        """Wait for process 0; the others go on with the groups that it saved, as a run does that goes on later."""
+        if not self.processes.wrapped:
+            return
+        trained = self._trained()
+        if not self.processes.main:
+            self._load_groups(trained)
+
+    def _seed(self, index: int) -> int:
+        """A seed of its own for every stage, the same when the run goes on after a kill."""
+        return (1000 * self.recipe.seed + index) % 2**32
+
+    def _data(self, stage: Stage) -> Data:
+        """The stage's samples, batches and budget."""
+        training = self.recipe.training
+        samples = self.method.training_samples(stage)
+        steps = training.steps(len(samples), len(stage.tasks), self.processes.count)
+        device = cast(Any, self.lvlm.model).device
+        return Data(samples, self.collator, self._see, training, device, steps)
+
+    def _probe(self, stage: Stage, folder: StageFolder, data: Data) -> None:
+        """Train the method's temporary group, if it wants one and has not looked at it yet, and delete it."""
+        from transformers import set_seed
+
+        from dymoe.learning.groups import delete_group, train_group
+
+        marker, place = folder.path / "probed.json", folder.path / "probe"
+        if self.processes.from_main(marker.is_file):
+            if self.processes.main:
+                shutil.rmtree(place, ignore_errors=True)  # what a kill right after the marker left
+            return
+        probe = self.method.probe(stage, data)
+        if probe is None:
+            return
+        name = free_name("probe", self.stream.names)
+        set_seed(stage.seed)
+        self.display.note(f"probing where {stage.name} needs experts")
+        self.model = train_group(self.lvlm.model, self.model, name, probe.config)
+        self._see(probe.samples)
+        record = self._fit(name, stage, probe.samples, probe.steps, place, Method())
+        if self.processes.main:
+            self.method.probed(self.model, name, stage, data)
+            self.model = delete_group(self.model, name)
+            atomic_json(marker, record)
+            shutil.rmtree(place, ignore_errors=True)
+        self._share()
+
+    def _fit(
+        self,
+        group: str,
+        stage: Stage,
+        samples: "Sequence[Sample]",
+        steps: int,
+        place: Path,
+        method: Method,
+        dynamics: Path | None = None,
+    ) -> dict[str, Any]:
+        """The trainer's work, from the last complete checkpoint in `place` if there is one.
+
+        Routing by layer is written down in `dynamics`, if that is given.
+
+        Raises:
+            DymoeError: the group begins otherwise in another process, or a frozen group changed.
+        """
+        import torch
+
+        from dymoe.adapter import group_hash
+        from dymoe.learning.dynamics import Dynamics, rewind
+        from dymoe.learning.groups import trace_of
+        from dymoe.learning.trainer import StageTrainer, last_checkpoint, training_arguments
+        from dymoe.learning.watch import Watch
+
+        assert self.model is not None
+        model, processes = self.model, self.processes
+        if processes.wrapped:
+            processes.same(f"the beginning of expert group {group!r}", group_hash(model, group))
+        checkpoint = processes.from_main(lambda: last_checkpoint(place))
+        done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        arguments = training_arguments(self.recipe.training, place, stage.seed, steps, processes.count)
+        watch = Watch(self.folder, self.display, stage, group)
+        if processes.main:
+            for rest in place.glob("checkpoint-*"):
+                if rest != checkpoint:
+                    shutil.rmtree(rest)
+            self.folder.rewind_events(stage.index, done, watch.kind)
+            if dynamics is not None:
+                rewind(dynamics, done)
+        watches: list[TrainerCallback] = [watch]
+        if dynamics is not None:
+            every = self.recipe.training.dynamics_every
+            watches.append(Dynamics(dynamics, every, trace_of(model), processes))
+        trainer = StageTrainer(model, group, method, samples, self.collator, arguments, watches, processes)
+        if processes.rank:
+            torch.manual_seed(stage.seed + 1_000_003 * processes.rank)  # dropout of its own
+        started = time.perf_counter()
+        try:
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            weights = trainer.weights(every=True) if processes.wrapped else {}
+        finally:
+            trainer.close()
+        seconds = round(time.perf_counter() - started, 1)
+        if processes.wrapped:
+            config = model.peft_config[group]
+            del model, trainer
+            self._renew(group, config, weights)
+        return {"steps": output.global_step, "seconds": {"train": seconds}, "resumed_at": done}
+
+    def _renew(self, group: str, config: "PeftConfig", weights: "dict[str, Tensor]") -> None:
+        """Load the base anew, since what the launcher's strategy did to it is not to be undone.
+
+        In process 0 with the groups saved so far and the one just trained, which the method may still change; in the
+        others alone (see `_share`).
+
+        Args:
+            group: the group that was trained.
+            config: its config.
+            weights: the tensors of all groups after training, by their names in the model.
+
+        Raises:
+            DymoeError: a frozen group was changed by the training.
+        """
+        import torch
+
+        from dymoe.learning.groups import train_group
+
+        trained = self._trained()
+        self.model = None
+        self.lvlm.model = cast(Any, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.processes.strategy == "deepspeed":
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()  # or ZeRO-3 would cut the model up while it is loaded
+        self.lvlm.model = _placed(_loaded(self.recipe)).model
+        if not self.processes.main:
+            return
+        self._load_groups(trained)
+        self.model = train_group(self.lvlm.model, self.model, group, cast(Any, config))
+        for name, held in self.model.named_parameters():
+            if held.requires_grad:
+                with torch.no_grad():
+                    held.copy_(weights[name])
+            elif name in weights and not torch.equal(held.cpu(), weights[name]):
+                raise DymoeError(f"a frozen expert group changed while {group!r} was trained: {name}")
+
+    def _see(self, samples: "Sequence[Sample]") -> None:
+        """Compute the image features of `samples` that are not there yet."""
+        # A tower in training mode would normalise by the batch and change its running statistics.
+        self.lvlm.model.eval()
+        if self.features is not None:
+            self.features.add_samples(samples)
+
+    def _evaluate(self, tasks: "Sequence[Task]", folder: StageFolder) -> float:
+        """Ask `tasks`, keep the answers an interrupted run already gave. Returns the seconds it took."""
+        started = time.perf_counter()
+        scores, routing = self.processes.from_main(lambda: (folder.read("scores.json"), folder.read("routing.json")))
+        for task in tasks:
+            if task.name not in scores:
+                self._evaluate_task(task, folder, scores, routing)
+        return round(time.perf_counter() - started, 1)
+
+    def _evaluate_task(
+        self, task: "Task", folder: StageFolder, scores: dict[str, Any], routing: dict[str, Any]
+    ) -> None:
+        """Ask one task; its score is written last and says that the rest is there."""
+        from dymoe.evaluation.generate import batches, evaluate, evaluated
+
+        options, part = self.recipe.evaluation, (self.processes.rank, self.processes.count)
+        samples = evaluated(task, options.split, options.limit)
+        self._see([samples[place] for rows in batches(samples, options.batch_size, part) for place in rows])
+        result = evaluate(
+            self.lvlm,
+            self.collator,
+            task,
+            peft_model=self.model,
+            split=options.split,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            dtype=self.recipe.training.dtype,
+            progress=lambda done: self.display.evaluating(task.name, done, len(samples)),
+            part=part,
+            gather=self.processes.gather,
+        )
+        if not self.processes.main:
+            return
+        folder.write_predictions(task.name, result.records())
+        if result.groups:
+            by_layer = {str(layer): row for layer, row in (result.by_layer or {}).items()}
+            row = {"weight": list(result.weight), "by_layer": by_layer}
+            routing.update(groups=list(result.groups), tasks={**routing.get("tasks", {}), task.name: row})
+            folder.write("routing.json", routing)
+        count = len(result.predictions)
+        scores[task.name] = {"strict": result.strict, "lenient": result.lenient, "samples": count}
+        folder.write("scores.json", scores)
+
+
+def free_name(wanted: str, taken: Sequence[str]) -> str:
+    """`wanted`, with underscores behind it until no task has that name (a group is named after its task)."""
+    while wanted in taken:
+        wanted += "_"
+    return wanted
+
+
+def base_model(recipe: Recipe) -> "Lvlm":
+    """The recipe's base model where a run has it, the libraries below silenced."""
+    _quiet()
+    return _placed(_loaded(recipe))
+
+
+def _loaded(recipe: Recipe) -> "Lvlm":
+    """The recipe's base model."""
+    from dymoe.lvlm import load
+
+    return load(recipe.model, recipe.training.dtype, options=recipe.model_options)
+
+
+def _placed(lvlm: "Lvlm") -> "Lvlm":
+    """The model on this process's GPU, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        cast(Any, lvlm.model).to("cuda")
+    return lvlm
+
+
+def _quiet() -> None:
+    """Silence the progress bars and notes of the libraries below; what went wrong comes as an exception."""
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    # PEFT still asks transformers for names that version 6 will drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")  # DDP's newer names for options
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
