@@ -1,13 +1,14 @@
 # make demo       learn three small tasks with two methods and see what was forgotten
 # make test       lint, type check and the default test suite
 # make test-slow  the tests that take minutes
+# make bench      measure speed and memory side by side; needs a quiet machine, ten minutes on a CPU
 # Everything is set up in .venv; nothing global is touched.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint clean help
+.PHONY: demo test test-slow bench lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -36,6 +37,15 @@ test: lint
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow --timeout 3000
+
+bench: .venv/run
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/evaluation.py --dtype bfloat16
+	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/gpu_bank.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
