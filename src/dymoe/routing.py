@@ -9,6 +9,7 @@ Source: "On Token's Dilemma" (LLaVA-DyMoE, CVPR 2026). Where the paper and what 
 differ, the function's docstring names the choice.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, Literal
 
@@ -105,7 +106,8 @@ class _Cosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
         wide = x.to(rows.dtype)
-        inverse = 1 / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=1e-12)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = norm.reciprocal().masked_fill_(norm == 0, 0)
         scores = F.linear(wide, rows) * inverse
         ctx.save_for_backward(x, rows, inverse, scores)
         return scores
@@ -177,12 +179,14 @@ def token_types(scores: Tensor, num_new: int, tau: float) -> Tensor:
         only = TokenType.OLD if num_new == 0 else TokenType.NEW
         return torch.full(scores.shape[:-1], int(only), dtype=torch.int8, device=scores.device)
     scores = _wide(scores.detach())
-    old, new = scores[..., :num_old].amax(-1), scores[..., num_old:].amax(-1)
-    gap = (new - old).abs()
-    scale = torch.maximum(new.abs(), old.abs())
-    relative = torch.where(scale > 0, gap / scale.clamp(min=torch.finfo(scores.dtype).tiny), torch.zeros_like(gap))
-    clear = torch.where(new > old, int(TokenType.NEW), int(TokenType.OLD))
-    return torch.where(relative > tau, clear, int(TokenType.AMBIGUOUS)).to(torch.int8)
+    return types_of_best(scores[..., :num_old].amax(-1), scores[..., num_old:].amax(-1), tau)
+
+
+def types_of_best(old: Tensor, new: Tensor, tau: float) -> Tensor:
+    """`token_types` from the largest old and the largest new score of each token, (...) each, float32 or float64."""
+    clear = (new - old).abs() > tau * torch.maximum(new.abs(), old.abs())  # D_rel > tau, without a division by 0
+    judged = torch.where(new > old, int(TokenType.NEW), int(TokenType.OLD))
+    return torch.where(clear, judged, int(TokenType.AMBIGUOUS)).to(torch.int8)
 
 
 def token_assignment_guidance(
@@ -218,13 +222,18 @@ def token_assignment_guidance(
     if mask == "none" or num_old == 0 or num_new == 0:
         return scores
     types = token_types(scores, num_new, tau) if types is None else types
-    reaches = torch.zeros_like(types, dtype=torch.bool)
-    for kind in REACHES[mask]:
-        reaches = reaches | (types == int(kind))
-    reaches = reaches.unsqueeze(-1)
+    reaches = reaches_new(types, mask).unsqueeze(-1)
     is_new_expert = torch.arange(scores.shape[-1], device=scores.device) >= num_old
     blocked = is_new_expert ^ reaches if mask == "exclusive" else is_new_expert & ~reaches
     return scores.masked_fill(blocked, float("-inf"))
+
+
+def reaches_new(types: Tensor, mask: str) -> Tensor:
+    """Whether tokens of these types (...) see the new group under a mask, bool (...)."""
+    found = torch.zeros_like(types, dtype=torch.bool)
+    for kind in REACHES[mask]:
+        found = found | (types == int(kind))
+    return found
 
 
 def group_mass(scores: Tensor, num_new: int, top_k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,10 +296,15 @@ def specialization_loss(
 
 
 def routing_score_regularization(
-    scores: Tensor, num_new: int, top_k: int = 16, temperature: float = 0.1, mask: Tensor | None = None
+    scores: Tensor,
+    num_new: int,
+    top_k: int = 16,
+    temperature: float = 0.1,
+    mask: Tensor | None = None,
+    mass: Callable[[Tensor, int, int, float], tuple[Tensor, Tensor, Tensor]] = group_mass,
 ) -> tuple[Tensor, Tensor]:
-    """(exclusivity_loss, specialization_loss) of the same scores for the price of one softmax."""
-    old, new, largest = group_mass(scores, num_new, top_k, temperature)
+    """(exclusivity_loss, specialization_loss) of the same scores for the price of one softmax, computed by `mass`."""
+    old, new, largest = mass(scores, num_new, top_k, temperature)
     return _masked_mean(_exclusivity(old, new), mask), _masked_mean(_specialization(new, largest), mask)
 
 

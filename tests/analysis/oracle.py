@@ -1,6 +1,5 @@
 """Routing the slow way: each stage's groups loaded anew, one sample at a time, weights recomputed from layer inputs."""
 
-import math
 from functools import cache
 
 import torch
@@ -43,15 +42,9 @@ def sample_routing(run, stage, sample_id):
     found = {}
     for name, (layer, x) in inputs.items():
         rows = [row for group in layer.group_configs for row in layer.dymoe_router[group].tolist()]
-        scores = [[cosine(token, row) for row in rows] for token in x.tolist()]
+        scores = [[oracle_cosine(token, row) for row in rows] for token in x.tolist()]
         found[name] = (scores, [oracle_weights(row, TOP_K, TEMPERATURE) for row in scores])
     return parts, found
-
-
-def cosine(x, row):
-    """The random tower's features are so small (1e-15) that the smallest length a cosine divides by matters."""
-    length = math.sqrt(sum(v * v for v in x))
-    return oracle_cosine(x, row) * min(1.0, length / 1e-12)
 
 
 SAMPLES = {}

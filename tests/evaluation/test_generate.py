@@ -1,11 +1,13 @@
 """Batched answers are those of one sample at a time; scores and routing are what they say."""
 
+import itertools
+
 import pytest
 import torch
 from tests.learning.tiny import save_tiny
 
 from dymoe.errors import DymoeError
-from dymoe.evaluation.generate import evaluate, evaluated, generate
+from dymoe.evaluation.generate import batches, evaluate, evaluated, generate
 from dymoe.learning.groups import freeze_all, train_group
 from dymoe.lvlm import Collator, ImageFeatures, load
 from dymoe.methods import Stage, create
@@ -62,6 +64,32 @@ def alone(tiny, stream):
 def test_batches_answer_as_one_sample_at_a_time(tiny, stream, alone, batch_size):
     lvlm, collator, _ = tiny
     assert generate(lvlm, collator, mixed(stream, 4), 6, batch_size, "float32") == alone
+
+
+def test_answers_are_those_of_transformers_with_pictures_read_each_time(tiny, stream):
+    """Oracle: what the field's evaluation scripts do, one prompt at a time through transformers' own loop."""
+    lvlm, _, model = tiny
+    plain, words = Collator(lvlm), lvlm.processor.tokenizer
+    expected = []
+    for sample in mixed(stream, 6):
+        prompt = plain.prompts([sample])
+        tokens = lvlm.model.generate(
+            **prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=plain.stop_tokens
+        )
+        expected.append(words.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    fresh = Collator(lvlm, ImageFeatures(lvlm))
+    trace = model.base_model.trace
+    assert generate(lvlm, fresh, mixed(stream, 6), 8, 7, "float32", trace=trace) == expected
+
+
+def test_batches_are_of_like_length_and_the_same_for_any_number_of_processes():
+    lengths = [5, 9, 5, 7, 9, 1, 7, 7]
+    whole = batches(lengths, 3)
+    assert whole == [[1, 4, 3], [6, 7, 0], [2, 5]]
+    for count in (2, 3, 5):
+        shares = [batches(lengths, 3, (rank, count)) for rank in range(count)]
+        assert [share for row in itertools.zip_longest(*shares) for share in row if share is not None] == whole
+    assert batches([], 3) == []
 
 
 def test_greedy_answers_are_the_argmax_of_the_full_forward(tiny, stream):

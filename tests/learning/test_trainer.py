@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dymoe import methods
 from dymoe.errors import DymoeError
 from dymoe.learning.groups import train_group
+from dymoe.learning.order import workers_for
 from dymoe.learning.recipe import Training, load_recipe
 from dymoe.learning.run import run
 from dymoe.learning.trainer import StageTrainer, answer_logits, next_token_loss, training_arguments
@@ -54,15 +55,17 @@ def test_answer_only_loss_is_the_loss_over_all_positions(longest):
     assert torch.allclose(next_token_loss(logits[:, -keep:], labels, 2 * items).double(), expected / 2, rtol=1e-6)
 
 
-def learn(folder: Path, model: Path, method: Method, task, steps: int = 3, **training) -> tuple[StageTrainer, dict]:
+def learn(
+    folder: Path, model: Path, method: Method, task, steps: int = 3, pixels: bool = False, **training
+) -> tuple[StageTrainer, dict]:
     """Train the method's first group on the task's first samples, in order of the seeded sampler."""
     lvlm = load(str(model), "float32")
     stage = Stage(1, task.name, (task,), folder / "method")
     torch.manual_seed(0)
     peft_model = train_group(lvlm.model, None, method.group(stage), method.config(stage))
     settings = Training(**{"steps_per_task": steps, "dtype": "float32", "save_steps": 2, **training})
-    arguments = training_arguments(settings, folder, 0, steps)
-    collator = Collator(lvlm, ImageFeatures(lvlm, batch_size=16))
+    arguments = training_arguments(settings, folder, 0, steps, workers=settings.workers or 0)
+    collator = Collator(lvlm, None if pixels else ImageFeatures(lvlm, batch_size=16))
     trainer = StageTrainer(peft_model, method.group(stage), method, task.train[:16], collator, arguments)
     trainer.train()
     trainer.close()
@@ -81,6 +84,26 @@ def test_accumulation_changes_rounding_alone(tiny_folder, task, tmp_path):
     assert any(not torch.equal(whole[name], torch.zeros_like(whole[name])) for name in whole if "_B" in name)
     for name in whole:
         assert torch.allclose(whole[name], parts[name], atol=2e-5), name
+
+
+def test_worker_processes_change_nothing(tiny_folder, task, tmp_path):
+    """Batches made ahead in two processes: every tensor equal to the bit, dropout as well."""
+    method = methods.create("lora", rank=4, lora_dropout=0.3)
+    _, here = learn(tmp_path / "a", tiny_folder, method, task, batch_size=4, pixels=True)
+    _, there = learn(tmp_path / "b", tiny_folder, method, task, batch_size=4, pixels=True, workers=2)
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+@pytest.mark.parametrize(
+    "asked, cached, gpus, processes, expected",
+    [(3, True, 0, 1, 3), (0, False, 1, 1, 0), (None, False, 0, 1, 0), (None, True, 1, 1, 0), (None, False, 1, 1, 4),
+     (None, False, 4, 8, 1), (None, False, 1, 8, 4)],
+)  # fmt: skip
+def test_workers_are_started_where_a_gpu_would_wait(asked, cached, gpus, processes, expected, monkeypatch):
+    monkeypatch.setattr("dymoe.learning.order.cores", lambda: 8)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert workers_for(asked, cached, processes) == expected
 
 
 def test_gradient_checkpointing_changes_rounding_alone(tiny_folder, task, tmp_path):

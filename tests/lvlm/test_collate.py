@@ -161,6 +161,49 @@ def test_features_are_bounded_and_come_back(tiny):
     assert torch.equal(features.get(images[0]), first)
 
 
+def test_each_image_is_computed_once_in_full_batches(tiny, monkeypatch):
+    """Asked for one picture after the other or all at once, twice the same among them, and when they are there."""
+    calls = []
+    features = ImageFeatures(tiny, batch_size=4)
+    encode = features._encode
+    monkeypatch.setattr(features, "_encode", lambda inputs: calls.append(len(inputs["pixel_values"])) or encode(inputs))
+    images = [png((place, 0, 0)) for place in range(9)]
+    items = [sample(str(place), image) for place, image in enumerate([*images, *images[::-1], None])]
+    found = features.of_samples(items)
+    assert calls == [4, 4, 4]
+    assert len(found) == 18
+    assert len(features) == 9
+    assert all(torch.equal(one, other) for one, other in zip(found, found[::-1], strict=True))
+    features.add_samples(items)
+    Collator(tiny, features).see(items)
+    assert torch.equal(features.get(images[3]), found[3])
+    assert calls == [4, 4, 4]
+    alone = ImageFeatures(tiny, batch_size=4)
+    assert all(torch.equal(alone.get(image), one) for image, one in zip(images, found, strict=False))
+
+
+def test_more_images_than_are_kept_come_all_the_same(tiny):
+    images = [png((place, 0, 0)) for place in range(9)]
+    size = ImageFeatures(tiny, batch_size=1).get(images[0]).nbytes
+    features, whole = ImageFeatures(tiny, batch_size=2, max_bytes=3 * size), ImageFeatures(tiny, batch_size=2)
+    items = [sample(str(place), image) for place, image in enumerate([*images, *images])]
+    for one, other in zip(features.of_samples(items), whole.of_samples(items), strict=True):
+        assert torch.equal(one, other)
+    assert len(features) == 3
+    assert features.holds(3)
+    assert not features.holds(4)
+    Collator(tiny, features).see(items)  # would only push out what is kept
+    assert len(features) == 3
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_lengths_are_those_of_the_prompts(tiny, mixed, cached):
+    collator = Collator(tiny, ImageFeatures(tiny, batch_size=2) if cached else None)
+    for items in (mixed, mixed[1:2], mixed[::-1]):
+        assert collator.lengths(items) == collator.prompts(items)["attention_mask"].sum(1).tolist()
+    assert collator.lengths([]) == []
+
+
 def test_transparency_is_laid_on_white_and_exif_turns():
     buffer = io.BytesIO()
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(buffer, "PNG")

@@ -1,7 +1,9 @@
 """Models of nine families, loaded by name: prompt, label mask and image tokens one by one; and two tasks learned."""
 
 import copy
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tests.lvlm.families import FAMILIES
 
 from dymoe.adapter import DyMoEConfig
 from dymoe.errors import DymoeError
+from dymoe.evaluation.generate import generate
 from dymoe.learning.budget import shape_of
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
@@ -119,13 +122,55 @@ def test_generation_starts_as_the_training_forward_predicts(loaded):
     assert torch.equal(tokens[:, prompts["input_ids"].shape[1]], logits.argmax(-1))
 
 
+def test_a_batch_that_shrinks_answers_as_one_question_at_a_time(loaded, monkeypatch):
+    """Rows end at different steps and leave the batch; whatever a family carries from step to step goes with them."""
+    family, _, kept = loaded
+    lvlm = Lvlm(copy.deepcopy(kept.model), kept.processor)
+    with torch.no_grad():  # so that an answer depends on what is asked
+        torch.manual_seed(3)
+        for name, parameter in lvlm.model.named_parameters():
+            if parameter.ndim == 2 and "vision" not in name:
+                parameter.normal_(0, 0.2)
+    collator = Collator(lvlm)
+    items = [item for _, item in made(family)]
+    items += [replace(items[0], id=f"more-{n}", question="Why?" + " x" * n) for n in range(5)]
+    written = []
+    for item in items:
+        batch = collator.prompts([item])
+        tokens = lvlm.model.generate(
+            **batch, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=True
+        )
+        written.append(tokens[0, batch["input_ids"].shape[1] :].tolist())
+    # End tokens with which most rows end early, one does not.
+    said = sorted({token for tokens in written for token in tokens})
+    for stops in itertools.chain(itertools.combinations(said, 1), itertools.combinations(said, 2)):
+        expected = [next((n + 1 for n, token in enumerate(tokens) if token in stops), 6) for tokens in written]
+        if sorted(expected)[len(expected) // 2] < max(expected):
+            break
+    monkeypatch.setattr(collator, "stop_tokens", list(stops))
+    sizes = []
+    forward = lvlm.model.get_decoder().forward
+
+    def watched(*args, **kwargs):
+        sizes.append(len(kwargs["inputs_embeds"]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(lvlm.model.get_decoder(), "forward", watched)
+    answers = generate(lvlm, collator, items, 6, len(items), "float32")
+    words = lvlm.processor.tokenizer
+    told = [tokens[:count] for tokens, count in zip(written, expected, strict=True)]
+    assert answers == [words.decode(tokens, skip_special_tokens=True).strip() for tokens in told]
+    assert sizes[0] == len(items) > sizes[-1], "the batch did not shrink"
+
+
 def test_cache_where_it_is_right(loaded):
     family, _, lvlm = loaded
-    features = cached_features(lvlm, images=100)
+    features = cached_features(lvlm)
     assert (features is not None) == family.caches
     if features is None:
         return
-    assert cached_features(lvlm, images=10**9) is None  # it would not fit
+    assert features.holds(100)
+    assert not features.holds(10**9)
     items = [item for _, item in made(family)]
     plain, cached = Collator(lvlm)(items), Collator(lvlm, features)(items)
     assert torch.equal(plain["input_ids"], cached["input_ids"])

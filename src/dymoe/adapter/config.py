@@ -10,7 +10,7 @@ from dymoe.routing import MASKS
 
 PEFT_TYPE = "DYMOE"
 GATES = ("cosine", "uniform", "linear")
-COMPUTE = ("stacked", "reference")
+COMPUTE = ("stacked", "reference", "triton", "auto")
 
 
 @dataclass
@@ -41,7 +41,8 @@ class DyMoEConfig(PeftConfig):
         specialization: weight of the specialization loss.
         rsr_temperature: temperature of the regularization's softmax (0.1).
         rsr_start: share of a task's steps before the regularization starts to rise.
-        compute: "stacked" (two matrix products for the bank) or "reference" (a loop over experts).
+        compute: "stacked" (two matrix products for the bank), "reference" (a loop over experts), "triton" (kernels
+            for GPUs) or "auto" (triton on a GPU that has it, else stacked).
         expert_pattern: experts in layers whose name ends with (or as a regular expression fits) a key, in place of
             num_experts; 0 leaves a layer without new experts. The scale stays that of num_experts.
         selector: what weighs whole groups for a whole sample before the gates do: "none" or a name of
@@ -70,7 +71,7 @@ class DyMoEConfig(PeftConfig):
     specialization: float = field(default=1e-3, metadata={"help": "weight of the specialization loss"})
     rsr_temperature: float = field(default=0.1, metadata={"help": "of the regularization's softmax"})
     rsr_start: float = field(default=0.5, metadata={"help": "share of steps before the regularization rises"})
-    compute: str = field(default="stacked", metadata={"help": "stacked | reference"})
+    compute: str = field(default="stacked", metadata={"help": "stacked | reference | triton | auto"})
     expert_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "experts by layer"})
     selector: str = field(default="none", metadata={"help": "none, or what weighs groups for a sample"})
     selector_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the selector's settings"})

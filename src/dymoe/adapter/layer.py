@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,17 +15,52 @@ from dymoe import routing
 from dymoe.adapter.config import DyMoEConfig
 from dymoe.adapter.gates import GATES, Gating, Routing
 from dymoe.adapter.holder import GroupHolder
-from dymoe.adapter.ops import OPS, ExpertBlock
-from dymoe.adapter.trace import LayerRouting, RoutingTrace
+from dymoe.adapter.ops import OPS, Bank, Candidates, ExpertBlock, Rule, fused
+from dymoe.adapter.ops.triton import suits
+from dymoe.adapter.ops.triton.route import GUIDES, Guidance, group_mass, route
+from dymoe.adapter.trace import TERMS, LayerRouting, RoutingTrace
+
+_compiling = torch.compiler.is_compiling
 
 
 @dataclass(frozen=True)
 class Pack:
-    """The frozen active groups, packed once: blocks of equal rank, scale folded into B, router rows normalised."""
+    """The frozen active groups, packed once.
+
+    Attributes:
+        blocks: experts of equal rank, scale folded into B, in the compute dtype.
+        directions: unit router rows, float32.
+        rows: the same in the compute dtype.
+        sources: the parameters that were packed.
+        versions: torch's counters of their in-place changes at that time.
+    """
 
     blocks: tuple[ExpertBlock, ...]
     directions: Tensor | None
+    rows: Tensor | None
+    sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
+
+    def current(self) -> bool:
+        """Whether no packed parameter has changed since."""
+        return all(source._version == version for source, version in zip(self.sources, self.versions, strict=True))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The active groups as the layer's columns.
+
+    Attributes:
+        groups: all of them.
+        sizes: experts of each.
+        frozen: those that are packed, without groups that brought no experts here; the last may be the newest one.
+        new: the group that trains, if it has experts here.
+    """
+
+    groups: tuple[str, ...]
+    sizes: tuple[int, ...]
+    frozen: tuple[str, ...]
+    new: str | None
 
 
 class DyMoELayer(GroupHolder):
@@ -57,6 +93,7 @@ class DyMoELayer(GroupHolder):
         self.group_configs: dict[str, DyMoEConfig] = {}
         self.trace = trace
         self._packs: dict[tuple[Any, ...], Pack] = {}
+        self._layouts: dict[bool, Layout] = {}
 
     # ---- groups -------------------------------------------------------------------------------------------------
 
@@ -81,7 +118,7 @@ class DyMoELayer(GroupHolder):
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
             self.dymoe_router[group] = nn.Parameter(rows)
         self.group_configs[group] = config
-        self._packs.clear()
+        self.groups_changed()
 
     def experts_of(self, group: str) -> int:
         """How many experts of the group this layer holds."""
@@ -104,8 +141,9 @@ class DyMoELayer(GroupHolder):
         super().delete_adapter(adapter_name)
 
     def groups_changed(self) -> None:
-        """Pack the frozen groups anew at the next use."""
+        """Lay out and pack the groups anew at the next use."""
         self._packs.clear()
+        self._layouts.clear()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not possible: the weight of an expert depends on the token."""
@@ -128,24 +166,37 @@ class DyMoELayer(GroupHolder):
         self._packs.clear()
         return cast(DyMoELayer, super()._apply(fn, recurse))
 
-    def _pack(self, groups: list[str], dtype: torch.dtype) -> Pack:
-        """Return the packed frozen groups in the compute dtype; packed anew only after one of them changed."""
-        key = (tuple(groups), dtype)
+    def _layout(self, learning: bool) -> Layout:
+        """The layout; where nothing learns, the newest group counts as frozen."""
+        found = self._layouts.get(learning)
+        if found is None:
+            frozen, new = self.group_order()
+            groups = frozen if new is None else [*frozen, new]
+            sizes = tuple(self.experts_of(group) for group in groups)
+            if not learning:
+                frozen, new = groups, None
+            held = tuple(group for group in frozen if self.experts_of(group))
+            found = Layout(tuple(groups), sizes, held, new if new is not None and self.experts_of(new) else None)
+            self._layouts[learning] = found
+        return found
+
+    def _pack(self, groups: tuple[str, ...], dtype: torch.dtype) -> Pack:
+        """Return the packed groups in the compute dtype; packed anew only after one of them changed."""
+        key = (groups, dtype)
         found = self._packs.get(key)
-        versions = () if torch.compiler.is_compiling() else self._versions(groups)
-        if found is not None and (not versions or found.versions == versions):
+        if found is not None and (_compiling() or found.current()):
             return found
+        held = [getattr(self, attribute) for attribute in self.adapter_layer_names]
+        sources = tuple(parameters[group] for parameters in held for group in groups if group in parameters)
         with torch.no_grad(), torch.autocast(self.dymoe_A[groups[0]].device.type, enabled=False):
-            pack = Pack(self._pack_blocks(groups, dtype), self._pack_directions(groups), versions)
+            directions = self._pack_directions(groups)
+            rows = None if directions is None else directions.to(dtype)
+            versions = () if _compiling() else tuple(source._version for source in sources)
+            pack = Pack(self._pack_blocks(groups, dtype), directions, rows, sources if versions else (), versions)
         self._packs = {key: pack}
         return pack
 
-    def _versions(self, groups: list[str]) -> tuple[int, ...]:
-        """Return torch's counters of in-place changes of these groups' parameters."""
-        parameters = [getattr(self, attribute) for attribute in self.adapter_layer_names]
-        return tuple(held[g]._version for held in parameters for g in groups if g in held)
-
-    def _pack_blocks(self, groups: list[str], dtype: torch.dtype) -> tuple[ExpertBlock, ...]:
+    def _pack_blocks(self, groups: Sequence[str], dtype: torch.dtype) -> tuple[ExpertBlock, ...]:
         blocks: list[ExpertBlock] = []
         start = 0
         while start < len(groups):
@@ -160,7 +211,7 @@ class DyMoELayer(GroupHolder):
             start = stop
         return tuple(blocks)
 
-    def _pack_directions(self, groups: list[str]) -> Tensor | None:
+    def _pack_directions(self, groups: Sequence[str]) -> Tensor | None:
         """Unit router rows of all groups (cosine gate)."""
         if self.group_configs[groups[0]].gate != "cosine":
             return None
@@ -174,22 +225,27 @@ class DyMoELayer(GroupHolder):
         result = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters:
             return result
-        frozen, new = self.group_order()
-        groups = [*frozen, new] if new is not None else frozen
-        sizes = tuple(self.experts_of(group) for group in groups)
+        layout = self._layout(self.training or torch.is_grad_enabled())
+        groups, sizes, new = layout.groups, layout.sizes, layout.new
         if not sum(sizes):
             return result
         config = self.group_configs[groups[-1]]
         device = x.device.type
         own = next(iter(self.dymoe_A.values())).dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own
+        selection = self.trace.selection_for(groups, x)
+        plain = config.gate != "cosine" or selection is not None or _compiling()
+        if not plain and config.compute != "reference" and not self._by_kernels(x, config):
+            return self._fused(x, result, layout, config, dtype)
         num_new = sizes[-1] if new is not None else 0
-        blocks, rows = self._bank(frozen, new if num_new else None, config, dtype)
+        blocks, rows = self._bank(layout.frozen, new, config, dtype)
         if config.gate == "linear":
             none = x.new_zeros(0, self.in_features, dtype=own)  # a group that found and brought no experts here
             rows = [self.dymoe_router.get(group, none) for group in groups]
-        decision = self._route(x, rows, groups, sizes, config, num_new)
-        output = OPS[config.compute](x.to(dtype), decision.weights, blocks)
+        decision = self._route(x, rows, sizes, config, num_new, selection)
+        # Only a softmax over the top k promises that nobody asks for the gradient of a weight that is 0.
+        sparse = config.gate != "uniform" and selection is None
+        output = OPS[config.compute](x.to(dtype), decision.weights, blocks, config.top_k if sparse else None)
         result = result + output.to(result.dtype)
         if self.training and num_new:
             result = self._leave_terms(result, decision, config, num_new)
@@ -197,15 +253,68 @@ class DyMoELayer(GroupHolder):
             self._leave_routing(x, decision, groups, sizes)
         return result
 
+    def _fused(self, x: Tensor, result: Tensor, layout: Layout, config: DyMoEConfig, dtype: torch.dtype) -> Tensor:
+        """The cosine gate and the bank as one function (`ops.fused`)."""
+        trace, new = self.trace, layout.new
+        training = self.training and new is not None
+        pack = self._pack(layout.frozen, dtype) if layout.frozen else None
+        mask = trace.mask_for(x.shape[:-1]) if training else None
+        mask = None if mask is None else mask.reshape(-1)
+        penalty = config.exclusivity > 0 or config.specialization > 0
+        bank = Bank(
+            () if pack is None else pack.blocks,
+            None if pack is None else pack.directions,
+            None if pack is None else pack.rows,
+            Rule(
+                config.top_k,
+                config.temperature,
+                config.tau,
+                config.guidance if training else "none",
+                config.load_balance if training else 0.0,
+                config.balance_over == "all",
+                config.exclusivity,
+                config.specialization,
+                config.rsr_temperature,
+                # Before the regularization starts its terms are only reported.
+                training and penalty and (trace.rsr_active or trace.collect),
+                trace.num_layers,
+                training and trace.collect,
+            ),
+            dtype,
+            config.r,
+            config.scaling,
+            config.lora_dropout if training else 0.0,
+            mask,
+            trace.scale,
+            trace.upstream,
+        )
+        router = a = b = None
+        if new is not None:
+            router, a, b = self.dymoe_router[new], self.dymoe_A[new].flatten(0, 1), self.dymoe_B[new].flatten(0, 1)
+        result, outcome = fused(x, result, router, a, b, bank)
+        chosen = cast(Candidates, outcome.chosen)
+        if training and (chosen.total is not None or trace.collect):
+            zero = chosen.scores.new_zeros(())
+            terms = zero.expand(len(TERMS)) if chosen.terms is None else chosen.terms
+            statistics = None
+            if trace.collect:
+                decision = Routing(outcome.scores(), outcome.weights(), chosen.types)
+                statistics = self._statistics(decision, config, layout.sizes[-1], mask)
+            trace.leave_terms(self.name, zero if chosen.total is None else chosen.total, terms, statistics)
+        if trace.observers:
+            tokens = x.shape[:-1]
+            scores, weights = (values.view(*tokens, -1) for values in (outcome.scores(), outcome.weights()))
+            self._leave_routing(x, Routing(scores, weights), layout.groups, layout.sizes)
+        return result
+
     def _bank(
-        self, frozen: list[str], new: str | None, config: DyMoEConfig, dtype: torch.dtype
+        self, frozen: tuple[str, ...], new: str | None, config: DyMoEConfig, dtype: torch.dtype
     ) -> tuple[list[ExpertBlock], list[Tensor]]:
         """Blocks of all active experts and, for the cosine gate, their unit router rows."""
         blocks: list[ExpertBlock] = []
         rows: list[Tensor] = []
-        held = [group for group in frozen if group in self.dymoe_A]
-        if held:
-            pack = self._pack(held, dtype)
+        if frozen:
+            pack = self._pack(frozen, dtype)
             blocks.extend(pack.blocks)
             if pack.directions is not None:
                 rows.append(pack.directions)
@@ -221,21 +330,31 @@ class DyMoELayer(GroupHolder):
         self,
         x: Tensor,
         rows: list[Tensor],
-        groups: list[str],
         sizes: tuple[int, ...],
         config: DyMoEConfig,
         num_new: int,
+        selection: Tensor | None,
     ) -> Routing:
         guide = None
-        if self.training and config.guidance != "none" and 0 < num_new < sum(sizes):
+        guided = self.training and config.guidance != "none" and 0 < num_new < sum(sizes)
+        if config.gate == "cosine" and selection is None and self._by_kernels(x, config):
+            guidance = Guidance(num_new, config.tau, cast(routing.Mask, config.guidance)) if guided else None
+            return route(x, rows, config.top_k, config.temperature, guidance)
+        if guided:
 
             def guide(scores: Tensor) -> tuple[Tensor, Tensor]:
                 mask = cast(routing.Mask, config.guidance)
                 types = routing.token_types(scores, num_new, config.tau)
                 return routing.token_assignment_guidance(scores, num_new, config.tau, mask, types), types
 
-        selection = self.trace.selection_for(groups, x)
         return GATES[config.gate](x, Gating(sizes, tuple(rows), config.top_k, config.temperature, guide, selection))
+
+    @staticmethod
+    def _by_kernels(x: Tensor, config: DyMoEConfig) -> bool:
+        """Whether kernels compute the gate and the masses; the masks of the dilemma are not theirs."""
+        if config.guidance not in GUIDES:
+            return False
+        return config.compute == "triton" or (config.compute == "auto" and suits(x))
 
     def _leave_terms(self, result: Tensor, decision: Routing, config: DyMoEConfig, num_new: int) -> Tensor:
         """Leave the routing's loss terms in the trace and tie them to the result."""
@@ -249,10 +368,11 @@ class DyMoELayer(GroupHolder):
         balance = routing.load_balance_loss(weights, evened, mask) if config.load_balance > 0 else zero
         exclusivity = specialization = zero
         if regularize and num_new < scores.shape[-1] and (trace.rsr_active or trace.collect):
+            mass = group_mass if self._by_kernels(scores, config) else routing.group_mass
             # Before the regularization starts its terms are only reported.
             with torch.set_grad_enabled(torch.is_grad_enabled() and trace.rsr_active):
                 exclusivity, specialization = routing.routing_score_regularization(
-                    scores, num_new, config.top_k, config.rsr_temperature, mask
+                    scores, num_new, config.top_k, config.rsr_temperature, mask, mass
                 )
         penalty = config.exclusivity * exclusivity + config.specialization * specialization
         total = (config.load_balance * balance + trace.scale.to(penalty.device) * penalty) / trace.num_layers
@@ -274,7 +394,7 @@ class DyMoELayer(GroupHolder):
             means = (weights[..., -num_new:].sum(-1), torch.special.entr(weights).sum(-1))
             return torch.stack([*shares, *((value * counts).sum() / total for value in means)])
 
-    def _leave_routing(self, x: Tensor, decision: Routing, groups: list[str], sizes: tuple[int, ...]) -> None:
+    def _leave_routing(self, x: Tensor, decision: Routing, groups: Sequence[str], sizes: tuple[int, ...]) -> None:
         weights = decision.weights.detach().expand(*x.shape[:-1], -1)
         scores = None if decision.scores is None else decision.scores.detach()
         mask = self.trace.mask_for(x.shape[:-1])

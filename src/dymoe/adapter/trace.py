@@ -158,6 +158,12 @@ class RoutingTrace:
         finally:
             vars(self).update(kept)
 
+    def keep_samples(self, kept: Tensor) -> None:
+        """Go on with these samples of a batch in generation alone; `kept` holds their places, (samples,)."""
+        if self.selection is not None:
+            names, weights = self.selection
+            self.selection = (names, weights[kept.to(weights.device)])
+
     def mask_for(self, tokens: torch.Size) -> Tensor | None:
         """Return the mask of the tokens that count for a layer input of shape (*tokens, features), or None for all.
 

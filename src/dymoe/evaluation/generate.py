@@ -1,13 +1,14 @@
 """Answers by batched greedy generation, scored by each task's own rule, with the routing they caused."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from dymoe.errors import DymoeError
+from dymoe.evaluation.decode import Greedy
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -96,21 +97,22 @@ def generate(
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.eval()
+    own = batches(collator.lengths(samples), batch_size, part)
+    collator.see([samples[place] for rows in own for place in rows])
     answers: dict[int, str] = {}
-    for rows in batches(samples, batch_size, part):
-        batch = to_device(collator.prompts([samples[i] for i in rows]), model.device)
-        watched = _finished_rows(trace, collator.stop_tokens)
-        with torch.inference_mode(), autocast(model.device.type, dtype), watched as watching:
+    for rows in own:
+        batch = to_device(collator.prompts([samples[place] for place in rows]), model.device)
+        with torch.inference_mode(), autocast(model.device.type, dtype):
             tokens = model.generate(
                 **batch,
+                custom_generate=Greedy(trace),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
                 eos_token_id=collator.stop_tokens,
                 pad_token_id=pad,
-                stopping_criteria=watching,
             )
-        texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
             answers[row] = text.strip()
         if progress is not None:
@@ -119,42 +121,19 @@ def generate(
     return [every[place] for place in range(len(samples))]
 
 
-@contextmanager
-def _finished_rows(trace: "RoutingTrace | None", stop_tokens: list[int]) -> Iterator[list[Any]]:
-    """Give what watches one generation and tells the trace which rows have ended; it ends none itself."""
-    if trace is None:
-        yield []
-        return
-    from transformers import StoppingCriteria
-
-    def note(input_ids: torch.Tensor) -> torch.Tensor:
-        ended = torch.isin(input_ids[:, -1], torch.tensor(stop_tokens, device=input_ids.device))
-        trace.finished = ended if trace.finished is None else trace.finished | ended
-        return torch.zeros_like(ended)
-
-    class Finished(StoppingCriteria):
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            return note(input_ids)
-
-    try:
-        yield [Finished()]
-    finally:
-        trace.finished = None
-
-
-def batches(samples: Sequence["Sample"], batch_size: int, part: tuple[int, int] = (0, 1)) -> list[list[int]]:
+def batches(lengths: Sequence[int], batch_size: int, part: tuple[int, int] = (0, 1)) -> list[list[int]]:
     """Places of the samples that are answered together: those of like length, the longest first.
 
     The batches of all parts together are those of one part alone, so that an answer does not depend on the number of
     parts.
 
     Args:
-        samples: questions.
+        lengths: of the prompts, in tokens.
         batch_size: of each batch but the last.
         part: (number from 0, of how many): this part's batches alone, dealt in turn.
     """
     number, count = part
-    order = sorted(range(len(samples)), key=lambda i: (-len(samples[i].question), i))
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)][number::count]
 
 

@@ -200,8 +200,10 @@ def saved(shape: Shape, groups: Groups, dtype: str) -> float:
 
     Frozen weights need no inputs, so a layer keeps: two norms in float32; queries, keys, values and attention's output;
     the FFN's gate, its activation and the other half. A bank adds, for each linear, its input with dropout and the
-    dropout's mask, two values per rank, with a router (or without dropout) the layer's distinct inputs, and routing:
-    two or three values per expert, more for the top k once there are more experts than k.
+    dropout's mask, two values per rank (one under the cosine gate), with a router (or without dropout) the layer's
+    distinct inputs, and routing. Under the cosine gate routing is what `ops.fused` keeps of the candidates; other
+    routers keep two or three values per expert, more for the top k once there are more experts than k. On a CPU the
+    cosine gate keeps less where few tokens use the new group or the bank is large (`ops.sparse`).
     """
     size = BYTES[dtype]
     kept = 2.0 * 4 * shape.hidden + size * (2 * shape.hidden + 2 * shape.keys + 3 * shape.inner)
@@ -211,14 +213,21 @@ def saved(shape: Shape, groups: Groups, dtype: str) -> float:
     wide = sum(linear.inputs for linear in shape.linears) / shape.layers
     count = len(shape.linears) / shape.layers
     ranks = sum(config.num_experts * config.r for config in groups.configs)
+    experts = sum(config.num_experts for config in groups.configs)
+    fused = new.gate == "cosine" and new.selector == "none"
     if new.lora_dropout:
         kept += wide * (size + 1)
-    kept += count * 2 * ranks * size
+    kept += count * (1 if fused else 2) * ranks * size
     routed = new.gate != "uniform"
     if routed or not new.lora_dropout:  # the inputs as they are, which linears share
         kept += size * (2 * shape.hidden + shape.inner)
-    if routed:
-        experts = sum(config.num_experts for config in groups.configs)
+    if fused:
+        sides = (experts - new.num_experts, new.num_experts)
+        candidates = sum(min(new.top_k, side) for side in sides)
+        terms = new.load_balance > 0 or (sides[0] > 0 and new.exclusivity + new.specialization > 0)
+        index = 8 * new.top_k * sum(side > new.top_k for side in sides)
+        kept += count * (4 + 4 * candidates * (2 + terms) + index)
+    elif routed:
         chosen = experts > new.top_k
         routing = experts * (5 + 2 * size) + 24 * new.top_k + 36 if chosen else experts * (8 + size)
         kept += count * routing
@@ -267,7 +276,8 @@ def memory(recipe: "Recipe", shape: Shape, stage: int, tokens: int | None = None
     trainable = sum(sizes[-1]) if sizes else 0
     size = BYTES[training.dtype]
     cosine = bool(groups.configs) and groups.configs[-1].gate == "cosine"
-    packs = [pairs * size + (routers * OWN if cosine else 0) for pairs, routers in sizes]
+    rows = OWN + (size if size != OWN else 0)  # unit router rows, in float32 and in the compute dtype
+    packs = [pairs * size + (routers * rows if cosine else 0) for pairs, routers in sizes]
     moments = 2 * OWN * trainable
     paged = training.optimizer == "paged-adamw"
     spent = activations(shape, groups, training.batch_size, tokens, training.dtype, training.gradient_checkpointing)

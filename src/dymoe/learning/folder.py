@@ -17,6 +17,7 @@ FREE = (
     "data.root",
     "data.images",
     "training.threads",
+    "training.workers",
     "training.save_steps",
     "training.log_steps",
     "training.dynamics_every",

@@ -45,7 +45,10 @@ class Made:
 
 @dataclass
 class Learner:
-    """One run at work: the model with the groups learned so far, and where everything is written."""
+    """One run at work: the model with the groups learned so far, and where everything is written.
+
+    `collator` makes the batches to train on, `asker` the prompts of an evaluation.
+    """
 
     recipe: Recipe
     method: Method
@@ -56,6 +59,7 @@ class Learner:
     processes: Processes
     lvlm: "Lvlm"
     collator: "Collator"
+    asker: "Collator"
     features: "ImageFeatures | None"
     model: "PeftModel | None" = None
 
@@ -84,9 +88,11 @@ class Learner:
         display.note(f"loading the model {recipe.model}")
         lvlm = _placed(_loaded(recipe) if made is None else made.lvlm)
         pictures = sum(len(task.train) + len(task.validation) + len(task.test) for task in stream.tasks)
-        features = cached_features(lvlm, pictures if made is None else made.pictures)
-        collator = Collator(lvlm, features, recipe.model_options.max_length)
-        learner = cls(recipe, method, stream, folder, stages, display, processes, lvlm, collator, features)
+        kept = cached_features(lvlm)
+        # Training meets its pictures in random order: a cache that does not hold all would seldom hold the next.
+        features = kept if kept and kept.holds(pictures if made is None else made.pictures) else None
+        collator, asker = (Collator(lvlm, seen, recipe.model_options.max_length) for seen in (features, kept))
+        learner = cls(recipe, method, stream, folder, stages, display, processes, lvlm, collator, asker, features)
         learner._load_groups(learner._trained())
         return learner
 
@@ -262,6 +268,7 @@ class Learner:
         from dymoe.adapter import group_hash
         from dymoe.learning.dynamics import Dynamics, rewind
         from dymoe.learning.groups import trace_of
+        from dymoe.learning.order import workers_for
         from dymoe.learning.trainer import StageTrainer, last_checkpoint, training_arguments
         from dymoe.learning.watch import Watch
 
@@ -271,7 +278,8 @@ class Learner:
             processes.same(f"the beginning of expert group {group!r}", group_hash(model, group))
         checkpoint = processes.from_main(lambda: last_checkpoint(place))
         done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-        arguments = training_arguments(self.recipe.training, place, stage.seed, steps, processes.count)
+        workers = workers_for(self.recipe.training.workers, self.features is not None, processes.count)
+        arguments = training_arguments(self.recipe.training, place, stage.seed, steps, processes.count, workers)
         watch = Watch(self.folder, self.display, stage, group)
         if processes.main:
             for rest in place.glob("checkpoint-*"):
@@ -360,14 +368,13 @@ class Learner:
         self, task: "Task", folder: StageFolder, scores: dict[str, Any], routing: dict[str, Any]
     ) -> None:
         """Ask one task; its score is written last and says that the rest is there."""
-        from dymoe.evaluation.generate import batches, evaluate, evaluated
+        from dymoe.evaluation.generate import evaluate, evaluated
 
         options, part = self.recipe.evaluation, (self.processes.rank, self.processes.count)
         samples = evaluated(task, options.split, options.limit)
-        self._see([samples[place] for rows in batches(samples, options.batch_size, part) for place in rows])
         result = evaluate(
             self.lvlm,
-            self.collator,
+            self.asker,
             task,
             peft_model=self.model,
             split=options.split,

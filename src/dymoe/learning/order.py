@@ -1,10 +1,13 @@
 """Which samples a training step takes: a function of seed and step, whatever number of processes shares the step."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dymoe.lvlm.images import cores
 
 NOTHING = -1  # in place of a sample: this process has none left in the step
 
@@ -45,6 +48,21 @@ class Order(Sampler[list[int]]):
             yield order[start : start + self.size] or [NOTHING]
 
 
+def workers_for(asked: int | None, cached: bool, processes: int = 1) -> int:
+    """How many worker processes make batches ahead.
+
+    Args:
+        asked: by the recipe, None to choose.
+        cached: whether the features of the pictures are there, so that a batch is text alone.
+        processes: of the run; one works on each of a machine's GPUs.
+    """
+    if asked is not None:
+        return asked
+    if cached or not torch.cuda.is_available():
+        return 0
+    return min(4, max(1, cores() // min(processes, torch.cuda.device_count()) - 1))
+
+
 class Loader(DataLoader[Any]):
     """Collated micro-batches in an `Order`; the trainer tells the epoch.
 
@@ -67,12 +85,20 @@ class Loader(DataLoader[Any]):
             batch["labels"] = torch.full_like(batch["labels"], -100)
             return batch
 
+        if options.get("num_workers"):
+            # Forked: a worker inherits samples and tokenizer as they are, and touches no GPU.
+            options = {"multiprocessing_context": "fork", "worker_init_fn": _begin_worker, **options}
         super().__init__(_Places(order.count), batch_sampler=order, collate_fn=collate, **options)
         self._order = order
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration gives."""
         self._order.set_epoch(epoch)
+
+
+def _begin_worker(number: int) -> None:
+    """A forked tokenizer works in one thread; said so, it does not warn of it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class _Places(Dataset[int]):

@@ -40,6 +40,8 @@ class Training:
         dtype: of the frozen model and of autocast; the experts stay in float32.
         gradient_checkpointing: recompute activations in the backward pass.
         threads: CPU threads of torch, none for torch's own choice.
+        workers: processes that read, decode and collate the next batches while one is computed; none for 4 (fewer on
+            fewer cores) where a GPU would wait for pictures, 0 where their features are cached or the CPU computes.
         save_steps: optimizer steps between two checkpoints inside a task.
         log_steps: optimizer steps between two lines in events.jsonl.
         dynamics_every: optimizer steps between two lines in a stage's dynamics.jsonl, which say of every layer where
@@ -62,6 +64,7 @@ class Training:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = False
     threads: int | None = None
+    workers: int | None = None
     save_steps: int = 50
     log_steps: int = 1
     dynamics_every: int = 10
@@ -81,6 +84,7 @@ class Training:
             require(self.samples_per_step >= 1, "samples_per_step", "1 or more", self.samples_per_step)
             one = self.gradient_accumulation == 1
             require(one, "gradient_accumulation", "1 beside samples_per_step", self.gradient_accumulation)
+        require(self.workers is None or self.workers >= 0, "workers", "0 or more", self.workers)
         require(self.epochs is None or self.epochs > 0, "epochs", "a number above 0", self.epochs)
         require(self.lr > 0, "lr", "a number above 0", self.lr)
         require(0 <= self.warmup < 1, "warmup", "a share in [0, 1)", self.warmup)
@@ -216,8 +220,8 @@ class Recipe:
         """All keys with their values, defaults of method and companions included; what a run folder keeps.
 
         The key ``data`` is there only with a stream that is read from files, ``model_options``,
-        ``training.optimizer`` and ``training.samples_per_step`` only where they are not the defaults: records of
-        earlier runs lack them.
+        ``training.optimizer``, ``training.samples_per_step`` and ``training.workers`` only where they are not the
+        defaults: records of earlier runs lack them.
         """
         from dymoe.tasks import from_files
 
@@ -233,8 +237,9 @@ class Recipe:
             del values["model_options"]
         if self.training.optimizer == Training(epochs=1).optimizer:
             del values["training"]["optimizer"]
-        if self.training.samples_per_step is None:
-            del values["training"]["samples_per_step"]
+        for key in ("samples_per_step", "workers"):
+            if values["training"][key] is None:
+                del values["training"][key]
         return {**values, "settings": asdict(method), "with": companions}
 
 

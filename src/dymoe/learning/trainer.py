@@ -38,7 +38,7 @@ OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged-adamw": "paged_adamw_32bit"} 
 
 
 def training_arguments(
-    training: Training, folder: Path, seed: int, steps: int | None, processes: int = 1
+    training: Training, folder: Path, seed: int, steps: int | None, processes: int = 1, workers: int = 0
 ) -> TrainingArguments:
     """Transformers' arguments for one stage.
 
@@ -48,6 +48,7 @@ def training_arguments(
         seed: of dropout and the order of the samples.
         steps: optimizer steps; None trains `training.epochs` epochs.
         processes: how many share a step.
+        workers: processes that make batches ahead, 0 for none.
 
     Raises:
         DymoeError: float16 without a GPU, paged-adamw without bitsandbytes, or a step that cannot be shared evenly.
@@ -77,7 +78,7 @@ def training_arguments(
         data_seed=seed,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_num_workers=0,
+        dataloader_num_workers=workers,
         dataloader_pin_memory=gpu,
         # Every training parameter gets a gradient in every pass; the frozen base's buffers are the same everywhere.
         ddp_find_unused_parameters=False,
@@ -229,7 +230,8 @@ class StageTrainer(Trainer):
         samples, collator = cast(Any, self.train_dataset), cast(Any, self.data_collator)
         seed, processes = int(self.args.data_seed or 0), self.processes
         order = Order(len(samples), self._train_batch_size, seed, processes.rank, processes.count)
-        return Loader(samples, collator, order, pin_memory=self.args.dataloader_pin_memory)
+        options = {"num_workers": self.args.dataloader_num_workers, "pin_memory": self.args.dataloader_pin_memory}
+        return Loader(samples, collator, order, **options)
 
     def compute_loss(
         self,

@@ -6,8 +6,8 @@ Nothing heavy is imported before a name is used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dymoe.lvlm.collate import Collator, cached_features
-    from dymoe.lvlm.features import ImageFeatures
+    from dymoe.lvlm.collate import Collator
+    from dymoe.lvlm.features import ImageFeatures, cached_features
     from dymoe.lvlm.model import Lvlm, load
 
 __all__ = ["Collator", "ImageFeatures", "Lvlm", "cached_features", "load"]
@@ -16,7 +16,7 @@ _HOMES = {
     "Collator": "collate",
     "ImageFeatures": "features",
     "Lvlm": "model",
-    "cached_features": "collate",
+    "cached_features": "features",
     "load": "model",
 }
 

@@ -13,7 +13,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dymoe.errors import DymoeError
-from dymoe.lvlm.features import ImageFeatures, takes_features
+from dymoe.lvlm.features import ImageFeatures
 from dymoe.lvlm.images import decode
 
 if TYPE_CHECKING:
@@ -123,6 +123,33 @@ class Collator:
         """
         rows, images = self._encode(samples, [self._prompt_text(sample) for sample in samples])
         return {**self._pad_left(samples, rows), **images}
+
+    def lengths(self, samples: "Sequence[Sample]") -> list[int]:
+        """Tokens of each sample's prompt; a picture counts as many as the first sample's that has one.
+
+        Raises:
+            DymoeError: as for training batches.
+        """
+        if not samples:
+            return []
+        texts = [self._prompt_text(sample) for sample in samples]
+        ids = self._tokenizer(texts, add_special_tokens=self._adds_special(texts), padding=False).input_ids
+        lengths = [len(row) for row in ids]
+        first = next((place for place, sample in enumerate(samples) if sample.has_image), None)
+        if first is None:
+            return lengths
+        (row,), _ = self._encode([samples[first]], [texts[first]])
+        picture = len(row["input_ids"]) - lengths[first]
+        return [length + picture * sample.has_image for length, sample in zip(lengths, samples, strict=True)]
+
+    def see(self, samples: "Sequence[Sample]") -> None:
+        """Compute the image features of `samples` that are not there yet, if there is a cache that holds so many.
+
+        Raises:
+            DymoeError: an image is broken; the message names its sample.
+        """
+        if self._features is not None and self._features.holds(len(samples)):
+            self._features.add_samples(samples)
 
     # --- text ----------------------------------------------------------------------------------------------
 
@@ -324,7 +351,7 @@ class Collator:
     ) -> tuple[list[Row], dict[str, Any]]:
         """Prompts with as many image tokens as the cached features have, and these features."""
         token = cast(str, self._image_token)
-        tokens = [_named(sample, features.get) for sample in samples]
+        tokens = features.of_samples(samples)
         expanded = [text.replace(token, token * len(found)) for text, found in zip(texts, tokens, strict=True)]
         ids = self._tokenizer(expanded, add_special_tokens=self._adds_special(texts), padding=False).input_ids
         rows = [self._open_ended({"input_ids": torch.tensor(row)}, text) for row, text in zip(ids, texts, strict=True)]
@@ -352,47 +379,6 @@ class Collator:
                 column[number, longest - lengths[number] :] = row[name]
             batch[name] = column
         return batch
-
-
-def cached_features(lvlm: "Lvlm", images: int, max_bytes: int = 4 << 30) -> ImageFeatures | None:
-    """A cache for the frozen tower's image tokens, None where the model does not allow one or it would not hold.
-
-    Tried out with two made pictures: a cache is right if the processor makes nothing but pixels, if its prompt is
-    the template's with the image token repeated, and if the tower's output is one block of tokens a picture.
-
-    Args:
-        lvlm: the model and its processor.
-        images: how many pictures will be asked for, at most.
-        max_bytes: of main memory.
-    """
-    if not takes_features(lvlm.model):
-        return None
-    from dymoe.tasks import Sample
-
-    features = ImageFeatures(lvlm, batch_size=2, max_bytes=max_bytes)
-    pair = [Sample(str(size), _made_picture(*size), "What is it?", "It", {}) for size in ((40, 24), (20, 48))]
-    try:
-        plain, cached = Collator(lvlm).prompts(pair), Collator(lvlm, features).prompts(pair)
-    except (DymoeError, TypeError, ValueError, RuntimeError, IndexError):
-        return None  # an optimisation alone: without it the model gets the pixels
-    same = plain["input_ids"].shape == cached["input_ids"].shape and torch.equal(
-        plain["input_ids"], cached["input_ids"]
-    )
-    if set(plain) != {"input_ids", "attention_mask", "pixel_values"} or not same:
-        return None
-    if images * max(features.get(cast(bytes, sample.image)).nbytes for sample in pair) > max_bytes:
-        return None
-    return ImageFeatures(lvlm, max_bytes=max_bytes)
-
-
-def _made_picture(width: int, height: int) -> bytes:
-    import io
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.linear_gradient("L").resize((width, height)).convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _extended(row: Row, answer: list[int]) -> Row:

@@ -1,6 +1,7 @@
 """Encoded image bytes to an RGB picture."""
 
 import io
+import os
 import struct
 import zlib
 from typing import TYPE_CHECKING
@@ -10,6 +11,11 @@ from dymoe.files import not_itself
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decode(data: bytes) -> "Image":

@@ -35,12 +35,10 @@ QUESTION = "Describe the picture."
 class TowerMaps(ImageFeatures):
     """The tower's maps before the projector, (16, 1280) an image, in the place of finished image tokens."""
 
-    def _encode(self, pictures: Sequence[Any]) -> Sequence[torch.Tensor]:
-        lvlm = self._lvlm
-        inputs = cast(Any, lvlm.processor).image_processor(images=list(pictures), return_tensors="pt")
-        tower = cast(Any, lvlm.model).model.vision_tower
+    def _encode(self, inputs: dict[str, Any]) -> Sequence[torch.Tensor]:
+        model = cast(Any, self._lvlm.model)
         with torch.no_grad():
-            maps = tower(inputs["pixel_values"].to(lvlm.model.dtype), return_dict=True).last_hidden_state
+            maps = model.model.vision_tower(inputs["pixel_values"].to(model.dtype), return_dict=True).last_hidden_state
         return cast(Any, maps.flatten(2).permute(0, 2, 1))
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from dymoe.adapter import DyMoEConfig
     from dymoe.tasks import Sample, Task
 
+COMPUTE = ("stacked", "reference", "triton", "auto")  # as dymoe.adapter.config, which would import torch
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -100,7 +102,8 @@ class Method:
         lora_dropout: dropout on the experts' input, 0.05 as CoIN trains its LoRA.
         target_modules: names of the linear layers that get experts; none for the seven projections (q, k, v,
             o, gate, up, down) of the language model.
-        compute: how the bank is computed, ``stacked`` (fast) or ``reference`` (a loop over experts).
+        compute: how the bank is computed, ``stacked`` (fast), ``reference`` (a loop over experts), ``triton`` (kernels
+            for GPUs) or ``auto`` (triton on a GPU that has it, else stacked).
     """
 
     name: ClassVar[str] = ""
@@ -118,7 +121,7 @@ class Method:
         require(self.lora_alpha > 0, "lora_alpha", "a number above 0", self.lora_alpha)
         require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
         require(self.target_modules != [], "target_modules", "at least one layer name", self.target_modules)
-        require(self.compute in ("stacked", "reference"), "compute", "stacked or reference", self.compute)
+        require(self.compute in COMPUTE, "compute", f"one of {', '.join(COMPUTE)}", self.compute)
 
     # growth
     def rounds(self, tasks: Sequence[Task]) -> list[tuple[str, tuple[Task, ...]]]:

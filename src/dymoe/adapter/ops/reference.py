@@ -8,13 +8,15 @@ from torch import Tensor
 from dymoe.adapter.ops.block import ExpertBlock
 
 
-def reference(x: Tensor, weights: Tensor, blocks: Sequence[ExpertBlock]) -> Tensor:
+def reference(x: Tensor, weights: Tensor, blocks: Sequence[ExpertBlock], top_k: int | None = None) -> Tensor:
     """Sum over experts of w_e * scale * B_e A_e x, in a loop.
 
     Args:
         x: (..., in_features).
         weights: (..., experts), or (experts,) when all tokens share them; columns in the order of the blocks.
         blocks: at least one.
+        top_k: the gate's promise that no token has more than this many weights above 0 and that it asks for no
+            gradient of the others; None promises nothing. Not used here.
 
     Returns:
         (..., out_features), dtype of the blocks.

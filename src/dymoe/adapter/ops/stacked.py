@@ -9,7 +9,7 @@ from torch import Tensor
 from dymoe.adapter.ops.block import ExpertBlock
 
 
-def stacked(x: Tensor, weights: Tensor, blocks: Sequence[ExpertBlock]) -> Tensor:
+def stacked(x: Tensor, weights: Tensor, blocks: Sequence[ExpertBlock], top_k: int | None = None) -> Tensor:
     """Sum over experts of w_e * scale * B_e A_e x. Arguments and result as for `reference`."""
     output: Tensor | None = None
     parts = weights.split([block.experts for block in blocks], dim=-1) if len(blocks) > 1 else (weights,)

@@ -1,0 +1,81 @@
+"""The benchmarks' counts against what torch counts, and a small run of each that needs no quiet machine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dymoe import DyMoEConfig
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import counts
+
+    return counts
+
+
+class Host(nn.Module):
+    def __init__(self, inside, outside):
+        super().__init__()
+        self.q_proj = nn.Linear(inside, outside, bias=False)
+
+    def forward(self, x):
+        return self.q_proj(x)
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_counted_operations_are_those_that_torch_counts(counts, tasks):
+    host = Host(24, 40).requires_grad_(False)
+    config = {"lora_dropout": 0.0, "guidance": "none", "target_modules": ["q_proj"]}
+    model = get_peft_model(host, DyMoEConfig(**config), adapter_name="1")
+    for task in range(2, tasks + 1):
+        model.add_adapter(str(task), DyMoEConfig(**config))
+    x = torch.randn(2, 25, 24, requires_grad=True)
+    model.train()(x).sum().backward()  # packs the frozen groups
+    # torch counts addmm, not its in-place form.
+    inplace = {torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **rest: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=inplace) as counter:
+        model(x).sum().backward()
+    expected = counts.Counts(24, 40)
+    assert counter.get_total_flops() == 50 * (expected.base + expected.dense(tasks))
+
+
+def test_one_side_lies_between_what_is_needed_and_dense(counts):
+    for shape in counts.SHAPES:
+        for pair in counts.linears(shape):
+            row = counts.Counts(*pair)
+            for tasks in (1, 2, 8, 64):
+                share = 1.0 if tasks == 1 else 0.1
+                assert row.needed(tasks, share) <= row.one_side(tasks, share) <= row.dense(tasks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "step.py --layers 1 --tokens 8 --tasks 1 2 --rounds 2 --loop-to 1",
+        "decode.py --layers 1 --tasks 1 2 --rounds 2 --new 2 --rows 1 2",
+        "memory.py --layers 1 --tokens 8 --tasks 1 2",
+        "startup.py --rounds 1",
+    ],
+)
+def test_benchmarks_run(tmp_path, arguments):
+    name, *rest = arguments.split()
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / name, *rest, "--results", tmp_path], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = tmp_path.glob("*.json")
+    results = json.loads(written.read_text())
+    assert results["machine"]["versions"]["torch"] == torch.__version__
+    assert results.get("rows") or results["seconds"]
