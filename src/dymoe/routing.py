@@ -191,8 +191,11 @@ def types_of_best(old: Tensor, new: Tensor, tau: float) -> Tensor:
 
 def reaches_new(types: Tensor, mask: Mask) -> Tensor:
     """Which tokens see the new group under a mask, (...), bool, from their types (...)."""
-    seen = torch.zeros_like(types, dtype=torch.bool)
-    for kind in REACHES[mask]:
+    kinds = REACHES[mask]
+    if not kinds:
+        return torch.zeros_like(types, dtype=torch.bool)
+    seen = types == int(kinds[0])
+    for kind in kinds[1:]:
         seen = seen | (types == int(kind))
     return seen
 

@@ -72,7 +72,7 @@ def explicit(layer, x, groups, new, config, training):
 
 
 @pytest.mark.parametrize("compute", ["stacked", "reference"])
-@pytest.mark.parametrize("guidance", ["exclusive", "protect", "none"])
+@pytest.mark.parametrize("guidance", routing.MASKS)
 @pytest.mark.parametrize("training", [True, False])
 def test_the_layer_is_its_formula(compute, guidance, training):
     model = two_groups(compute=compute, guidance=guidance, top_k=3)

@@ -75,10 +75,7 @@ def test_output_terms_and_all_gradients_are_those_of_the_formulas(name, path, mo
         monkeypatch.setattr(sparse, attribute, value)
     upstream, scale = torch.tensor(0.6, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
     for guidance, balance_all, masked, tokens in itertools.product(
-        ("exclusive", "protect", "only-ambiguous", "only-old", "no-token", "none"),
-        (False, True),
-        (False, True),
-        ((9,), (2, 6), (1,)),
+        routing.MASKS, (False, True), (False, True), ((9,), (2, 6), (1,))
     ):
         settings = {"guidance": guidance, "balance_all": balance_all}
         x, frozen, rows, learned = drawn(name, tokens)

@@ -17,7 +17,7 @@ from dymoe.adapter.gates import GATES, Gating, Routing
 from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.ops import OPS, Bank, Candidates, ExpertBlock, Rule, fused
 from dymoe.adapter.ops.triton import suits
-from dymoe.adapter.ops.triton.route import Guidance, group_mass, route
+from dymoe.adapter.ops.triton.route import GUIDES, Guidance, group_mass, route
 from dymoe.adapter.trace import TERMS, LayerRouting, RoutingTrace
 
 _compiling = torch.compiler.is_compiling
@@ -337,8 +337,7 @@ class DyMoELayer(GroupHolder):
     ) -> Routing:
         guide = None
         guided = self.training and config.guidance != "none" and 0 < num_new < sum(sizes)
-        known = not guided or config.guidance in ("exclusive", "protect")  # the kernels' masks
-        if known and config.gate == "cosine" and selection is None and self._by_kernels(x, config):
+        if config.gate == "cosine" and selection is None and self._by_kernels(x, config):
             guidance = Guidance(num_new, config.tau, cast(routing.Mask, config.guidance)) if guided else None
             return route(x, rows, config.top_k, config.temperature, guidance)
         if guided:
@@ -352,7 +351,9 @@ class DyMoELayer(GroupHolder):
 
     @staticmethod
     def _by_kernels(x: Tensor, config: DyMoEConfig) -> bool:
-        """Whether kernels compute the gate and the masses."""
+        """Whether kernels compute the gate and the masses; the masks of the dilemma are not theirs."""
+        if config.guidance not in GUIDES:
+            return False
         return config.compute == "triton" or (config.compute == "auto" and suits(x))
 
     def _leave_terms(self, result: Tensor, decision: Routing, config: DyMoEConfig, num_new: int) -> Tensor:

@@ -16,7 +16,7 @@ from dymoe.learning.folder import StageFolder
 from dymoe.learning.groups import hashes, load_group, trace_of
 from dymoe.learning.learner import base_model
 from dymoe.learning.recipe import Recipe, recorded
-from dymoe.lvlm import Collator, ImageFeatures, Lvlm, cached_features
+from dymoe.lvlm import Collator, Lvlm, cached_features
 from dymoe.tasks import Sample, Task, load_stream
 
 Observer = Callable[[LayerRouting], None]
@@ -60,7 +60,6 @@ class Learned:
         lvlm: the base model, wrapped.
         model: PEFT's model, frozen, in evaluation mode.
         collator: makes the batches.
-        features: of the frozen vision tower, or None.
     """
 
     path: Path
@@ -69,7 +68,6 @@ class Learned:
     lvlm: Lvlm
     model: PeftModel
     collator: Collator
-    features: ImageFeatures | None
     _held: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -129,8 +127,7 @@ class Learned:
         device = cast(Any, self.lvlm.model).device
         for places in batches(self.collator.lengths(samples), self.recipe.evaluation.batch_size):
             part = [samples[place] for place in places]
-            if self.features is not None:
-                self.features.add_samples(part)
+            self.collator.see(part)
             yield to_device(self.collator(part), device)
 
     def observe(self, batch: dict[str, Any], observer: Observer) -> None:
@@ -208,7 +205,6 @@ def open_run(run: "str | Path | Learned") -> Learned:
     for group, value in hashes(model).items():
         if value != expected[group]:
             raise DymoeError(f"{last[group].adapter}: expert group {group!r} is not the one saved (hash differs)")
-    features = cached_features(lvlm)
-    collator = Collator(lvlm, features, recipe.model_options.max_length)
+    collator = Collator(lvlm, cached_features(lvlm), recipe.model_options.max_length)
     held = {group: stage.index for group, stage in last.items()}
-    return Learned(path, recipe, tuple(stages), lvlm, model, collator, features, held)
+    return Learned(path, recipe, tuple(stages), lvlm, model, collator, held)

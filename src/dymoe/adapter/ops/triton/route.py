@@ -35,7 +35,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dymoe.adapter.gates import Routing
 from dymoe.adapter.ops.triton.launch import DTYPES, plain, power_of_two, require, wide_product
 from dymoe.errors import DymoeError
-from dymoe.routing import MASKS, Mask
+from dymoe.routing import Mask
+
+GUIDES = {"exclusive": 1, "protect": 2, "none": 3}  # the masks that the kernels know, by their numbers there
 
 RESIDUE = 2.0**-11  # exact in every dtype; keeps low parts in float16's normal range
 MOST_EXPERTS = 16384  # a program holds a token's scores in registers
@@ -111,8 +113,8 @@ def _check(x: Tensor, rows: Sequence[Tensor], top_k: int, temperature: float, gu
         raise ValueError(f"temperature must be positive, got {temperature}")
     if guidance is None:
         return
-    if guidance.mask not in MASKS:
-        raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {guidance.mask!r}")
+    if guidance.mask not in GUIDES:
+        raise ValueError(f"mask must be one of {', '.join(GUIDES)}, got {guidance.mask!r}")
     if not 0 < guidance.num_new < experts:
         raise ValueError(f"guidance needs old and new experts; num_new is {guidance.num_new} of {experts}")
     if not guidance.tau >= 0:
@@ -180,7 +182,7 @@ class _Route(torch.autograd.Function):
                     guidance.tau if guidance else 0.0,
                     RESIDUE,
                     PARTS=1 if x.dtype == torch.float32 else 2,
-                    GUIDE={"exclusive": 1, "protect": 2, "none": 3}[guidance.mask] if guidance else 0,
+                    GUIDE=GUIDES[guidance.mask] if guidance else 0,
                     BT=block,
                     BE=width,
                     BD=min(1024, power_of_two(features)),
