@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compute", default=DyMoEConfig().compute)
     parser.add_argument("--loop-to", type=int, default=8, help="most tasks for which the loop over experts is timed")
+    parser.add_argument("--profile", action="store_true", help="print where our step's time goes, by torch's profiler")
     parser.add_argument("--name", default="step")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -141,6 +142,10 @@ def main() -> None:
         if tasks <= options.loop_to:
             actions["loop"] = with_settings(compute="reference", **ours)
         times = interleaved(actions, options.rounds)
+        if options.profile:
+            with torch.profiler.profile() as profile:
+                plain()
+            print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
         row: dict[str, Any] = {"tasks": tasks, "seconds": {name: spread(values) for name, values in times.items()}}
         share = model.base_model.trace.summary()["share_new"]
         bank = sum(Counts(*pair).one_side(tasks, share) for pair in linears(options.shape))
