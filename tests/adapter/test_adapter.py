@@ -84,6 +84,18 @@ def test_the_layer_is_its_formula(compute, guidance, training):
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_hook_keeps_of_the_base_layer_stays_the_bases(training):
+    layer = two_groups().train(training).base_model.layers()[6]
+    kept = []
+    layer.base_layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    x = torch.randn(2, 11, layer.in_features)
+    with torch.no_grad():
+        output = layer(x)
+        torch.testing.assert_close(kept[0], F.linear(x, layer.base_layer.weight))
+    assert not torch.allclose(output, kept[0])
+
+
 def test_stacked_and_reference_agree_in_all_gradients(batch):
     gradients = []
     for compute in ("stacked", "reference"):

@@ -1,6 +1,7 @@
 """The fused gate and bank against the formulas of `dymoe.routing` and the bank's reference, by plain autograd."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -172,6 +173,9 @@ def test_the_base_output_that_others_may_hold_is_left_alone():
     leaf = torch.zeros(3, OUT, dtype=torch.float64, requires_grad=True)
     fused(x, leaf, None, None, None, bank)
     assert leaf.detach().abs().sum() == 0
+    held = torch.zeros(3, OUT, dtype=torch.float64)
+    fused(x, held, None, None, None, replace(bank, inplace=False))
+    assert held.abs().sum() == 0
 
 
 def test_a_zero_token_scores_nothing_and_gets_no_gradient_through_its_scores():

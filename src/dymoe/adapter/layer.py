@@ -287,6 +287,8 @@ class DyMoELayer(GroupHolder):
             mask,
             trace.scale,
             trace.upstream,
+            # A linear of another kind, or a hook on it, may keep its output.
+            type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks,
         )
         router = a = b = None
         if new is not None:

@@ -43,6 +43,7 @@ class Bank:
         dropout: on the new group's input.
         mask: (n,), true for tokens that count in the losses, or None.
         scale: of the regularization, 0-d, or None.
+        inplace: the base's output may be overwritten.
         upstream: 0-d tensor that holds, once the backward pass arrives, the gradient of the loss terms' sum;
             None is 1.
     """
@@ -58,6 +59,7 @@ class Bank:
     mask: Tensor | None = None
     scale: Tensor | None = None
     upstream: Tensor | None = None
+    inplace: bool = True
 
 
 @dataclass
@@ -96,7 +98,7 @@ def fused(
 
     Args:
         x: (..., d), any float dtype.
-        result: the frozen base's output, (..., out); overwritten where it has the compute dtype.
+        result: the frozen base's output, (..., out); overwritten where the bank allows it and the dtypes agree.
         router: router rows of the new group, (experts, d), or None without a new group.
         a: its A, (experts * r, d).
         b: its B transposed, (experts * r, out).
@@ -128,7 +130,7 @@ class _Fused(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         x = x.reshape(-1, x.shape[-1])
         # In place where nobody else can hold the base's output: a fresh tensor, not a view.
-        inplace = result.dtype == dtype and result._base is None and result.is_contiguous()
+        inplace = bank.inplace and result.dtype == dtype and result._base is None and result.is_contiguous()
         inplace = inplace and not (result.is_leaf and result.requires_grad)
         output = (
             result.view(len(x), shape[-1]) if inplace else torch.zeros(len(x), shape[-1], dtype=dtype, device=x.device)
@@ -259,7 +261,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         to_x.addmm_(values, matrix)
     if split:
         index = chosen.index[0]
-        if index is None or not len(x):
+        if index is None or not len(x) or x.device.type != "cpu":
             to_x.addmm_(chosen.spread(scaled[:, :split], 0, num_old).to(dtype), bank.rows)
         else:
             to_x.add_(bag(index, scaled[:, :split].to(dtype), bank.rows))
