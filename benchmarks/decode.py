@@ -11,8 +11,7 @@ import measure
 import torch
 from counts import SHAPES
 from measure import interleaved, ratio, spread, write
-from peft import get_peft_model
-from step import decoder
+from models import decoder, with_group
 from transformers import DynamicCache
 
 from dymoe import DyMoEConfig
@@ -56,11 +55,7 @@ def main() -> None:
     model: Any = decoder(options.shape, options.layers, device)
     results = []
     for tasks in range(1, max(options.tasks) + 1):
-        config = DyMoEConfig(compute=options.compute)
-        if tasks == 1:
-            model = get_peft_model(model, config, adapter_name="1")
-        else:
-            model.add_adapter(str(tasks), config)
+        model = with_group(model, tasks, compute=options.compute)
         if tasks not in options.tasks:
             continue
         model.eval()

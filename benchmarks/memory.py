@@ -12,12 +12,10 @@ import measure
 import torch
 from counts import SHAPES
 from measure import write
-from peft import LoraConfig, get_peft_model
-from step import Steps, decoder
+from models import decoder, with_group, with_lora
+from step import Steps
 from torch import Tensor
 from torch.profiler import profile
-
-from dymoe import DyMoEConfig
 
 
 def saved_bytes(model: Any, step: Callable[[], None]) -> int:
@@ -71,7 +69,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = "cuda" if gpu else "cpu"
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     rows = []
     for checkpointing in (False, True):
         for name, tasks in [("lora", 1), *(("dymoe", tasks) for tasks in options.tasks)]:
@@ -79,11 +76,10 @@ def main() -> None:
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if name == "lora":
-                model = get_peft_model(model, LoraConfig(r=64, lora_alpha=128, target_modules=targets))
+                model = with_lora(model)
             else:
-                model = get_peft_model(model, DyMoEConfig(lora_dropout=0.0), adapter_name="1")
-                for task in range(2, tasks + 1):
-                    model.add_adapter(str(task), DyMoEConfig(lora_dropout=0.0))
+                for task in range(1, tasks + 1):
+                    model = with_group(model, task)
             model.train()
             step = Steps(options, device).of(model)
             step()

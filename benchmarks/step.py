@@ -20,19 +20,11 @@ import measure
 import torch
 from counts import SHAPES, Counts, linears
 from measure import interleaved, ratio, spread, synchronize, write
-from peft import LoraConfig, get_peft_model
+from models import decoder, with_group, with_lora
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
 
 from dymoe import DyMoEConfig
 from dymoe.adapter import DyMoELayer
-
-
-def decoder(shape: str, layers: int, device: str) -> nn.Module:
-    """A Llama decoder of these shapes in bfloat16, frozen."""
-    torch.manual_seed(0)
-    model = LlamaModel(LlamaConfig(num_hidden_layers=layers, **SHAPES[shape]))
-    return model.to(device, torch.bfloat16).requires_grad_(False)
 
 
 class Steps:
@@ -111,20 +103,14 @@ def main() -> None:
     device = "cuda" if gpu else "cpu"
     steps = Steps(options, device)
     base = steps.of(decoder(options.shape, options.layers, device))
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora_config = LoraConfig(r=64, lora_alpha=128, target_modules=targets)
-    lora = steps.of(get_peft_model(decoder(options.shape, options.layers, device), lora_config).train())
+    lora = steps.of(with_lora(decoder(options.shape, options.layers, device)).train())
     model: Any = decoder(options.shape, options.layers, device)
     incremental = {"guidance": "none", "exclusivity": 0.0, "specialization": 0.0}
     ours = {"guidance": "exclusive", "exclusivity": 1e-3, "specialization": 1e-3}
     rows: list[dict[str, Any]] = []
     speed = base_speed(options, device)
     for tasks in range(1, max(options.tasks) + 1):
-        config = DyMoEConfig(lora_dropout=0.0, compute=options.compute)
-        if tasks == 1:
-            model = get_peft_model(model, config, adapter_name="1").train()
-        else:
-            model.add_adapter(str(tasks), config)
+        model = with_group(model, tasks, compute=options.compute).train()
         if tasks not in options.tasks:
             continue
         step = steps.of(model)
