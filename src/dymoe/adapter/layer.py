@@ -261,34 +261,36 @@ class DyMoELayer(GroupHolder):
         mask = trace.mask_for(x.shape[:-1]) if training else None
         mask = None if mask is None else mask.reshape(-1)
         penalty = config.exclusivity > 0 or config.specialization > 0
+        # Before the regularization starts its terms are only reported.
+        regularize = penalty and (trace.rsr_active or trace.collect)
+        rule = Rule(
+            top_k=config.top_k,
+            temperature=config.temperature,
+            tau=config.tau,
+            guidance=config.guidance if training else "none",
+            load_balance=config.load_balance if training else 0.0,
+            balance_all=config.balance_over == "all",
+            exclusivity=config.exclusivity,
+            specialization=config.specialization,
+            rsr_temperature=config.rsr_temperature,
+            regularize=training and regularize,
+            layers=trace.num_layers,
+            types=training and trace.collect,
+        )
         bank = Bank(
-            () if pack is None else pack.blocks,
-            None if pack is None else pack.directions,
-            None if pack is None else pack.rows,
-            Rule(
-                config.top_k,
-                config.temperature,
-                config.tau,
-                config.guidance if training else "none",
-                config.load_balance if training else 0.0,
-                config.balance_over == "all",
-                config.exclusivity,
-                config.specialization,
-                config.rsr_temperature,
-                # Before the regularization starts its terms are only reported.
-                training and penalty and (trace.rsr_active or trace.collect),
-                trace.num_layers,
-                training and trace.collect,
-            ),
-            dtype,
-            config.r,
-            config.scaling,
-            config.lora_dropout if training else 0.0,
-            mask,
-            trace.scale,
-            trace.upstream,
+            frozen=() if pack is None else pack.blocks,
+            directions=None if pack is None else pack.directions,
+            rows=None if pack is None else pack.rows,
+            rule=rule,
+            dtype=dtype,
+            r=config.r,
+            scaling=config.scaling,
+            dropout=config.lora_dropout if training else 0.0,
+            mask=mask,
+            scale=trace.scale,
+            upstream=trace.upstream,
             # A linear of another kind, or a hook on it, may keep its output.
-            type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks,
+            inplace=type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks,
         )
         router = a = b = None
         if new is not None:

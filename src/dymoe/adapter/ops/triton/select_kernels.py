@@ -41,6 +41,12 @@ def _softmax(scores, chosen, temperature):
 
 
 @triton.jit
+def _through_softmax(w, dw, temperature):
+    """Gradient at the scores of a softmax, given its result and the gradient there."""
+    return w * (dw - tl.sum(w * dw, 1)[:, None]) / temperature
+
+
+@triton.jit
 def _place(tokens, experts, BT: tl.constexpr, BE: tl.constexpr):
     """Rows and columns of this program's tile, what of it exists, and its offsets in a (tokens, experts) matrix."""
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -147,7 +153,7 @@ def route_backward(
     if WEIGHTS:
         w = tl.load(weights + place, mask=valid, other=0.0)
         dw = tl.load(from_weights + place, mask=valid, other=0.0).to(tl.float32)
-        total += w * (dw - tl.sum(w * dw, 1)[:, None]) / temperature
+        total += _through_softmax(w, dw, temperature)
     if SCORES:
         total += tl.load(from_scores + place, mask=valid, other=0.0).to(tl.float32)
     factor = tl.load(inverse + t, mask=here, other=0.0)
@@ -175,7 +181,7 @@ def topk_backward(weights, from_weights, scores_out, tokens, experts, temperatur
     _, _, valid, place = _place(tokens, experts, BT, BE)
     w = tl.load(weights + place, mask=valid, other=0.0)
     dw = tl.load(from_weights + place, mask=valid, other=0.0).to(tl.float32)
-    tl.store(scores_out + place, w * (dw - tl.sum(w * dw, 1)[:, None]) / temperature, mask=valid)
+    tl.store(scores_out + place, _through_softmax(w, dw, temperature), mask=valid)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -225,4 +231,4 @@ def mass_backward(
     to_old = tl.load(from_old + t, mask=here, other=0.0)
     to_new = tl.load(from_new + t, mask=here, other=0.0)
     dw = tl.where((e < experts - num_new)[None, :], to_old[:, None], to_new[:, None])
-    tl.store(scores_out + place, w * (dw - tl.sum(w * dw, 1)[:, None]) / temperature, mask=valid)
+    tl.store(scores_out + place, _through_softmax(w, dw, temperature), mask=valid)
