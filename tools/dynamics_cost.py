@@ -1,9 +1,9 @@
-"""What it costs to log training dynamics: CPU seconds of a training step of the pocket model, and of what is added.
+"""What it costs to log training dynamics: CPU seconds of the pocket model's training step with and without statistics.
 
     python tools/dynamics_cost.py [steps]
 
-The second task's group trains beside a frozen first one, as recipes/pocket/dymoe.yaml has it (6 samples a step). CPU
-time of the process is counted, inside a step, so that other work on the machine matters little.
+The second task's group trains beside a frozen first one, as recipes/pocket/dymoe.yaml has it (6 samples a step). Steps
+with and without the layers' statistics take turns; CPU time of the process is counted.
 """
 
 import statistics
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from dymoe.adapter import DyMoELayer
 from dymoe.evaluation.generate import autocast
 from dymoe.learning.dynamics import Dynamics
 from dymoe.learning.groups import trace_of, train_group
@@ -30,7 +29,7 @@ from dymoe.tasks import load_stream
 
 
 def main(steps: int) -> None:
-    """Print the median seconds of a step, of the layers' statistics in it, and of a line of dynamics."""
+    """Print the median seconds of a step without statistics, of one with them, and of a line of dynamics."""
     torch.set_num_threads(1)
     recipe = load_recipe("recipes/pocket/dymoe.yaml")
     lvlm, model = load("pocket"), None
@@ -43,12 +42,9 @@ def main(steps: int) -> None:
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-4)
     trace, labels = trace_of(model), batch.pop("labels")
     model.train()
-    spent = {"step": 0.0, "statistics of all layers": 0.0, "one line of dynamics": 0.0}
-    DyMoELayer._statistics = staticmethod(_timed(DyMoELayer._statistics, spent, "statistics of all layers"))  # type: ignore[method-assign]
-    rows = []
+    spent: dict[str, list[float]] = {"step without statistics": [], "with the layers' statistics": [], "one line": []}
     with tempfile.TemporaryDirectory() as folder:
         write = Dynamics(Path(folder) / "dynamics.jsonl", 1, trace, ALONE)
-        line = _timed(write.on_step_end, spent, "one line of dynamics")
 
         def train() -> None:
             with autocast("cpu", recipe.training.dtype):
@@ -58,27 +54,22 @@ def main(steps: int) -> None:
             optimizer.zero_grad()
 
         for step in range(1, steps + 2):
-            spent.update(dict.fromkeys(spent, 0.0))
-            _timed(train, spent, "step")()
-            line(None, types.SimpleNamespace(global_step=step, max_steps=steps), None)
-            rows.append(dict(spent))
-    for name in spent:
-        median = statistics.median(row[name] for row in rows[1:])  # the first one warms up
-        share = median / statistics.median(row["step"] for row in rows[1:])
-        print(f"{name:<25} {median:.3f} s  {share:.1%}  ({steps} steps)")
+            for name, collect in zip(spent, (False, True), strict=False):
+                trace.collect = collect
+                spent[name].append(_seconds(train))
+            state = types.SimpleNamespace(global_step=step, max_steps=steps)
+            spent["one line"].append(_seconds(lambda state=state: write.on_step_end(None, state, None)))
+    without = statistics.median(spent["step without statistics"][1:])
+    for name, values in spent.items():
+        median = statistics.median(values[1:])  # the first one warms up
+        print(f"{name:<27} {median:.3f} s  {median / without:.1%}  ({steps} steps)")
 
 
-def _timed(call: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
-    """The call, its CPU seconds added up."""
-
-    def timed(*args: Any, **options: Any) -> Any:
-        started = time.process_time()
-        try:
-            return call(*args, **options)
-        finally:
-            spent[name] += time.process_time() - started
-
-    return timed
+def _seconds(call: Callable[[], Any]) -> float:
+    """CPU seconds of a call."""
+    started = time.process_time()
+    call()
+    return time.process_time() - started
 
 
 if __name__ == "__main__":

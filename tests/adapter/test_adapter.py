@@ -11,7 +11,10 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from dymoe import DyMoEConfig, group_hash, routing
+from dymoe.adapter import trace as trace_module
 from dymoe.adapter.layer import DyMoELayer
+from dymoe.adapter.ops.fused import measured
+from dymoe.adapter.trace import RoutingTrace
 
 from .conftest import randomise, small, tiny_llama
 
@@ -257,6 +260,25 @@ def test_autocast_keeps_scores_in_float32_and_parameters_too(batch):
     with torch.no_grad():
         difference = (inside.float() - model(**batch).logits).abs()
     assert difference.mean() < 0.02, "rounding only (a token at the border between two experts may differ more)"
+
+
+def test_an_inputs_length_is_found_once_for_the_linears_that_share_it(monkeypatch):
+    found = []
+    monkeypatch.setattr(trace_module, "measured", lambda x: found.append(x) or measured(x))
+    trace = RoutingTrace()
+    x = torch.randn(2, 3, 4)
+    first, again = trace.measured(x), trace.measured(x)
+    assert first is again
+    torch.testing.assert_close(first[1], 1 / x.reshape(6, 4).norm(dim=1, keepdim=True))
+    x.mul_(2)
+    torch.testing.assert_close(trace.measured(x)[1], first[1] / 2)
+    assert trace.measured(x.clone())[0].shape == (6, 4)
+    assert len(found) == 3
+    trace.begin({})
+    trace.measured(x)
+    assert len(found) == 4
+    with torch.inference_mode():
+        assert trace.measured(torch.zeros(1, 4))[1].item() == 0
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

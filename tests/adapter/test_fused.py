@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dymoe import routing
-from dymoe.adapter.ops import Bank, ExpertBlock, Rule, fused, reference, sparse
+from dymoe.adapter.ops import Bank, ExpertBlock, Rule, fused, numba, reference, sparse
 
 D, OUT = 7, 5
 TOP_K, T, T_RSR, TAU = 3, 0.2, 0.5, 0.2
@@ -69,9 +69,19 @@ def plain(x, base, frozen, rows, learned, settings, mask, scale, scaling=0.5):
     return output, total, torch.stack([balance, exclusivity, specialization])
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def gate(request, monkeypatch):
+    """The gate by Numba, then by torch's operations."""
+    if request.param == "torch":
+        monkeypatch.setattr(numba, "available", lambda: False)
+    else:
+        pytest.importorskip("numba")
+    return request.param
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", BANKS)
-def test_output_terms_and_all_gradients_are_those_of_the_formulas(name, path, monkeypatch):
+def test_output_terms_and_all_gradients_are_those_of_the_formulas(name, path, gate, monkeypatch):
     for attribute, value in PATHS[path].items():
         monkeypatch.setattr(sparse, attribute, value)
     upstream, scale = torch.tensor(0.6, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
@@ -153,7 +163,7 @@ def test_no_tokens_and_dropout():
     )
 
 
-def test_equal_scores_at_the_border_keep_exactly_top_k():
+def test_equal_scores_at_the_border_keep_exactly_top_k(gate):
     rows = F.normalize(torch.ones(10, D, dtype=torch.float64), dim=1)
     frozen = [ExpertBlock(torch.randn(20, D).double(), torch.randn(20, OUT).double(), 2)]
     bank = Bank(frozen, rows, rows, Rule(TOP_K, T), torch.float64)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -16,11 +18,15 @@ from dymoe.adapter.config import DyMoEConfig
 from dymoe.adapter.gates import GATES, Gating, Routing
 from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.ops import OPS, Bank, Candidates, ExpertBlock, Rule, fused
+from dymoe.adapter.ops.candidates import token_statistics
 from dymoe.adapter.ops.triton import suits
 from dymoe.adapter.ops.triton.route import GUIDES, Guidance, group_mass, route
 from dymoe.adapter.trace import TERMS, LayerRouting, RoutingTrace
 
 _compiling = torch.compiler.is_compiling
+
+
+_version = attrgetter("_version")  # asked of every frozen parameter at every call
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Pack:
 
     def current(self) -> bool:
         """Whether no packed parameter has changed since."""
-        return all(source._version == version for source, version in zip(self.sources, self.versions, strict=True))
+        return tuple(map(_version, self.sources)) == self.versions
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,7 @@ class DyMoELayer(GroupHolder):
         with torch.no_grad(), torch.autocast(self.dymoe_A[groups[0]].device.type, enabled=False):
             directions = self._pack_directions(groups)
             rows = None if directions is None else directions.to(dtype)
-            versions = () if _compiling() else tuple(source._version for source in sources)
+            versions = () if _compiling() else tuple(map(_version, sources))
             pack = Pack(self._pack_blocks(groups, dtype), directions, rows, sources if versions else (), versions)
         self._packs = {key: pack}
         return pack
@@ -275,7 +281,7 @@ class DyMoELayer(GroupHolder):
             rsr_temperature=config.rsr_temperature,
             regularize=training and regularize,
             layers=trace.num_layers,
-            types=training and trace.collect,
+            statistics=training and trace.collect,
         )
         bank = Bank(
             frozen=() if pack is None else pack.blocks,
@@ -291,6 +297,8 @@ class DyMoELayer(GroupHolder):
             upstream=trace.upstream,
             # A linear of another kind, or a hook on it, may keep its output.
             inplace=type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks,
+            training=self.training,
+            measure=partial(trace.measured, x),
         )
         router = a = b = None
         if new is not None:
@@ -300,11 +308,7 @@ class DyMoELayer(GroupHolder):
         if training and (chosen.total is not None or trace.collect):
             zero = chosen.scores.new_zeros(())
             terms = zero.expand(len(TERMS)) if chosen.terms is None else chosen.terms
-            statistics = None
-            if trace.collect:
-                decision = Routing(outcome.scores(), outcome.weights(), chosen.types)
-                statistics = self._statistics(decision, config, layout.sizes[-1], mask)
-            trace.leave_terms(self.name, zero if chosen.total is None else chosen.total, terms, statistics)
+            trace.leave_terms(self.name, zero if chosen.total is None else chosen.total, terms, chosen.statistics)
         if trace.observers:
             tokens = x.shape[:-1]
             scores, weights = (values.view(*tokens, -1) for values in (outcome.scores(), outcome.weights()))
@@ -380,23 +384,14 @@ class DyMoELayer(GroupHolder):
                 )
         penalty = config.exclusivity * exclusivity + config.specialization * specialization
         total = (config.load_balance * balance + trace.scale.to(penalty.device) * penalty) / trace.num_layers
-        statistics = self._statistics(decision, config, num_new, mask) if trace.collect else None
+        statistics = None
+        if trace.collect:
+            with torch.no_grad():
+                types = decision.types
+                types = routing.token_types(scores, num_new, config.tau) if types is None else types
+                statistics = token_statistics(types, weights, num_new, mask)
         trace.leave_terms(self.name, total, torch.stack([balance, exclusivity, specialization]), statistics)
         return trace.inject(result, total) if total.requires_grad or not torch.is_grad_enabled() else result
-
-    @staticmethod
-    def _statistics(decision: Routing, config: DyMoEConfig, num_new: int, mask: Tensor | None) -> Tensor:
-        """Shares of new, ambiguous and old tokens, weight on the new group, entropy of the weights in nats: (5,)."""
-        with torch.no_grad():
-            types, weights = decision.types, decision.weights
-            if types is None:
-                types = routing.token_types(cast(Tensor, decision.scores), num_new, config.tau)
-            counts = torch.ones_like(types, dtype=torch.float32) if mask is None else mask.float()
-            total = counts.sum().clamp(min=1)
-            order = (routing.TokenType.NEW, routing.TokenType.AMBIGUOUS, routing.TokenType.OLD)
-            shares = [((types == int(kind)) * counts).sum() / total for kind in order]
-            means = (weights[..., -num_new:].sum(-1), torch.special.entr(weights).sum(-1))
-            return torch.stack([*shares, *((value * counts).sum() / total for value in means)])
 
     def _leave_routing(self, x: Tensor, decision: Routing, groups: Sequence[str], sizes: tuple[int, ...]) -> None:
         weights = decision.weights.detach().expand(*x.shape[:-1], -1)

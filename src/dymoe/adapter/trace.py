@@ -10,6 +10,7 @@ right under both kinds of gradient checkpointing, gradient accumulation and loss
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dymoe.adapter.ops.fused import measured
 from dymoe.routing import rsr_scale
 
 TERMS = ("load_balance", "exclusivity", "specialization")
@@ -88,6 +90,7 @@ class RoutingTrace:
         self.observers: list[Callable[[LayerRouting], None]] = []
         self._progress: float | None = None
         self._share: Tensor | float = 1.0
+        self._measured: tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]] | None = None
         self._totals: dict[str, Tensor] = {}
         self._terms: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
@@ -130,6 +133,7 @@ class RoutingTrace:
         device = next((value.device for value in kwargs.values() if isinstance(value, Tensor)), None)
         self.upstream = torch.ones((), device=device)
         self._totals, self._terms, self._statistics = {}, {}, {}
+        self._measured = None
 
     def selection_for(self, groups: Sequence[str], x: Tensor | None = None) -> Tensor | None:
         """Return the selection's columns for these groups, (samples, groups), or None when nothing was selected.
@@ -177,6 +181,13 @@ class RoutingTrace:
         if len(tokens) == 1 and tokens[0] == mask.numel():
             return mask.reshape(-1)
         return None
+
+    def measured(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`ops.measured` of a layer's input; found once for the linears in a row that get the same tensor (q, k, v)."""
+        kept = self._measured
+        if kept is None or kept[0]() is not x or kept[1] != _version(x):
+            kept = self._measured = (weakref.ref(x), _version(x), measured(x))
+        return kept[2]
 
     def leave_terms(self, layer: str, total: Tensor, terms: Tensor, statistics: Tensor | None) -> None:
         """Record a layer's weighted loss (scalar), its unweighted terms (3,) and its token statistics (5,) or None."""
@@ -234,6 +245,11 @@ class RoutingTrace:
             yield weights
         finally:
             self.observers.remove(weights)
+
+
+def _version(x: Tensor) -> int:
+    """Torch's counter of in-place changes; inference tensors have none."""
+    return 0 if x.is_inference() else x._version
 
 
 class GroupWeights:

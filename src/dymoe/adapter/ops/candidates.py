@@ -23,7 +23,7 @@ class Rule:
         balance_all: the load balance evens out all experts instead of the new group.
         regularize: compute exclusivity and specialization.
         layers: the terms' weights are divided by it.
-        types: find the token types also without guidance.
+        statistics: also find `Candidates.statistics`.
     """
 
     top_k: int
@@ -37,7 +37,7 @@ class Rule:
     rsr_temperature: float = 0.1
     regularize: bool = False
     layers: int = 1
-    types: bool = False
+    statistics: bool = False
 
 
 @dataclass
@@ -54,6 +54,8 @@ class Candidates:
         terms: load balance, exclusivity, specialization, (3,), unweighted; None if the rule has no terms.
         total: their weighted sum, scalar, or None.
         slope: d total / d candidate score, (tokens, C), or None.
+        statistics: over the tokens that count the shares of new, ambiguous and old ones, the mean weight on the new
+            group and the mean entropy of the weights in nats, (5,), or None.
     """
 
     scores: Tensor
@@ -64,6 +66,7 @@ class Candidates:
     terms: Tensor | None = None
     total: Tensor | None = None
     slope: Tensor | None = field(default=None, repr=False)
+    statistics: Tensor | None = None
 
     def spread(self, values: Tensor, side: int, experts: int) -> Tensor:
         """Values at one side's candidates (tokens, candidates) as columns of its experts, 0 elsewhere."""
@@ -105,7 +108,7 @@ def choose(
     scores = torch.cat([values_old, values_new], 1) if both else (values_old if split else values_new)
     chosen = Candidates(scores, scores, (index_old, index_new), split)
     guided = both and rule.guidance != "none"
-    if both and (guided or rule.types):
+    if both and (guided or rule.statistics):
         chosen.types = routing.types_of_best(values_old.amax(1), values_new.amax(1), rule.tau)
     member = None  # which candidates are among the top k of all
     regularize = both and rule.regularize
@@ -123,7 +126,45 @@ def choose(
     chosen.weights = _softmax(scores, allowed, rule.temperature)
     if rule.load_balance > 0 or rule.regularize:
         _add_terms(chosen, rule, (old.shape[1], new.shape[1]), member, mask, scale, slope)
+    if rule.statistics:
+        chosen.statistics = token_statistics(chosen.types, chosen.weights, count - split, mask)
     return chosen
+
+
+def token_statistics(types: Tensor | None, weights: Tensor, num_new: int, mask: Tensor | None) -> Tensor:
+    """`Candidates.statistics` from the tokens' types (tokens,), None where all are new, and their weights
+    (tokens, experts), the new group's last, over the tokens that `mask` (tokens,) counts."""
+    counts = weights.new_ones(weights.shape[:-1]) if mask is None else mask.to(weights.dtype)
+    counts = counts / counts.sum().clamp(min=1)
+    if types is None:
+        shares = [counts.sum(), counts.new_zeros(()), counts.new_zeros(())]
+    else:
+        order = (routing.TokenType.NEW, routing.TokenType.AMBIGUOUS, routing.TokenType.OLD)
+        shares = [((types == int(kind)) * counts).sum() for kind in order]
+    means = (weights[..., weights.shape[-1] - num_new :].sum(-1), torch.special.entr(weights).sum(-1))
+    return torch.stack([*shares, *((value * counts).sum() for value in means)])
+
+
+def descend(
+    chosen: Candidates, by_weight: Tensor, inverse: Tensor, temperature: float, upstream: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """From the gradient at the candidates' weights to the one at what the scores are made of.
+
+    Args:
+        chosen: the gate's decision.
+        by_weight: gradient at its weights, (tokens, C).
+        inverse: 1 / |x|, (tokens, 1).
+        temperature: of its softmax.
+        upstream: gradient of the loss terms' sum, 0-d; None is 1.
+
+    Returns:
+        ds / |x| for the candidates' scores s, (tokens, C), and the factor of x in dx, - sum(ds s) / |x|^2, (tokens, 1).
+    """
+    gradient = through_softmax(chosen.weights, by_weight, temperature)
+    if chosen.slope is not None:
+        gradient.add_(chosen.slope if upstream is None else chosen.slope * upstream.to(gradient))
+    scaled = gradient.mul_(inverse)
+    return scaled, (scaled * chosen.scores).sum(1, keepdim=True).mul_(inverse).neg_()
 
 
 def _softmax(scores: Tensor, allowed: Tensor | None, temperature: float) -> Tensor:

@@ -15,7 +15,7 @@ token does not use is left out on a CPU, where products of few rows pay (`sparse
 the bank is large, and the new group where guidance sends few tokens there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dymoe.adapter.ops import numba
 from dymoe.adapter.ops.block import ExpertBlock
-from dymoe.adapter.ops.candidates import Candidates, Rule, choose, through_softmax
+from dymoe.adapter.ops.candidates import Candidates, Rule, choose, descend
 from dymoe.adapter.ops.sparse import Used, bag, few_rows
 
 
@@ -44,8 +45,10 @@ class Bank:
         mask: (n,), true for tokens that count in the losses, or None.
         scale: of the regularization, 0-d, or None.
         inplace: the base's output may be overwritten.
+        training: the linear is in training mode; both passes of checkpointing then compute the same way.
         upstream: 0-d tensor that holds, once the backward pass arrives, the gradient of the loss terms' sum;
             None is 1.
+        measure: gives `measured` of the input, so that linears with the same input share it; None computes it.
     """
 
     frozen: Sequence[ExpertBlock]
@@ -60,6 +63,16 @@ class Bank:
     scale: Tensor | None = None
     upstream: Tensor | None = None
     inplace: bool = True
+    training: bool = False
+    measure: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+
+def measured(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (..., d) as (n, d) in float32 or wider, and 1 / |x| of each, (n, 1), 0 for a zero vector."""
+    with torch.no_grad():
+        wide = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        return wide, norm.reciprocal().masked_fill_(norm == 0, 0)
 
 
 @dataclass
@@ -127,7 +140,6 @@ class _Fused(torch.autograd.Function):
         outcome: Outcome,
     ) -> Tensor:
         dtype, shape = bank.dtype, result.shape
-        wide = torch.promote_types(x.dtype, torch.float32)
         x = x.reshape(-1, x.shape[-1])
         # In place where nobody else can hold the base's output: a fresh tensor, not a view.
         inplace = bank.inplace and result.dtype == dtype and result._base is None and result.is_contiguous()
@@ -135,55 +147,34 @@ class _Fused(torch.autograd.Function):
         output = (
             result.view(len(x), shape[-1]) if inplace else torch.zeros(len(x), shape[-1], dtype=dtype, device=x.device)
         )
-        xw, xc = x.to(wide), x.to(dtype)
-        norm = torch.linalg.vector_norm(xw, dim=1, keepdim=True)
-        inverse = norm.reciprocal().masked_fill_(norm == 0, 0)  # a zero vector scores 0
+        alone = ctx is None and router is None and not bank.training
+        if alone and bank.directions is not None and numba.serves(x, bank.frozen, dtype):
+            outcome.old, outcome.chosen = numba.serve(x, output, bank.frozen[0], bank.directions, bank.rule)
+            outcome.new = outcome.old[:, :0]
+            return result if inplace else result + output.view(shape).to(result.dtype)
+        xw, inverse = measured(x) if bank.measure is None else bank.measure()
+        xc, wide = x.to(dtype), xw.dtype
         old = new = xw.new_empty(len(x), 0)
         if bank.directions is not None:
             old = (xw @ bank.directions.to(wide).t()).mul_(inverse)
         if router is not None:
             new = (xw @ F.normalize(router.to(wide), dim=1, eps=1e-12).t()).mul_(inverse)
         learning = ctx is not None and any(ctx.needs_input_grad)
-        chosen = choose(old, new, bank.rule, bank.mask, bank.scale, slope=learning)
-        split = chosen.split
-        saved: list[Tensor | None] = []
-        used = Used.of(bank.frozen, chosen) if bank.frozen else None
-        if used is not None:
-            hidden = used.sampled(xc, used.block.a)
-            output.add_(used.summed(_gated(hidden, chosen.weights[:, :split].to(dtype), used.block.r), used.block.b))
-            saved.append(hidden)
-        elif bank.frozen:
-            weights = chosen.spread(chosen.weights[:, :split], 0, old.shape[1]).to(dtype)
-            parts = weights.split([block.experts for block in bank.frozen], 1)
-            for block, part in zip(bank.frozen, parts, strict=True):
-                hidden = xc @ block.a.t()
-                output.addmm_(_gated(hidden, part, block.r), block.b)
-                saved.append(hidden)
+        decide = numba.choose if numba.suits(xw, bank.training or learning) else choose
+        chosen = decide(old, new, bank.rule, bank.mask, bank.scale, slope=learning)
+        saved: list[Tensor | None] = _add_old(output, xc, chosen, bank) if bank.frozen else []
         rows = None
         if a is not None and b is not None:
-            rows = few_rows(chosen.weights[:, split:]) if split else None
-            own = chosen.spread(chosen.weights[:, split:], 1, new.shape[1])
-            xn, own = (xc, own) if rows is None else (xc.index_select(0, rows), own.index_select(0, rows))
-            kept = dropped = None
-            if bank.dropout:
-                xn, kept = torch.native_dropout(xn, bank.dropout, True)
-                dropped = xn
-            hidden = xn @ a.to(dtype).t()
-            gated = _gated(hidden, (own * bank.scaling).to(dtype), bank.r)
-            if rows is None:
-                output.addmm_(gated, b.to(dtype))
-            else:
-                output.index_add_(0, rows, gated @ b.to(dtype))
-            saved += [hidden, dropped, kept]
+            rows = few_rows(chosen.weights[:, chosen.split :]) if chosen.split else None
+            saved += _add_new(output, xc, rows, chosen, a.to(dtype), b.to(dtype), bank)
         if inplace and ctx is not None:
             ctx.mark_dirty(result)
         if not inplace:
             result = result + output.view(shape).to(result.dtype)
         if learning:
-            ctx.bank, ctx.split, ctx.tokens = bank, split, shape[:-1]
-            ctx.save_for_backward(
-                x, inverse, router, a, b, rows, chosen.scores, chosen.weights, *chosen.index, chosen.slope, *saved
-            )
+            ctx.bank, ctx.split, ctx.tokens = bank, chosen.split, shape[:-1]
+            decision = (chosen.scores, chosen.weights, *chosen.index, chosen.slope)
+            ctx.save_for_backward(x, inverse, router, a, b, rows, *decision, *saved)
         outcome.old, outcome.new, outcome.chosen = old, new, chosen
         return result
 
@@ -197,34 +188,21 @@ class _Fused(torch.autograd.Function):
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, inverse, router, a, b, rows, scores, weights, index_old, index_new, slope, *saved = ctx.saved_tensors
     bank, chosen = ctx.bank, Candidates(scores, weights, (index_old, index_new), ctx.split, slope=slope)
-    used = Used.of(bank.frozen, chosen) if bank.frozen else None  # cheaper to find again than to keep
     dtype, wide, split = bank.dtype, inverse.dtype, chosen.split
     needs_x, needs_result, needs_router, needs_a, needs_b = ctx.needs_input_grad[:5]
     g, xc = gradient.reshape(-1, gradient.shape[-1]).to(dtype), x.to(dtype)
-    num_old = 0 if bank.directions is None else len(bank.directions)
-    by_weight: list[Tensor] = []  # gradient at the candidates' weights
-    inner: list[tuple[Tensor, Tensor]] = []  # (gradient at hidden values, A): products that make up dx
-    if used is not None:
-        back = used.sampled(g, used.block.b)
-        by_weight.append(_rank_sum(back, saved[0], used.block.r, wide))
-        gathered = _gated(back, chosen.weights[:, :split].to(dtype), used.block.r)
-    elif bank.frozen:
-        weights = chosen.spread(chosen.weights[:, :split], 0, num_old).to(dtype)
-        parts = weights.split([block.experts for block in bank.frozen], 1)
-        found = []
-        for block, hidden, part in zip(bank.frozen, saved, parts, strict=False):
-            back = g @ block.b.t()
-            found.append(_rank_sum(back, hidden, block.r, wide))
-            inner.append((_gated(back, part, block.r), block.a))
-        by_weight.append(chosen.picked(found[0] if len(found) == 1 else torch.cat(found, 1), 0))
-    to_router = to_a = to_b = through = kept = None
+    by_weight: list[Tensor] = []  # gradient at the candidates' weights, side by side
+    inner: list[_Product] = []  # what dx is the sum of
+    to_router = to_a = to_b = None
+    if bank.frozen:
+        inner += _old_back(g, saved, chosen, bank, by_weight)
     if a is not None:
         hidden, dropped, kept = saved[-3:]
-        own = chosen.spread(chosen.weights[:, split:], 1, len(router))
-        gn, xn = g, xc
+        own = chosen.spread(weights[:, split:], 1, len(router))
+        gn, xn = g, xc if dropped is None else dropped
         if rows is not None:
-            gn, xn, own = g.index_select(0, rows), xc.index_select(0, rows), own.index_select(0, rows)
-        xn = xn if dropped is None else dropped
+            gn, own = g.index_select(0, rows), own.index_select(0, rows)
+            xn = xc.index_select(0, rows) if dropped is None else dropped
         own = (own * bank.scaling).to(dtype)
         back = gn @ b.to(dtype).t()
         per_expert = _rank_sum(back, hidden, bank.r, wide).mul_(bank.scaling)
@@ -232,47 +210,134 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
             per_expert = per_expert.new_zeros(len(x), len(router)).index_copy_(0, rows, per_expert)
         by_weight.append(chosen.picked(per_expert, 1))
         through = _gated(back, own, bank.r)
-        if needs_b:
-            to_b = (_gated(hidden, own, bank.r).t() @ gn).to(b.dtype)
-        if needs_a:
-            to_a = (through.t() @ xn).to(a.dtype)
-    slope = by_weight[0] if len(by_weight) == 1 else torch.cat(by_weight, 1)
-    slope = through_softmax(chosen.weights, slope, bank.rule.temperature)
-    if chosen.slope is not None:
-        slope.add_(chosen.slope if bank.upstream is None else chosen.slope * bank.upstream.to(slope.device, wide))
-    scaled = slope * inverse
-    at_new = unit = norm = None
+        to_b = (_gated(hidden, own, bank.r).t() @ gn).to(b.dtype) if needs_b else None
+        to_a = (through.t() @ xn).to(a.dtype) if needs_a else None
+        inner.append(_Product(through, a.to(dtype), rows=rows, kept=kept, share=1 - bank.dropout))
+    through_gate = numba.descend if numba.suits(weights) else descend
+    joined = by_weight[0] if len(by_weight) == 1 else torch.cat(by_weight, 1)
+    scaled, along = through_gate(chosen, joined, inverse, bank.rule.temperature, bank.upstream)
+    if split:
+        inner.append(_old_rows(scaled[:, :split], chosen, bank))
     if router is not None and (needs_x or needs_router):
         at_new = chosen.spread(scaled[:, split:], 1, len(router))
         norm = torch.linalg.vector_norm(router.to(wide), dim=1, keepdim=True).clamp_(min=1e-12)
         unit = router.to(wide) / norm
+        inner.append(_Product(at_new.to(dtype), unit.to(dtype)))
         if needs_router:
             direct = at_new.t() @ x.to(wide)
             to_router = direct.addcmul_(unit, (direct * unit).sum(1, keepdim=True), value=-1).div_(norm)
             to_router = to_router.to(router.dtype)
-    result = gradient if needs_result else None
-    if not needs_x:
-        return None, result, to_router, to_a, to_b, None, None
-    along = (scaled * chosen.scores).sum(1, keepdim=True).mul_(inverse).neg_()
-    to_x = xc * along.to(dtype)
-    if used is not None:
-        to_x.add_(used.summed(gathered, used.block.a))
-    for values, matrix in inner:
-        to_x.addmm_(values, matrix)
-    if split:
-        index = chosen.index[0]
-        if index is None or not len(x) or x.device.type != "cpu":
-            to_x.addmm_(chosen.spread(scaled[:, :split], 0, num_old).to(dtype), bank.rows)
+    to_x = None
+    if needs_x:
+        to_x = xc * along.to(dtype)
+        for product in inner:
+            product.add_to(to_x)
+        to_x = to_x.to(x.dtype).view(*ctx.tokens, x.shape[1])
+    return to_x, gradient if needs_result else None, to_router, to_a, to_b, None, None
+
+
+@dataclass
+class _Product:
+    """values @ matrix, a part of the gradient at x.
+
+    Attributes:
+        values: (n, ranks), compute dtype.
+        matrix: (ranks, d).
+        ranks: rows of the matrix that the values belong to, (n, ranks); None where they are all rows in order.
+        rows: tokens that the values belong to, or None for all.
+        kept: what dropout kept of the input, or None.
+        share: share that it keeps.
+    """
+
+    values: Tensor
+    matrix: Tensor
+    ranks: Tensor | None = None
+    rows: Tensor | None = None
+    kept: Tensor | None = None
+    share: float = 1.0
+
+    def add_to(self, total: Tensor) -> None:
+        """Add the product to the tokens' gradient, (tokens, d)."""
+        if self.ranks is not None:
+            total.add_(bag(self.ranks, self.values, self.matrix))
+        elif self.rows is None and self.kept is None:
+            total.addmm_(self.values, self.matrix)
         else:
-            to_x.add_(bag(index, scaled[:, :split].to(dtype), bank.rows))
-    if at_new is not None and unit is not None:
-        to_x.addmm_(at_new.to(dtype), unit.to(dtype))
-    if through is not None:
-        part = through @ a.to(dtype)
-        if kept is not None:
-            part.mul_(kept).mul_(1 / (1 - bank.dropout))
-        to_x = to_x.add_(part) if rows is None else to_x.index_add_(0, rows, part)
-    return to_x.to(x.dtype).view(*ctx.tokens, x.shape[1]), result, to_router, to_a, to_b, None, None
+            part = self.values @ self.matrix
+            if self.kept is not None:
+                part.mul_(self.kept).mul_(1 / self.share)
+            total.add_(part) if self.rows is None else total.index_add_(0, self.rows, part)
+
+
+def _add_old(output: Tensor, x: Tensor, chosen: Candidates, bank: Bank) -> list[Tensor | None]:
+    """Add the old experts' output; returns the hidden values, of the ranks in use or of each block."""
+    weights = chosen.weights[:, : chosen.split]
+    used = Used.of(bank.frozen, chosen)
+    if used is not None:
+        hidden = used.sampled(x, used.block.a)
+        output.add_(used.summed(_gated(hidden, weights.to(bank.dtype), used.block.r), used.block.b))
+        return [hidden]
+    hiddens: list[Tensor | None] = []
+    for block, part in _by_block(weights, chosen, bank):
+        hidden = x @ block.a.t()
+        output.addmm_(_gated(hidden, part, block.r), block.b)
+        hiddens.append(hidden)
+    return hiddens
+
+
+def _old_back(
+    g: Tensor, hiddens: Sequence[Tensor], chosen: Candidates, bank: Bank, by_weight: list[Tensor]
+) -> list[_Product]:
+    """Append the gradient at the old candidates' weights; returns the products of their part of dx."""
+    weights = chosen.weights[:, : chosen.split]
+    used = Used.of(bank.frozen, chosen)  # cheaper to find again than to keep
+    if used is not None:
+        back = used.sampled(g, used.block.b)
+        by_weight.append(_rank_sum(back, hiddens[0], used.block.r, weights.dtype))
+        return [_Product(_gated(back, weights.to(bank.dtype), used.block.r), used.block.a, used.ranks)]
+    found, products = [], []
+    for (block, part), hidden in zip(_by_block(weights, chosen, bank), hiddens, strict=False):
+        back = g @ block.b.t()
+        found.append(_rank_sum(back, hidden, block.r, weights.dtype))
+        products.append(_Product(_gated(back, part, block.r), block.a))
+    by_weight.append(chosen.picked(found[0] if len(found) == 1 else torch.cat(found, 1), 0))
+    return products
+
+
+def _by_block(weights: Tensor, chosen: Candidates, bank: Bank) -> Iterator[tuple[ExpertBlock, Tensor]]:
+    """Every frozen block with its experts' weights, (n, experts of the block)."""
+    experts = [block.experts for block in bank.frozen]
+    spread = chosen.spread(weights, 0, sum(experts)).to(bank.dtype)
+    return zip(bank.frozen, spread.split(experts, 1), strict=True)
+
+
+def _add_new(
+    output: Tensor, x: Tensor, rows: Tensor | None, chosen: Candidates, a: Tensor, b: Tensor, bank: Bank
+) -> list[Tensor | None]:
+    """Add the new group's output for these rows; returns hidden values, dropped input and dropout's mask."""
+    weights = chosen.spread(chosen.weights[:, chosen.split :], 1, len(a) // bank.r)
+    if rows is not None:
+        x, weights = x.index_select(0, rows), weights.index_select(0, rows)
+    kept = dropped = None
+    if bank.dropout:
+        x, kept = torch.native_dropout(x, bank.dropout, True)
+        dropped = x
+    hidden = x @ a.t()
+    gated = _gated(hidden, (weights * bank.scaling).to(bank.dtype), bank.r)
+    if rows is None:
+        output.addmm_(gated, b)
+    else:
+        output.index_add_(0, rows, gated @ b)
+    return [hidden, dropped, kept]
+
+
+def _old_rows(scaled: Tensor, chosen: Candidates, bank: Bank) -> _Product:
+    """The old router rows' part of dx, from the gradient at the old candidates' scores over |x|."""
+    index = chosen.index[0]
+    assert bank.rows is not None
+    if index is None or not len(index) or scaled.device.type != "cpu":
+        return _Product(chosen.spread(scaled, 0, len(bank.rows)).to(bank.dtype), bank.rows)
+    return _Product(scaled.to(bank.dtype), bank.rows, index)
 
 
 def _gated(hidden: Tensor, weights: Tensor, r: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dymoe.adapter.ops import numba
 from dymoe.adapter.ops.block import ExpertBlock
 from dymoe.adapter.ops.candidates import Candidates
 
@@ -34,6 +35,17 @@ def few_rows(weights: Tensor) -> Tensor | None:
         return None
     rows = weights.amax(1).nonzero().squeeze(1)
     return rows if 2 * len(rows) <= len(weights) else None
+
+
+def _ranks(index: Tensor, block: ExpertBlock) -> tuple[Tensor, Tensor, int]:
+    """Rows of the block's matrices that each token uses, (n, top_k * r), which chunks it touches, (n, chunks), bool,
+    and how many such pairs there are."""
+    if numba.available():
+        return numba.ranks_in_use(index, block.experts, block.r, CHUNK)
+    ranks = (index.unsqueeze(2) * block.r + torch.arange(block.r)).flatten(1)
+    number = -(-block.experts // CHUNK)
+    touched = torch.zeros(len(index), number, dtype=torch.bool).scatter_(1, index // CHUNK, True)
+    return ranks, touched, int(touched.sum())
 
 
 @dataclass
@@ -59,10 +71,8 @@ class Used:
         block = blocks[0]
         if block.experts < SUMMED_FROM * index.shape[1]:
             return None
-        ranks = (index.unsqueeze(2) * block.r + torch.arange(block.r)).flatten(1)
-        number = -(-block.experts // CHUNK)
-        touched = torch.zeros(len(index), number, dtype=torch.bool).scatter_(1, index // CHUNK, True)
-        if touched.sum() > SAMPLED_BELOW * touched.numel():
+        ranks, touched, pairs = _ranks(index, block)
+        if pairs > SAMPLED_BELOW * touched.numel():
             return cls(block, ranks, None)
         tokens = touched.t().nonzero()[:, 1]
         return cls(block, ranks, tokens.split(touched.sum(0).tolist()))
