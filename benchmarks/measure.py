@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,16 @@ def machine() -> dict[str, Any]:
         "processor": name,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
+        "versions": {name: _version(name) for name in ("torch", "transformers", "peft", "numba")},
         "command": " ".join(["python", str(Path("benchmarks", Path(sys.argv[0]).name)), *sys.argv[1:]]),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # numba may be missing
+        return None
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

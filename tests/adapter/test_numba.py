@@ -108,6 +108,7 @@ def test_few_tokens_are_served_as_the_formulas_say(experts, r, tokens, dtype, mo
     weights = routing.topk_weights(scores, 5, 0.2)
     expected = base.double() + reference(x.double(), weights, [wide])
     served = []
+    monkeypatch.setattr(numba, "SERVED", 100)
     monkeypatch.setattr(kernels, "serve", lambda *values, plain=kernels.serve: served.append(plain(*values)))
     with torch.no_grad():
         output, outcome = fused(x, base.clone(), None, None, None, bank)

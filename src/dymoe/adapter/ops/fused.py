@@ -148,7 +148,7 @@ class _Fused(torch.autograd.Function):
             result.view(len(x), shape[-1]) if inplace else torch.zeros(len(x), shape[-1], dtype=dtype, device=x.device)
         )
         alone = ctx is None and router is None and not bank.training
-        if alone and bank.directions is not None and numba.serves(x, bank.frozen, dtype):
+        if alone and bank.directions is not None and numba.serves(x, bank.frozen, dtype, bank.rule.top_k):
             outcome.old, outcome.chosen = numba.serve(x, output, bank.frozen[0], bank.directions, bank.rule)
             outcome.new = outcome.old[:, :0]
             return result if inplace else result + output.view(shape).to(result.dtype)

@@ -20,7 +20,9 @@ from dymoe.adapter.ops.block import ExpertBlock
 from dymoe.adapter.ops.candidates import Candidates, Rule
 from dymoe.routing import REACHES, TokenType
 
-FEW = 32  # tokens, as while decoding; measured with benchmarks/decode.py
+# Measured with benchmarks/decode.py on one core.
+FEW = 32  # tokens, as while decoding
+SERVED = 4  # chosen experts of all tokens per expert of the block; above, dense products win
 _SHIFT = {torch.bfloat16: 16, torch.float32: 0}
 _RAW: dict[torch.dtype, Any] = {torch.float32: np.uint32, torch.float64: np.uint64}
 _FLOAT: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
@@ -38,10 +40,10 @@ def suits(scores: Tensor, learning: bool = True) -> bool:
     return fits and (learning or len(scores) > FEW) and available()
 
 
-def serves(x: Tensor, blocks: Sequence[ExpertBlock], dtype: torch.dtype) -> bool:
-    """Whether `serve` computes these tokens (n, d): a few of them, through one frozen block."""
-    fits = x.device.type == "cpu" and x.dtype in _SHIFT and dtype in _SHIFT
-    return fits and 0 < len(x) <= FEW and len(blocks) == 1 and available()
+def serves(x: Tensor, blocks: Sequence[ExpertBlock], dtype: torch.dtype, top_k: int) -> bool:
+    """Whether `serve` computes these tokens (n, d): few beside the experts of the one frozen block."""
+    fits = x.device.type == "cpu" and x.dtype in _SHIFT and dtype in _SHIFT and len(blocks) == 1 and available()
+    return fits and 0 < len(x) <= FEW and len(x) * top_k <= SERVED * max(blocks[0].experts, top_k)
 
 
 @functools.cache
