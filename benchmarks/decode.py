@@ -47,7 +47,10 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compute", default=DyMoEConfig().compute)
+    parser.add_argument("--name", default="decode")
+    measure.without_numba(parser)
     options = parser.parse_args()
+    measure.by_torch(options)
     torch.set_num_threads(options.threads)
     device = "cuda" if gpu else "cpu"
     size = SHAPES[options.shape]["hidden_size"]
@@ -68,7 +71,7 @@ def main() -> None:
             row["tokens a second"] = {name: spread(values) for name, values in speeds.items()}
             row["dymoe / base"] = ratio(speeds, "dymoe", "base")
             results.append(row)
-    write("decode", options, {"rows": results})
+    write(options.name, options, {"rows": results})
 
 
 if __name__ == "__main__":

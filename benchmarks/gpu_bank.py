@@ -1,7 +1,7 @@
 """Speed of the gate and the expert bank on one GPU, beside what that GPU does at best.
 
     python benchmarks/gpu_bank.py                         # LLaVA-7B's linears, 1 to 64 expert groups
-    python benchmarks/gpu_bank.py --groups 8 --json F     # one size; the numbers as JSON too
+    python benchmarks/gpu_bank.py --groups 8              # one size
 
 Measured first are the ceilings: a copy of 1 GiB (bytes read and written a second) and a bfloat16 product of two
 8192 x 8192 matrices. Then, for a linear of in x out features with G groups of 16 experts of rank 4 and top-k 16, each
@@ -22,13 +22,12 @@ another expert shows here too).
 Without a GPU it says so and ends well.
 """
 
-import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import measure
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -276,12 +275,11 @@ def measured(s: Scene, graph: bool) -> Iterator[tuple[Way, float]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print a table, write JSON on request."""
-    parser = argparse.ArgumentParser(description="Speed of the gate and the expert bank on one GPU.")
+    """Measure, print a table, write benchmarks/results/gpu-bank-gpu.json."""
+    parser = measure.parser("Speed of the gate and the expert bank on one GPU.")
     parser.add_argument("--groups", type=int, nargs="+", default=list(GROUPS), help="numbers of expert groups")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 16, 1], help="tokens of an input")
     parser.add_argument("--modes", nargs="+", default=["ask", "train"], choices=["ask", "train"])
-    parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
     options = parser.parse_args(arguments)
     device = "cuda"
     reason = missing(torch.device(device)) if torch.cuda.is_available() else "no GPU that torch can use"
@@ -329,10 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
                     f"{rates[1] / 1e9:6.0f} {share:9.2f}   {differs}",
                     flush=True,
                 )
-    if options.json:
-        report = {"gpu": name, "torch": torch.__version__, "copy": copied, "product": multiplied, "rows": rows}
-        with open(options.json, "w") as file:
-            json.dump(report, file, indent=1)
+    measure.write("gpu-bank", options, {"copy, bytes/s": copied, "product, FLOP/s": multiplied, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -85,6 +85,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def without_numba(made: argparse.ArgumentParser) -> None:
+    """Add the option `--without-numba`; `by_torch` obeys it."""
+    made.add_argument("--without-numba", action="store_true", help="as where Numba is not installed")
+
+
+def by_torch(options: argparse.Namespace) -> None:
+    """Do without Numba where `--without-numba` was given."""
+    if options.without_numba:
+        from dymoe.adapter.ops import numba
+
+        numba.available = lambda: False  # type: ignore[assignment]
+
+
 def write(name: str, options: argparse.Namespace, results: Mapping[str, Any]) -> Path:
     """Write NAME-cpu.json or NAME-gpu.json into the folder of results; print and return its path."""
     folder = options.results

@@ -98,7 +98,9 @@ def main() -> None:
     parser.add_argument("--loop-to", type=int, default=8, help="most tasks for which the loop over experts is timed")
     parser.add_argument("--profile", action="store_true", help="print where our step's time goes, by torch's profiler")
     parser.add_argument("--name", default="step")
+    measure.without_numba(parser)
     options = parser.parse_args()
+    measure.by_torch(options)
     torch.set_num_threads(options.threads)
     device = "cuda" if gpu else "cpu"
     steps = Steps(options, device)
