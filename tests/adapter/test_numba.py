@@ -1,6 +1,7 @@
 """The compiled gate and the compiled way of few tokens against the torch operations and against plain float64."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -137,3 +138,15 @@ def test_a_zero_token_is_served_the_base_plus_nothing():
         output, outcome = fused(torch.zeros(2, 8), base.clone(), None, None, None, bank)
     assert torch.equal(output, base)
     assert (outcome.scores() == 0).all()
+
+
+def test_a_numba_that_does_not_work_is_named_and_done_without(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "dymoe.adapter.ops.numba.kernels", None)
+    monkeypatch.delattr(numba, "kernels")
+    numba._kernels.cache_clear()
+    try:
+        assert not numba.available()
+        assert "torch's operations take its place" in caplog.text
+        assert not numba.suits(torch.zeros(9, 4))
+    finally:
+        numba._kernels.cache_clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,9 +30,21 @@ _FLOAT: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.f
 
 
 @functools.cache
+def _kernels() -> Any:
+    """The compiled functions, or None without a Numba that works here (too old for NumPy, no place to keep code)."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        from dymoe.adapter.ops.numba import kernels
+    except (ImportError, RuntimeError) as error:
+        logging.getLogger(__name__).warning("Numba cannot be used (%s); torch's operations take its place", error)
+        return None
+    return kernels
+
+
 def available() -> bool:
-    """Whether Numba is installed."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether Numba is installed and works."""
+    return _kernels() is not None
 
 
 def suits(scores: Tensor, learning: bool = True) -> bool:
@@ -44,13 +57,6 @@ def serves(x: Tensor, blocks: Sequence[ExpertBlock], dtype: torch.dtype, top_k: 
     """Whether `serve` computes these tokens (n, d): few beside the experts of the one frozen block."""
     fits = x.device.type == "cpu" and x.dtype in _SHIFT and dtype in _SHIFT and len(blocks) == 1 and available()
     return fits and 0 < len(x) <= FEW and len(x) * top_k <= SERVED * max(blocks[0].experts, top_k)
-
-
-@functools.cache
-def _kernels() -> Any:
-    from dymoe.adapter.ops.numba import kernels
-
-    return kernels
 
 
 @functools.cache
