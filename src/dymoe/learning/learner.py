@@ -3,7 +3,6 @@
 import gc
 import logging
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json
+from dymoe.learning import clock
 from dymoe.learning.data import Data
 from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.processes import Processes
@@ -162,9 +162,9 @@ class Learner:
         set_seed(stage.seed)
         self.model = train_group(self.lvlm.model, self.model, group, self.method.config(stage))
         parameters = trainable_parameters(self.model)
-        started = time.perf_counter()
+        started = clock.seconds()
         self.method.before_task(self.model, stage, data)
-        hooks = time.perf_counter() - started
+        hooks = clock.seconds() - started
         self._see(data.samples)
         record = self._fit(group, stage, data.samples, data.steps, folder.trainer, self.method, folder.dynamics)
         if self.processes.main:
@@ -186,9 +186,9 @@ class Learner:
         from dymoe.learning.groups import freeze_all, hashes, save_group, stored_parameters
 
         assert self.model is not None
-        started = time.perf_counter()
+        started = clock.seconds()
         self.method.after_task(self.model, stage, data)
-        record["seconds"]["method"] = round(record["seconds"]["method"] + time.perf_counter() - started, 1)
+        record["seconds"]["method"] = round(record["seconds"]["method"] + clock.seconds() - started, 1)
         freeze_all(self.model)
         after = hashes(self.model)
         changed = [name for name, value in before.items() if after.get(name) != value]
@@ -295,13 +295,13 @@ class Learner:
         trainer = StageTrainer(model, group, method, samples, self.collator, arguments, watches, processes)
         if processes.rank:
             torch.manual_seed(stage.seed + 1_000_003 * processes.rank)  # dropout of its own
-        started = time.perf_counter()
+        started = clock.seconds()
         try:
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             weights = trainer.weights(every=True) if processes.wrapped else {}
         finally:
             trainer.close()
-        seconds = round(time.perf_counter() - started, 1)
+        seconds = round(clock.seconds() - started, 1)
         if processes.wrapped:
             config = model.peft_config[group]
             del model, trainer
@@ -357,12 +357,12 @@ class Learner:
 
     def _evaluate(self, tasks: "Sequence[Task]", folder: StageFolder) -> float:
         """Ask `tasks`, keep the answers an interrupted run already gave. Returns the seconds it took."""
-        started = time.perf_counter()
+        started = clock.seconds()
         scores, routing = self.processes.from_main(lambda: (folder.read("scores.json"), folder.read("routing.json")))
         for task in tasks:
             if task.name not in scores:
                 self._evaluate_task(task, folder, scores, routing)
-        return round(time.perf_counter() - started, 1)
+        return round(clock.seconds() - started, 1)
 
     def _evaluate_task(
         self, task: "Task", folder: StageFolder, scores: dict[str, Any], routing: dict[str, Any]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dymoe.evaluation.drift import drift
 from dymoe.evaluation.matrix import AccuracyMatrix
+from dymoe.learning import clock
 from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.recipe import Recipe
 
@@ -246,7 +247,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the run was computed on."""
+    """What the run was computed on, and by which clock its seconds are counted (`learning.clock`)."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -255,4 +256,5 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
+        "clock": clock.clock(),
     }

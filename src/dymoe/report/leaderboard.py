@@ -20,8 +20,8 @@ after the last task, MAA averaged over stages, MFT of each task as just learned;
 tasks T. *Forgetting* (best earlier minus final accuracy), *format drift* (points lost under the strict rule and not
 under the lenient one) and *drift* (percent of routing weight that a task's tokens put on later groups at the end) are
 means over all tasks but the last. *Trained* parameters are the last task's and *stored* ones all that is kept, in
-millions. *Time* is training time relative to `lora` of the same seed, where both ran on a like machine without a
-break."""
+millions. *Time* is training time relative to `lora` of the same seed (without a GPU: CPU time), where both ran on a
+like machine without a break."""
 
 Row = Mapping[str, Any]
 
@@ -58,10 +58,11 @@ class Line:
 def training_seconds(row: Row) -> float | None:
     """Seconds that a run trained, the method's own work between tasks and its probes included.
 
-    None for a run that trained nothing, and for one that was interrupted: its seconds are those since then.
+    None for a run that trained nothing, for one that was interrupted (its seconds are those since then), and for an
+    early record of wall time on a machine that may have been shared.
     """
     seconds = row.get("seconds") or {}
-    if not row.get("steps") or any(row.get("resumed_at") or ()):
+    if not row.get("steps") or any(row.get("resumed_at") or ()) or "clock" not in (row.get("machine") or {}):
         return None
     return float(sum(sum(seconds.get(key, ())) for key in ("train", "method", "probe")))
 
