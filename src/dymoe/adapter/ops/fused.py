@@ -189,7 +189,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, inverse, router, a, b, rows, scores, weights, index_old, index_new, slope, *saved = ctx.saved_tensors
     bank, chosen = ctx.bank, Candidates(scores, weights, (index_old, index_new), ctx.split, slope=slope)
     dtype, wide, split = bank.dtype, inverse.dtype, chosen.split
-    needs_x, needs_result, needs_router, needs_a, needs_b = ctx.needs_input_grad[:5]
+    needs_x, needs_result = ctx.needs_input_grad[:2]
     g, xc = gradient.reshape(-1, gradient.shape[-1]).to(dtype), x.to(dtype)
     by_weight: list[Tensor] = []  # gradient at the candidates' weights, side by side
     inner: list[_Product] = []  # what dx is the sum of
@@ -197,36 +197,16 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if bank.frozen:
         inner += _old_back(g, saved, chosen, bank, by_weight)
     if a is not None:
-        hidden, dropped, kept = saved[-3:]
-        own = chosen.spread(weights[:, split:], 1, len(router))
-        gn, xn = g, xc if dropped is None else dropped
-        if rows is not None:
-            gn, own = g.index_select(0, rows), own.index_select(0, rows)
-            xn = xc.index_select(0, rows) if dropped is None else dropped
-        own = (own * bank.scaling).to(dtype)
-        back = gn @ b.to(dtype).t()
-        per_expert = _rank_sum(back, hidden, bank.r, wide).mul_(bank.scaling)
-        if rows is not None:
-            per_expert = per_expert.new_zeros(len(x), len(router)).index_copy_(0, rows, per_expert)
-        by_weight.append(chosen.picked(per_expert, 1))
-        through = _gated(back, own, bank.r)
-        to_b = (_gated(hidden, own, bank.r).t() @ gn).to(b.dtype) if needs_b else None
-        to_a = (through.t() @ xn).to(a.dtype) if needs_a else None
-        inner.append(_Product(through, a.to(dtype), rows=rows, kept=kept, share=1 - bank.dropout))
+        product, to_a, to_b = _new_back(g, xc, rows, saved[-3:], chosen, a, b, bank, by_weight)
+        inner.append(product)
     through_gate = numba.descend if numba.suits(weights) else descend
     joined = by_weight[0] if len(by_weight) == 1 else torch.cat(by_weight, 1)
     scaled, along = through_gate(chosen, joined, inverse, bank.rule.temperature, bank.upstream)
     if split:
         inner.append(_old_rows(scaled[:, :split], chosen, bank))
-    if router is not None and (needs_x or needs_router):
-        at_new = chosen.spread(scaled[:, split:], 1, len(router))
-        norm = torch.linalg.vector_norm(router.to(wide), dim=1, keepdim=True).clamp_(min=1e-12)
-        unit = router.to(wide) / norm
-        inner.append(_Product(at_new.to(dtype), unit.to(dtype)))
-        if needs_router:
-            direct = at_new.t() @ x.to(wide)
-            to_router = direct.addcmul_(unit, (direct * unit).sum(1, keepdim=True), value=-1).div_(norm)
-            to_router = to_router.to(router.dtype)
+    if router is not None:
+        product, to_router = _router_back(x.to(wide), chosen.spread(scaled[:, split:], 1, len(router)), router, dtype)
+        inner.append(product)
     to_x = None
     if needs_x:
         to_x = xc * along.to(dtype)
@@ -329,6 +309,47 @@ def _add_new(
     else:
         output.index_add_(0, rows, gated @ b)
     return [hidden, dropped, kept]
+
+
+def _new_back(
+    g: Tensor,
+    x: Tensor,
+    rows: Tensor | None,
+    saved: Sequence[Tensor | None],
+    chosen: Candidates,
+    a: Tensor,
+    b: Tensor,
+    bank: Bank,
+    by_weight: list[Tensor],
+) -> tuple[_Product, Tensor, Tensor]:
+    """Append the gradient at the new candidates' weights; returns the product of their part of dx, and dA and dB."""
+    hidden, dropped, kept = saved
+    assert hidden is not None
+    weights = chosen.weights[:, chosen.split :]
+    own = chosen.spread(weights, 1, len(a) // bank.r)
+    x = x if dropped is None else dropped
+    if rows is not None:
+        g, own = g.index_select(0, rows), own.index_select(0, rows)
+        x = x.index_select(0, rows) if dropped is None else dropped
+    own = (own * bank.scaling).to(bank.dtype)
+    back = g @ b.to(bank.dtype).t()
+    per_expert = _rank_sum(back, hidden, bank.r, weights.dtype).mul_(bank.scaling)
+    if rows is not None:
+        per_expert = per_expert.new_zeros(len(weights), per_expert.shape[1]).index_copy_(0, rows, per_expert)
+    by_weight.append(chosen.picked(per_expert, 1))
+    through = _gated(back, own, bank.r)
+    to_a, to_b = through.t() @ x, _gated(hidden, own, bank.r).t() @ g
+    product = _Product(through, a.to(bank.dtype), rows=rows, kept=kept, share=1 - bank.dropout)
+    return product, to_a.to(a.dtype), to_b.to(b.dtype)
+
+
+def _router_back(x: Tensor, at_new: Tensor, router: Tensor, dtype: torch.dtype) -> tuple[_Product, Tensor]:
+    """The new router rows' part of dx, and their own gradient, from the one at their scores over |x|, (n, experts)."""
+    norm = torch.linalg.vector_norm(router.to(x.dtype), dim=1, keepdim=True).clamp_(min=1e-12)
+    unit = router.to(x.dtype) / norm
+    direct = at_new.t() @ x
+    to_router = direct.addcmul_(unit, (direct * unit).sum(1, keepdim=True), value=-1).div_(norm)
+    return _Product(at_new.to(dtype), unit.to(dtype)), to_router.to(router.dtype)
 
 
 def _old_rows(scaled: Tensor, chosen: Candidates, bank: Bank) -> _Product:
