@@ -213,7 +213,10 @@ def test_text_from_models_and_data_is_escaped(tmp_path: Path) -> None:
         file = runs[0] / "results.json"
         atomic_json(file, read_json(file) | {key: value})
     parsed = page(tmp_path, *runs)
-    assert [a for t, a in parsed.tags if t == "script" and a.get("type") != "application/json"] == [{}, {}]
+    assert [a for t, a in parsed.tags if t == "script" and a.get("type") != "application/json"] == [
+        {"type": "text/plain", "id": "library"},
+        {},
+    ]
     images = [a for t, a in parsed.tags if t == "img"]
     assert images
     assert all((a["src"] or "").startswith("data:") for a in images)

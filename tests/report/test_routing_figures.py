@@ -18,7 +18,7 @@ from dymoe.report.drift_figures import drift_and_forgetting, drift_figures
 from dymoe.report.dynamics_figures import dynamics_figures
 from dymoe.report.frames import analysed, later_weight, mean_over
 from dymoe.report.overlay import overlay
-from dymoe.report.plots import Figure
+from dymoe.report.parts import Figure
 from dymoe.report.runs import read_runs
 from dymoe.report.summary import Method, gather, number
 

@@ -4,21 +4,9 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from dymoe.report.plots import (
-    Figure,
-    Plot,
-    Table,
-    build,
-    colour,
-    error,
-    escape,
-    heatmap,
-    line,
-    marker,
-    positions,
-    room,
-    signs,
-)
+from dymoe.report.heatmaps import heatmap
+from dymoe.report.parts import Figure, Heatmap, Table
+from dymoe.report.plots import build, colour, error, escape, line, marker, positions, room, signs
 from dymoe.report.summary import Method, number
 
 
@@ -141,9 +129,9 @@ def matrices(methods: Sequence[Method]) -> Figure | None:
     if not sequential:
         return None
     tasks = methods[0].tasks
-    what = "after learning %{y}: %{z:.1f} % on %{x}<extra></extra>"
+    what = "after learning {row}: {value} % on {column}"
 
-    def draw(title: str, rows: Sequence[Sequence[float]]) -> Plot:
+    def draw(title: str, rows: Sequence[Sequence[float]]) -> Heatmap:
         columns = tasks[: len(rows)]
         z = [[*row, *[None] * (len(rows) - len(row))] for row in rows]
         return heatmap(title, f"Accuracy matrix of {title}", z, columns, columns, what)
@@ -286,7 +274,7 @@ def routing_maps(methods: Sequence[Method]) -> Figure | None:
         tasks = [task for task in run.tasks if task in routing.weights]
         z: list[list[float | None]] = [[100 * w for w in routing.weights[task]] for task in tasks]
         title = f"{method.label}, seed {run.seed}, stage {max(stages)}"
-        what = "tokens of %{y} put %{z:.1f} % on group %{x}<extra></extra>"
+        what = "tokens of {row} put {value} % on group {column}"
         plots.append(heatmap(title, f"Routing weight of tasks on groups: {title}", z, routing.groups, tasks, what))
         groups = max(groups, routing.groups, key=len)
         rows += [(f"{method.label}: {t}", *map(number, r)) for t, r in zip(tasks, z, strict=True)]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from dymoe.errors import DymoeError
 from dymoe.files import read_bytes
 from dymoe.report.frames import Analysed, analysed, made, missing, routed
-from dymoe.report.plots import COLOURS, Choice, Keys, Sign, Table
+from dymoe.report.parts import Choice, Keys, Sign, Table
+from dymoe.report.plots import COLOURS
 from dymoe.report.samples import MAGIC
 from dymoe.report.summary import Method, number
 

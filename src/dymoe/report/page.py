@@ -17,7 +17,7 @@ from dymoe.report.drift_figures import drift_figures
 from dymoe.report.dynamics_figures import dynamics_figures
 from dymoe.report.losses import losses
 from dymoe.report.overlay import Overlay, overlay
-from dymoe.report.plots import Figure, Table
+from dymoe.report.parts import Figure, Table
 from dymoe.report.runs import Run, read_runs
 from dymoe.report.samples import Comparison, compare, shorten
 from dymoe.report.summary import METRICS, Method, gather, number
