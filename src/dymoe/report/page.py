@@ -92,6 +92,7 @@ def render(methods: Sequence[Method]) -> str:
         pairs=pair_table(methods, samples),
         answered_by=[(method.label, method.runs[0].seed) for method in methods],
         runs=run_table(runs),
+        machines=machine_table(runs),
         style=Markup(_source(environment, "style.css.jinja")),
         library=Markup(library),
         script=Markup(script),
@@ -168,7 +169,7 @@ def pair_table(methods: Sequence[Method], samples: Comparison) -> Table | None:
 def hash_table(runs: Sequence[Run]) -> tuple[Table, str]:
     """For every expert group of every run: its hash when learned and whether it ever changed; and the sum in words."""
     rows = []
-    kept, differing = 0, []
+    kept, differing, shared = 0, [], []
     for run in runs:
         history: dict[str, list[tuple[int, str]]] = {}
         for stage, groups in run.group_hashes:
@@ -177,7 +178,10 @@ def hash_table(runs: Sequence[Run]) -> tuple[Table, str]:
         for name, seen in history.items():
             first, last = seen[0], seen[-1]
             changed = sorted({stage for stage, digest in seen if digest != first[1]})
-            if changed:
+            if changed and len(history) == 1:  # later tasks added none, so they train this one
+                verdict = "shared by all tasks, which train it on"
+                shared.append(run.name)
+            elif changed:
                 verdict = f"differs at stage {', '.join(map(str, changed))}: not frozen"
                 differing.append(f"{name} of {run.name}")
             elif last[0] == first[0]:
@@ -189,6 +193,8 @@ def hash_table(runs: Sequence[Run]) -> tuple[Table, str]:
     words = [f"{kept} expert groups were checked at a later stage and are identical."] if kept else []
     if differing:
         words.append(f"{len(differing)} changed after they were learned: {', '.join(differing)}.")
+    if shared:
+        words.append(f"Not frozen, since all tasks share and train it: the one group of {', '.join(shared)}.")
     if not words:
         words.append("No group has been followed by a later stage yet.")
     head = ("run", "group", "learned at stage", "hash when learned", "since then")
@@ -196,7 +202,7 @@ def hash_table(runs: Sequence[Run]) -> tuple[Table, str]:
 
 
 def run_table(runs: Sequence[Run]) -> Table:
-    """Where the numbers come from: folder, seed, base model, steps, time, machine and versions."""
+    """Where the numbers come from: folder, seed, base model, steps and time."""
     rows = []
     for run in runs:
         seconds = run.facts.get("seconds")
@@ -208,15 +214,25 @@ def run_table(runs: Sequence[Run]) -> Table:
                 str(run.seed),
                 run.base,
                 str(run.facts.get("steps_per_task", "–")),
-                str(run.facts.get("trainable_parameters", "–")),
+                _grouped(run.facts.get("trainable_parameters")),
                 _minutes(timing.get("train")),
                 _minutes(timing.get("evaluate")),
-                ", ".join(_flat(run.facts.get("machine"))) or "–",
-                ", ".join(_flat(run.facts.get("versions"))) or "–",
             )
         )
-    head = ("run", "method", "seed", "base model", "steps a task", "trained parameters", "training")
-    return Table((*head, "evaluation", "machine", "versions"), tuple(rows))
+    head = ("run", "method", "seed", "base model", "steps a task", "trained parameters", "training", "evaluation")
+    return Table(head, tuple(rows))
+
+
+def machine_table(runs: Sequence[Run]) -> Table:
+    """What the runs were learned on and with: machine and versions."""
+    facts = ("machine", "versions")
+    rows = ((run.name, *(", ".join(_flat(run.facts.get(fact))) or "–" for fact in facts)) for run in runs)
+    return Table(("run", *facts), tuple(rows))
+
+
+def _grouped(count: Any) -> str:
+    """A count with its thousands apart, by spaces that never break a line."""
+    return f"{count:,}".replace(",", "\u202f") if isinstance(count, int) else "–"
 
 
 def _minutes(seconds: Any) -> str:
@@ -229,6 +245,7 @@ def _minutes(seconds: Any) -> str:
 def _flat(value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield f"{key} {item}"
+            if item is not None:
+                yield f"{key} {item}"
     elif value is not None:
         yield str(value)

@@ -113,9 +113,12 @@ def build(
     return Plot(title, label, text, height, keys, width)
 
 
-def error(stat: Stat | None) -> float:
-    """Length of an error bar: the spread over seeds, 0 where there is none."""
-    return 0.0 if stat is None or stat.spread is None else stat.spread
+def error_bars(axis: str, stats: Sequence[Stat | None]) -> dict[str, Any]:
+    """A trace's keys for thin bars of the spread over seeds along an axis; none where there is no spread."""
+    spreads = [stat.spread or None if stat is not None else None for stat in stats]
+    if all(spread is None for spread in spreads):
+        return {}
+    return {f"error_{axis}": {"array": spreads, "thickness": 1, "color": "var(--muted)"}}
 
 
 def room(names: Sequence[str]) -> float:
