@@ -1,25 +1,20 @@
-"""Puts the page together: summary, figures, samples and plotly.js in one HTML file that needs no network."""
+"""Puts the page about runs together: summary, figures, samples, tables."""
 
-import base64
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from dymoe.files import atomic_write
 from dymoe.report import figures
 from dymoe.report.activation_figures import activation_figures
 from dymoe.report.drift_figures import drift_figures
 from dymoe.report.dynamics_figures import dynamics_figures
+from dymoe.report.layout import render
 from dymoe.report.losses import losses
 from dymoe.report.overlay import Overlay, overlay
 from dymoe.report.parts import Figure, Table
 from dymoe.report.runs import Run, read_runs
-from dymoe.report.samples import Comparison, compare, shorten
+from dymoe.report.samples import Comparison, compare
 from dymoe.report.summary import METRICS, Method, gather, number
 from dymoe.report.words import cards, headline, lost_most, remarks
 
@@ -39,24 +34,14 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
             cannot be written. The message names the file; nothing is written then.
     """
     methods = gather(read_runs([Path(run) for run in runs]))
-    page = render(methods)
+    page = page_of(methods)
     # Half a surrogate pair is legal in a model's JSON, but cannot be written as UTF-8.
     atomic_write(out, page.encode("utf-8", "replace"))
     return Path(out)
 
 
-def render(methods: Sequence[Method]) -> str:
+def page_of(methods: Sequence[Method]) -> str:
     """The page as HTML text."""
-    environment = Environment(
-        loader=PackageLoader("dymoe.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["shorten"] = shorten
-    library = get_plotlyjs()
-    script = _source(environment, "script.js.jinja")
     first = _present(losses(methods))
     forgetting = _present(
         figures.side_by_side(methods),
@@ -73,7 +58,8 @@ def render(methods: Sequence[Method]) -> str:
     runs = [run for method in methods for run in method.runs]
     hashes, hash_verdict = hash_table(runs)
     samples = compare(methods)
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        "page.html.jinja",
         stream=methods[0].runs[0].stream,
         headline=headline(methods),
         cards=cards(methods),
@@ -93,10 +79,6 @@ def render(methods: Sequence[Method]) -> str:
         answered_by=[(method.label, method.runs[0].seed) for method in methods],
         runs=run_table(runs),
         machines=machine_table(runs),
-        style=Markup(_source(environment, "style.css.jinja")),
-        library=Markup(library),
-        script=Markup(script),
-        policy=_policy(library, script),
     )
 
 
@@ -126,18 +108,6 @@ def _contents(
         *([("Routing", about_routing)] if about_routing else []),
         ("Evidence", [("hashes", "Frozen groups"), ("runs", "Runs")]),
     ]
-
-
-def _source(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
-
-
-def _policy(*scripts: str) -> str:
-    """Content security policy: no network at all, and no script but those whose text is given here."""
-    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
 
 
 def metrics_table(methods: Sequence[Method]) -> Table:
