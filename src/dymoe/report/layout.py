@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,27 +19,41 @@ def render(template: str, **parts: Any) -> str:
         template: its file below `templates`, which extends the layout.
         parts: what the template shows; text is escaped.
     """
-    environment = Environment(
+    library, script = get_plotlyjs(), source("script.js.jinja")
+    dark = f"@media (prefers-color-scheme: dark) {{ :root {{ {source('dark.css.jinja')} }} }}"
+    colours = f":root {{ {source('light.css.jinja')} }}\n{dark}\n"
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            style=Markup(colours + source("style.css.jinja") + source("tokens.css.jinja")),
+            library=Markup(library),
+            script=Markup(script),
+            policy=_policy(library, script),
+            **parts,
+        )
+    )
+
+
+@cache
+def environment() -> Environment:
+    """The report's templates; text that they show is escaped."""
+    found = Environment(
         loader=PackageLoader("dymoe.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shorten"] = shorten
-    library, script = get_plotlyjs(), _source(environment, "script.js.jinja")
-    return environment.get_template(template).render(
-        style=Markup(_source(environment, "style.css.jinja")),
-        library=Markup(library),
-        script=Markup(script),
-        policy=_policy(library, script),
-        **parts,
-    )
+    found.filters["shorten"] = shorten
+    return found
 
 
-def _source(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
+def source(name: str) -> str:
+    """A file below `templates` as it stands."""
+    loader = environment().loader
+    assert loader is not None
+    return loader.get_source(environment(), name)[0]
 
 
 def _policy(*scripts: str) -> str:
