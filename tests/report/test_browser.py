@@ -201,6 +201,23 @@ def test_the_routing_figures_are_drawn_and_follow_the_choice(page: Page, analyse
     assert page.messages == []
 
 
+def test_without_scripts_heatmaps_and_all_tables_are_read(page: Page, analysed: Path) -> None:
+    page.send("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        page.size(1280, 900)
+        page.open(analysed)
+        heights = "[...document.querySelectorAll('{}')].map((part) => part.offsetHeight)"
+        assert max(page.evaluate(heights.format(".plot"))) == 0  # no empty places
+        maps = page.evaluate(heights.format("#drift-layers .heat"))
+        assert len(maps) == 8  # of two methods: all tokens and three parts
+        assert min(maps) > 50
+        page.evaluate("document.querySelector('#drift-layers details:last-of-type').open = true")
+        rows = page.evaluate(heights.format("#drift-layers tbody tr"))
+        assert min(rows) > 0
+    finally:
+        page.send("Emulation.setScriptExecutionDisabled", value=False)
+
+
 def test_the_token_overlay_is_coloured_by_group_or_type(page: Page, analysed: Path) -> None:
     show(page, analysed)
     patch = "document.querySelector('#overlay .panel:not([hidden]) .view:last-child .patches b')"
