@@ -146,7 +146,7 @@ def _trade_plot(pair: str, table: "pd.DataFrame", learnings: "pd.DataFrame") -> 
                 customdata=[f"{escape(one.pair)}, seed {one.seed}" for one in mine.itertuples()],
                 mode="markers",
                 cliponaxis=False,
-                marker={"symbol": mark, "size": 6, "color": shade, "opacity": 0.45},
+                marker={"symbol": mark, "size": 8, "color": shade, "opacity": 0.5},
                 hovertemplate=f"{TOKENS[row['strategy']]}, %{{customdata}}: new task %{{y:.1f}} %, old task lost "
                 "%{x:.1f} points<extra></extra>",
             )
@@ -200,7 +200,7 @@ def drift(table: "pd.DataFrame", learnings: "pd.DataFrame") -> Figure | None:
                 y=[place] * len(mine),
                 customdata=[f"{escape(one.pair)}, seed {one.seed}" for one in mine.itertuples()],
                 mode="markers",
-                marker={"symbol": mark, "size": 7, "color": shade, "opacity": 0.45},
+                marker={"symbol": mark, "size": 8, "color": shade, "opacity": 0.5},
                 hovertemplate=f"{TOKENS[row['strategy']]}, %{{customdata}}: %{{x:.1f}} %<extra></extra>",
             )
         )
