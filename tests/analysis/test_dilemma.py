@@ -138,6 +138,8 @@ def test_from_recipe_to_sentence_and_on_from_where_it_stopped(tmp_path, tiny_fol
     assert main(["analyze", "dilemma", str(path), "--jobs", "2"]) == 0
     told = capsys.readouterr().out
     assert "Against new tokens alone" in told
+    assert "Figures: runs/two-dilemma.html" in told
+    assert "Against new tokens alone" in Path("runs/two-dilemma.html").read_text(encoding="utf-8")
     frame = analysis.stored("runs/two-dilemma", "dilemma")
     assert frame["strategy"].tolist() == [*STRATEGIES]
     records = json.loads(Path("runs/two-dilemma.json").read_text())["rows"]

@@ -61,13 +61,20 @@ def kill_when(recipe: Path, run: Path, stage: int, step: int) -> None:
     process.wait()
 
 
-def test_killed_mid_task_twice_ends_bit_for_bit_the_same(whole, tiny_folder, tmp_path):
+def test_killed_mid_task_twice_ends_bit_for_bit_the_same(whole, tiny_folder, tmp_path, capsys):
     recipe, run = write_recipe(tmp_path / "run.yaml", tiny_folder), tmp_path / "run"
     kill_when(recipe, run, stage=1, step=5)
     kill_when(recipe, run, stage=2, step=4)
     assert not (run / "stages" / "02-VQAv2" / "done.json").exists()
+    capsys.readouterr()
     assert main(["run", str(recipe), "--resume"]) == 0
-    assert json.loads((run / "stages" / "02-VQAv2" / "done.json").read_text())["resumed_at"] >= 3
+    resumed = json.loads((run / "stages" / "02-VQAv2" / "done.json").read_text())["resumed_at"]
+    assert resumed >= 3
+    told = capsys.readouterr().err
+    assert f"{run}: goes on; 1 of 2 tasks are done" in told
+    assert f"VQAv2: goes on after step {resumed} of" in told
+    assert main(["run", str(recipe), "--resume"]) == 0
+    assert f"{run}: finished before, kept as it is" in capsys.readouterr().err
     assert outcome(run) == outcome(whole)
     assert not list(run.glob("stages/*/trainer"))
 

@@ -97,7 +97,8 @@ def test_the_page_answers_as_evaluation_does(client, runs, tmp_path, stage):
     with runs._at("routed", stage):
         assert [answer] == generate(learned.lvlm, learned.collator, [sample], LONGEST, 1, "float32")
     if stage:
-        assert routing.count("<rect") == (8 if stage == 2 else 4)  # four patches, by group and by type
+        assert routing.count('class="patches ') == (2 if stage == 2 else 1)  # by group and by type
+        assert routing.count("The picture, 2 by 2 patches.") == (2 if stage == 2 else 1)
     else:
         assert routing == "<p>before learning there are no experts, so no token is routed</p>"
 
@@ -192,8 +193,16 @@ def test_a_person_asks_in_a_browser(address, tmp_path):
         )
         press = "[...document.querySelectorAll('button')].find((one) => one.textContent.trim() === 'Ask').click()"
         tab.evaluate(press)
-        tab.wait("document.querySelectorAll('.routing rect').length === 8", 60)
-        assert tab.evaluate("document.querySelectorAll('.routing svg image').length") == 2
+        tab.wait("document.querySelectorAll('.routing .patches b').length === 8", 60)
+        pictures_ = (
+            "[...document.querySelectorAll('.routing .patches')].map((p) => getComputedStyle(p).backgroundImage)"
+        )
+        assert [shown.startswith('url("data:image/webp') for shown in tab.evaluate(pictures_)] == [True, True]
+        patch = "document.querySelector('.routing [data-colour={}] .patches b')"
+        for colour, marks in (("group", ("attr(data-g)", '"1"', '"2"')), ("type", ('"n"', '"a"', '"o"'))):
+            assert tab.evaluate(f"getComputedStyle({patch.format(colour)}, '::after').content") in marks
+            shade = tab.evaluate(f"getComputedStyle({patch.format(colour)}).backgroundColor")
+            assert shade != "rgba(0, 0, 0, 0)"
         # By hand: a hostile question. The field's own setter, so that the page notices.
         tab.evaluate(
             "(() => { const box = document.querySelector('textarea');"

@@ -131,6 +131,21 @@ class Page:
     def scheme(self, value: str) -> None:
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
 
+    def settle(self) -> None:
+        """Wait until two frames have been painted, so that what observers do at the next frame is done."""
+        frames = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 0))))"
+        self.evaluate(frames)
+
+    def scroll_through(self) -> None:
+        """Move down the page screen by screen, as a reader does, and back to the top."""
+        top, step = 0, int(self.evaluate("window.innerHeight"))
+        while top < self.evaluate("document.documentElement.scrollHeight"):
+            top += step
+            self.evaluate(f"window.scrollTo({{ top: {top}, behavior: 'instant' }})")
+            self.settle()
+        self.evaluate("window.scrollTo({ top: 0, behavior: 'instant' })")
+        self.settle()
+
     def screenshot(self, path: Path) -> None:
         image = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(image))

@@ -18,7 +18,7 @@ from dymoe.errors import DymoeError
 from dymoe.evaluation import AccuracyMatrix
 from dymoe.files import atomic_json, atomic_write, read_json
 from dymoe.report import write_report
-from dymoe.report.figures import over_stages, routing_drift
+from dymoe.report.figures import lost_per_task, over_stages, routing_drift
 from dymoe.report.plots import build
 from dymoe.report.runs import read_run, read_runs
 from dymoe.report.summary import Method, Stat, gather, number
@@ -152,6 +152,47 @@ def test_hashes_say_what_changed(tmp_path: Path) -> None:
     assert "a imagenet 3 cc new at this stage" in " ".join(text.split())
 
 
+def test_the_one_group_that_all_tasks_train_is_no_broken_promise(tmp_path: Path) -> None:
+    entries = [{"stage": stage, "groups": {"shared": f"a{stage}"}} for stage in (1, 2, 3)]
+    run = matrix_run(tmp_path / "a", "lora", [[80], [70, 70], [70, 60, 50]], group_hashes=entries)
+    text = page(tmp_path, run).sections["hashes"]
+    assert "Not frozen, since all tasks share and train it: the one group of a." in text
+    assert "changed after" not in text
+
+
+def test_error_bars_are_drawn_only_where_seeds_differ(tmp_path: Path) -> None:
+    rows = [[80.0], [70.0, 70.0], [70.0, 60.0, 50.0]]
+    other = [[80.0], [70.0, 70.0], [60.0, 60.0, 50.0]]
+    single = [matrix_run(tmp_path / "lora", "lora", rows)]
+    several = [matrix_run(tmp_path / f"dymoe{seed}", "dymoe", [rows, other][seed], seed) for seed in (0, 1)]
+    figure = lost_per_task(gather(read_runs([*single, *several])))
+    assert figure is not None
+    lora, dymoe = json.loads(figure.plots[0].spec)["data"]
+    assert "error_y" not in lora
+    spread = statistics.stdev([10, 20])
+    assert dymoe["error_y"]["array"] == [pytest.approx(spread, rel=1e-4), None, None]
+
+
+def test_format_drift_that_is_nowhere_is_said_and_not_drawn(tmp_path: Path) -> None:
+    none, some = dict.fromkeys(THREE, 0.0), dict.fromkeys(THREE, 2.5)
+    for drift, plots in ((none, 1), (some, 2)):
+        run = matrix_run(tmp_path / str(plots), "lora", [[80], [70, 70], [70, 60, 50]], format_drift=drift)
+        figure = lost_per_task(gather(read_runs([run])))
+        assert figure is not None
+        assert len(figure.plots) == plots
+        assert figure.table.rows[0][-1] == f"{drift['scienceqa']:+.1f}"
+        assert ("has no plot" in figure.caption) == (plots == 1)
+
+
+def test_machines_and_versions_stand_apart_and_whole(tmp_path: Path) -> None:
+    machine = {"system": "Linux x86_64", "cores": 2, "gpu": None}
+    run = matrix_run(tmp_path / "a", "lora", [[80], [70, 70]], machine=machine, trainable_parameters=2442240)
+    text = page(tmp_path, run).sections["runs"]
+    assert "system Linux x86_64, cores 2" in text
+    assert "gpu" not in text
+    assert "2 442 240" in text  # the reader makes all spaces plain
+
+
 def test_runs_of_one_method_and_seed_are_not_averaged(tmp_path: Path) -> None:
     first = matrix_run(tmp_path / "tag", "dymoe", [[80], [70, 70]])
     second = matrix_run(tmp_path / "no-tag", "dymoe", [[80], [60, 70]])
@@ -213,7 +254,10 @@ def test_text_from_models_and_data_is_escaped(tmp_path: Path) -> None:
         file = runs[0] / "results.json"
         atomic_json(file, read_json(file) | {key: value})
     parsed = page(tmp_path, *runs)
-    assert [a for t, a in parsed.tags if t == "script" and a.get("type") != "application/json"] == [{}, {}]
+    assert [a for t, a in parsed.tags if t == "script" and a.get("type") != "application/json"] == [
+        {"type": "text/plain", "id": "library"},
+        {},
+    ]
     images = [a for t, a in parsed.tags if t == "img"]
     assert images
     assert all((a["src"] or "").startswith("data:") for a in images)

@@ -18,7 +18,7 @@ from dymoe.report.drift_figures import drift_and_forgetting, drift_figures
 from dymoe.report.dynamics_figures import dynamics_figures
 from dymoe.report.frames import analysed, later_weight, mean_over
 from dymoe.report.overlay import overlay
-from dymoe.report.plots import Figure
+from dymoe.report.parts import Figure
 from dymoe.report.runs import read_runs
 from dymoe.report.summary import Method, gather, number
 
@@ -149,7 +149,7 @@ def test_the_overlay_names_group_and_type_of_every_token(tmp_path: Path) -> None
     moved = [a != b for a, b in zip(first["group"], last["group"], strict=True)]
     assert ["c" in token.kind.split() for token in after.patches] == moved
     assert not any("c" in token.kind.split() for token in before.patches)
-    assert (sample.rows, sample.columns, sample.shape) == (4, 4, 1.0)
+    assert (before.rows, before.columns, sample.shape) == (4, 4, 1.0)
     assert [token.text for token in before.instruction] == ["What", " is", " this", "?↵", "Name it"]
     assert len(found.pictures) == len({uri for _, uri in found.pictures}) == 5  # one sample is text alone
     alone = next(one for one in found.samples if "scienceqa-1" in one.title)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from dymoe.analysis.storage import COLUMNS
 from dymoe.errors import DymoeError
+from dymoe.evaluation import AccuracyMatrix
 from dymoe.learning.records import read_results
 from dymoe.learning.sweep import Sweep, is_sweep, load_sweep
 
@@ -92,7 +93,7 @@ def dilemma(source: str | Path | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
                 f"{record.get('label')}, seed {record.get('seed')}: not a record of the token's dilemma (two tasks, "
                 f"settings.guidance one of {', '.join(named)})"
             )
-        before, (after, new) = matrix[0][0], matrix[1]
+        (before,), (after, new) = AccuracyMatrix(matrix).rows
         weights = (record.get("drift") or {}).get(tasks[0])
         rows.append(
             {

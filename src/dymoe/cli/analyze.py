@@ -195,6 +195,7 @@ def _dilemma(words: Sequence[str]) -> int:
     from dymoe.cli.sweep import FLAGS, learn
     from dymoe.files import atomic_write
     from dymoe.learning.records import read_results
+    from dymoe.report.dilemma import write_dilemma
 
     overrides = [word for word in words[1:] if word not in FLAGS]
     sweep = dilemma_sweep(words[0], overrides)
@@ -207,6 +208,7 @@ def _dilemma(words: Sequence[str]) -> int:
     text = dilemma_markdown(frame, sweep.title, command)
     atomic_write(sweep.table, text)
     print(f"\n{text}")
+    print(f"Figures: {write_dilemma(Path(sweep.results), Path(sweep.table).with_suffix('.html'))}")
     facts = {"command": command, "stages": 2, "samples": None, "seed": sorted({int(seed) for seed in frame["seed"]})}
     print(f"Kept: {analysis.store(sweep.output, 'dilemma', frame, facts)}")
     return code

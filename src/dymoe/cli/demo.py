@@ -22,7 +22,7 @@ BATCH = 8
 QUESTIONS = 40  # per task and stage
 METRICS = (
     "MFT: mean accuracy of the tasks as just learned; MFN: at the end; MAA: mean over the stages; BWT: change of the "
-    "earlier tasks since they were learned, summed and divided by the number of tasks (T-1: of earlier tasks)."
+    "earlier tasks since they were learned, summed and divided by the number of tasks (BWT_T-1: of earlier tasks)."
 )
 
 
@@ -90,14 +90,13 @@ def sentence(first: dict[str, Any], second: dict[str, Any]) -> str:
     one, two = first["metrics"], second["metrics"]
     names = {"incmoelora": "IncMoELoRA", "dymoe": "DyMoE"}
     a, b = (names.get(results["method"], results["method"]) for results in (first, second))
-    kept_a, kept_b = one["BWT_T-1"], two["BWT_T-1"]
+    kept_a, kept_b = one["BWT"], two["BWT"]
     forgets = "less" if kept_b > kept_a else "more" if kept_b < kept_a else "as much"
     learns = "less" if two["MFT"] < one["MFT"] else "more" if two["MFT"] > one["MFT"] else "as much"
     ends = "higher" if two["MFN"] > one["MFN"] else "lower" if two["MFN"] < one["MFN"] else "level"
     than = "as" if forgets == "as much" else "than"
     return (
-        f"{b} forgot {forgets} {than} {a} (earlier tasks changed by {kept_b:+.1f} against {kept_a:+.1f} points on "
-        "average), "
+        f"{b} forgot {forgets} {than} {a} (backward transfer of {kept_b:+.1f} against {kept_a:+.1f} points), "
         f"learned {learns} of each new task ({two['MFT']:.1f} against {one['MFT']:.1f} % when just trained) "
         f"and ended {ends} ({two['MFN']:.1f} against {one['MFN']:.1f} % over all tasks; "
         f"one seed, {sum(first['steps'])} steps, {min(first['samples'].values())} questions a task)."

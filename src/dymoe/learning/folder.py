@@ -67,7 +67,7 @@ class StageFolder:
 
 
 class RunFolder:
-    """A run on disk: ``run.yaml``, ``events.jsonl``, ``stages/``, ``results.json``.
+    """A run on disk: ``run.yaml``, ``events.jsonl``, ``stages/``, ``results.json``; `found` says whether it was there.
 
     Args:
         path: the folder.
@@ -85,10 +85,11 @@ class RunFolder:
     def __init__(self, path: Path, description: Mapping[str, Any], resume: bool, writes: bool = True) -> None:
         self.path = path
         self._lock_file: IO[str] | None = None
+        marker = path / "run.yaml"
+        self.found = marker.is_file()
         if not writes:
             return
-        marker = path / "run.yaml"
-        if marker.is_file():
+        if self.found:
             if not resume:
                 raise DymoeError(f"{path}: there is a run in this folder; give --resume to go on, or another --output")
             self._refuse_other(marker, description)

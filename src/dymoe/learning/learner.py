@@ -278,6 +278,8 @@ class Learner:
             processes.same(f"the beginning of expert group {group!r}", group_hash(model, group))
         checkpoint = processes.from_main(lambda: last_checkpoint(place))
         done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        if done:
+            self.display.note(f"{stage.name}: goes on after step {done} of {steps}")
         workers = workers_for(self.recipe.training.workers, self.features is not None, processes.count)
         arguments = training_arguments(self.recipe.training, place, stage.seed, steps, processes.count, workers)
         watch = Watch(self.folder, self.display, stage, group)

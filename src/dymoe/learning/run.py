@@ -6,6 +6,7 @@ decided by looking at the disk (`dymoe.learning.processes`).
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +60,8 @@ def run(recipe: Recipe, resume: bool = False, display: Display | None = None, ma
             if stream.skipped:
                 shown.note(f"{len(stream.skipped)} records left out, see {folder.path / SKIPPED}")
             asked = stages or [StageFolder(folder.path / "zero-shot")]
+            if folder.found:
+                shown.note(found_again(folder.path, [stage.done is not None for stage in asked]))
             if processes.from_main(lambda: any(stage.done is None for stage in asked)):
                 learner = Learner.load(recipe, method, stream, folder, stages, shown, processes, made)
                 learner.learn(rounds)
@@ -69,6 +72,13 @@ def run(recipe: Recipe, resume: bool = False, display: Display | None = None, ma
     finally:
         folder.close()
     return folder.path
+
+
+def found_again(path: Path, done: Sequence[bool]) -> str:
+    """What is said of a run that was there already: what of it is done, and that it goes on or is kept."""
+    if all(done):
+        return f"{path}: finished before, kept as it is"
+    return f"{path}: goes on; {sum(done)} of {len(done)} tasks are done"
 
 
 def note_skipped(folder: RunFolder, stream: "Stream") -> None:

@@ -7,6 +7,7 @@ import html
 import tempfile
 from abc import ABCMeta
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dymoe.play.ask import LONGEST, Asked, Runs
 from dymoe.tasks.records import check_image
 
 TITLE = "dymoe: ask a learned run"
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 ANSWER = 32  # tokens, unless asked for more
 QUESTION = 4000  # characters
 WAITING = 16  # questions in the queue
@@ -74,6 +75,30 @@ _MEMBERS = {
 Upload: Any = ABCMeta.__new__(type(gr.Image), "Upload", (gr.Image,), _MEMBERS)
 
 
+@dataclass(frozen=True)
+class Question:
+    """The fields that a question is put with, and the buttons that ask it and end its answer."""
+
+    picture: Any
+    text: Any
+    run: Any
+    stage: Any
+    longest: Any
+    ask: Any
+    stop: Any
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The fields that show the answer, and where its routing is drawn, of which layer and projection."""
+
+    text: Any
+    expected: Any
+    layer: Any
+    projection: Any
+    routing: Any
+
+
 def build(runs: Runs, files: Path) -> gr.Blocks:
     """The page, not yet served.
 
@@ -81,71 +106,90 @@ def build(runs: Runs, files: Path) -> gr.Blocks:
         runs: in memory.
         files: a folder for the examples' pictures.
     """
-    first = runs.names[0]
-    every = [runs.routed(name) for name in runs.names]
-    layers = sorted({layer for routed in every for layer, _ in routed})
-    projections = list(dict.fromkeys(projection for routed in every for _, projection in routed))
-    stages = max((runs.stages(name) for name in runs.names), key=len)
-    stages = [*runs.stages(first), *stages[len(runs.stages(first)) :]]
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# {TITLE}\n{' '.join(ABOUT.split())}")
-        asked = gr.State()
         with gr.Row():
             with gr.Column(scale=2):
-                picture = Upload(
-                    label="Picture",
-                    placeholder="Drop a picture here or click: PNG, JPEG or WebP; none for a question of text alone",
-                    sources=["upload", "clipboard"],
-                    buttons=[],
-                    height=260,
-                )
-                question = gr.Textbox(label="Question", lines=3, max_length=QUESTION, submit_btn=False)
-                with gr.Row():
-                    run = gr.Dropdown(runs.names, value=first, label="Run", interactive=True)
-                    stage = gr.Dropdown(stages, value=len(runs.stages(first)) - 1, label="Stage", interactive=True)
-                longest = gr.Slider(1, LONGEST, ANSWER, step=1, label="Longest answer (tokens)")
-                with gr.Row():
-                    button = gr.Button("Ask", variant="primary")
-                    stop = gr.Button("Stop")
+                question = _question(runs)
             with gr.Column(scale=3):
-                answer = gr.Textbox(label="Answer", lines=2, interactive=False, buttons=["copy"])
-                expected = gr.Textbox(label="Expected answer", interactive=False)
-                with gr.Row():
-                    layer = gr.Dropdown(layers, value=layers[len(layers) // 2], label="Decoder layer")
-                    projection = gr.Dropdown(projections, value=_usual(projections), label="Projection")
-                routing = gr.HTML(overlay.note(BEFORE), label="Routing", elem_classes="routing-place")
-        gr.Examples(
-            _examples(runs, first, files), [picture, question, expected], examples_per_page=8, label="From the run"
-        )
-
-        run.change(
-            lambda name: gr.Dropdown(runs.stages(name), value=len(runs.stages(name)) - 1),
-            run,
-            stage,
-            api_visibility="private",
-        )
-        gr.on([picture.input, question.input], None, None, expected, js="() => ''")
-        how: Any = {"concurrency_id": "model", "concurrency_limit": 1}
-        question_and_place = [run, stage, question, picture, longest, layer, projection]
-        answering = gr.on(
-            [button.click, question.submit],
-            _one_line(_asking(runs)),
-            question_and_place,
-            [answer, routing, asked],
-            api_name="ask",
-            **how,
-        )
-        stop.click(None, cancels=[answering])
-        gr.on(
-            [layer.change, projection.change],
-            _one_line(lambda past, layer, projection: _routing(runs, past, layer, projection)),
-            [asked, layer, projection],
-            routing,
-            api_visibility="private",
-            **how,
-        )
+                answer = _answer(runs)
+        examples = _examples(runs, runs.names[0], files)
+        fields = [question.picture, question.text, answer.expected]
+        gr.Examples(examples, fields, examples_per_page=8, label="From the run")
+        _follow(runs, question, answer)
         page.queue(max_size=WAITING)
     return page
+
+
+def _question(runs: Runs) -> Question:
+    """The left side, from top to bottom."""
+    picture = Upload(
+        label="Picture",
+        placeholder="Drop a picture here or click: PNG, JPEG or WebP; none for a question of text alone",
+        sources=["upload", "clipboard"],
+        buttons=[],
+        height=260,
+    )
+    text = gr.Textbox(label="Question", lines=3, max_length=QUESTION, submit_btn=False)
+    first = runs.names[0]
+    stages = runs.stages(first)
+    # The stages that any run has: a client may ask for one of them without choosing the run in the field first.
+    longest_run = max(map(runs.stages, runs.names), key=len)
+    every = [*stages, *longest_run[len(stages) :]]
+    with gr.Row():
+        run = gr.Dropdown(runs.names, value=first, label="Run", interactive=True)
+        stage = gr.Dropdown(every, value=len(stages) - 1, label="Stage", interactive=True)
+    longest = gr.Slider(1, LONGEST, ANSWER, step=1, label="Longest answer (tokens)")
+    with gr.Row():
+        ask = gr.Button("Ask", variant="primary")
+        stop = gr.Button("Stop")
+    return Question(picture, text, run, stage, longest, ask, stop)
+
+
+def _answer(runs: Runs) -> Answer:
+    """The right side, from top to bottom."""
+    places = [place for name in runs.names for place in runs.routed(name)]
+    layers = sorted({layer for layer, _ in places})
+    projections = list(dict.fromkeys(projection for _, projection in places))
+    text = gr.Textbox(label="Answer", lines=2, interactive=False, buttons=["copy"])
+    expected = gr.Textbox(label="Expected answer", interactive=False)
+    with gr.Row():
+        layer = gr.Dropdown(layers, value=layers[len(layers) // 2], label="Decoder layer")
+        projection = gr.Dropdown(projections, value=_usual(projections), label="Projection")
+    routing = gr.HTML(overlay.note(BEFORE), label="Routing", elem_classes="routing-place")
+    return Answer(text, expected, layer, projection, routing)
+
+
+def _follow(runs: Runs, question: Question, answer: Answer) -> None:
+    """What happens when a field changes or a button is pressed."""
+    asked = gr.State()
+    question.run.change(
+        lambda name: gr.Dropdown(runs.stages(name), value=len(runs.stages(name)) - 1),
+        question.run,
+        question.stage,
+        api_visibility="private",
+    )
+    # The expected answer is that of an example as it stands.
+    gr.on([question.picture.input, question.text.input], None, None, answer.expected, js="() => ''")
+    how: Any = {"concurrency_id": "model", "concurrency_limit": 1}
+    place = [answer.layer, answer.projection]
+    answering = gr.on(
+        [question.ask.click, question.text.submit],
+        _one_line(_asking(runs)),
+        [question.run, question.stage, question.text, question.picture, question.longest, *place],
+        [answer.text, answer.routing, asked],
+        api_name="ask",
+        **how,
+    )
+    question.stop.click(None, cancels=[answering])
+    gr.on(
+        [answer.layer.change, answer.projection.change],
+        _one_line(lambda past, layer, projection: _routing(runs, past, layer, projection)),
+        [asked, *place],
+        answer.routing,
+        api_visibility="private",
+        **how,
+    )
 
 
 def _asking(runs: Runs) -> Callable[..., Iterator[tuple[Any, ...]]]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from dymoe.report.frames import Analysed, analysed, made, missing, routed
-from dymoe.report.plots import COLOURS, Choice, Figure, Keys, Plot, Table, build, escape, positions, room
+from dymoe.report.parts import Choice, Figure, Keys, Plot, Table
+from dymoe.report.plots import COLOURS, build, escape, positions, room
 from dymoe.report.summary import Method, number
 
 if TYPE_CHECKING:

@@ -7,22 +7,10 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from dymoe.report.frames import ALL, PARTS, Analysed, analysed, later_weight, made, mean_over, missing, routed
+from dymoe.report.heatmaps import heatmap
 from dymoe.report.leaderboard import rank_correlation
-from dymoe.report.plots import (
-    MARKERS,
-    Choice,
-    Figure,
-    Keys,
-    Plot,
-    Sign,
-    Table,
-    build,
-    colour,
-    escape,
-    heatmap,
-    marker,
-    signs,
-)
+from dymoe.report.parts import Choice, Figure, Heatmap, Keys, Plot, Sign, Table
+from dymoe.report.plots import MARKERS, build, colour, escape, marker, signs
 from dymoe.report.summary import Method, number
 
 if TYPE_CHECKING:
@@ -121,7 +109,7 @@ def _stages(last: int) -> range:
 
 
 def _by_layer(known: Cells) -> Figure:
-    plots: list[Plot] = []
+    plots: list[Heatmap] = []
     rows: list[tuple[str, ...]] = []
     keys: list[Keys] = []
     options = (ALL, *PARTS)
@@ -142,10 +130,10 @@ def _by_layer(known: Cells) -> Figure:
                     z,
                     older,
                     layers,
-                    "layer %{y}: tokens of %{x} put %{z:.1f} % on later groups<extra></extra>",
+                    "layer {row}: tokens of {column} put {value} % on later groups",
                     row_numbers=False,
                     keys=key,
-                    cell=16 if len(layers) > 12 else 24,
+                    small=len(layers) > 12,
                 )
             )
             by_task = [dict(zip(older, row, strict=True)) for row in z]
@@ -179,7 +167,7 @@ def _value(table: "pd.DataFrame", row: object, column: object) -> float | None:
 
 
 def _changed(known: Cells) -> Figure:
-    plots: list[Plot] = []
+    plots: list[Heatmap] = []
     rows: list[tuple[str, ...]] = []
     keys: list[Keys] = []
     options = (ALL, *PARTS)
@@ -203,7 +191,7 @@ def _changed(known: Cells) -> Figure:
                     z,
                     [tasks[stage - 1] for stage in stages],
                     older,
-                    "%{y}: %{z:.1f} % of tokens have another top expert after %{x}<extra></extra>",
+                    "{row}: {value} % of tokens have another top expert after {column}",
                     first=stages[0] if stages else 2,
                     keys=key,
                 )

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 
 from dymoe.report.frames import Analysed, analysed, made, missing, routed
-from dymoe.report.plots import MARKERS, Choice, Figure, Keys, Plot, Sign, Table, build, escape, room
+from dymoe.report.parts import Choice, Figure, Keys, Plot, Sign, Table
+from dymoe.report.plots import MARKERS, build, escape, room
 from dymoe.report.summary import Method, number
 
 if TYPE_CHECKING:

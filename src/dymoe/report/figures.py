@@ -4,21 +4,9 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from dymoe.report.plots import (
-    Figure,
-    Plot,
-    Table,
-    build,
-    colour,
-    error,
-    escape,
-    heatmap,
-    line,
-    marker,
-    positions,
-    room,
-    signs,
-)
+from dymoe.report.heatmaps import heatmap
+from dymoe.report.parts import Figure, Heatmap, Table
+from dymoe.report.plots import build, colour, error_bars, escape, line, marker, positions, room, signs
 from dymoe.report.summary import Method, number
 
 
@@ -42,9 +30,9 @@ def side_by_side(methods: Sequence[Method]) -> Figure:
                     "color": colour(method),
                     "line": {"color": colour(method), "width": 2},
                 },
-                error_x={"array": [error(stat) for stat in stats], "thickness": 1, "color": "var(--muted)"},
                 customdata=["when learned (MFT)", "at the end (MFN)"][-len(stats) :],
                 hovertemplate="%{fullData.name} %{customdata}: %{x:.1f} %<extra></extra>",
+                **error_bars("x", stats),
             )
         )
     rows = []
@@ -141,9 +129,9 @@ def matrices(methods: Sequence[Method]) -> Figure | None:
     if not sequential:
         return None
     tasks = methods[0].tasks
-    what = "after learning %{y}: %{z:.1f} % on %{x}<extra></extra>"
+    what = "after learning {row}: {value} % on {column}"
 
-    def draw(title: str, rows: Sequence[Sequence[float]]) -> Plot:
+    def draw(title: str, rows: Sequence[Sequence[float]]) -> Heatmap:
         columns = tasks[: len(rows)]
         z = [[*row, *[None] * (len(rows) - len(row))] for row in rows]
         return heatmap(title, f"Accuracy matrix of {title}", z, columns, columns, what)
@@ -185,8 +173,8 @@ def lost_per_task(methods: Sequence[Method]) -> Figure | None:
     }
     plots = []
     for what, stats in values.items():
-        if all(stat is None for row in stats for stat in row):
-            continue
+        if all(stat is None or stat.mean == 0 for row in stats for stat in row):
+            continue  # nothing known, or bars of no height on an axis that says nothing
         bars = [
             go.Bar(
                 name=escape(method.label),
@@ -194,8 +182,8 @@ def lost_per_task(methods: Sequence[Method]) -> Figure | None:
                 customdata=[escape(task) for task in tasks],
                 y=[None if stat is None else stat.mean for stat in row],
                 marker={"color": colour(method)},
-                error_y={"array": [error(stat) for stat in row], "thickness": 1, "color": "var(--muted)"},
                 hovertemplate="%{fullData.name}, %{customdata}: %{y:.1f} points<extra></extra>",
+                **error_bars("y", row),
             )
             for method, row in zip(sequential, stats, strict=True)
         ]
@@ -222,6 +210,9 @@ def lost_per_task(methods: Sequence[Method]) -> Figure | None:
         "Format drift: the part of a task's loss since it was learned that is form alone (lost by the task's "
         "rule, not lost for a lenient reader): what looks forgotten but is not. Below zero the form got better."
     )
+    drifts = [stat for row in values["format drift"] for stat in row if stat is not None]
+    if drifts and all(stat.mean == 0 for stat in drifts):
+        caption += " Format drift was 0 for every task and method, so it has no plot."
     table = Table(("task: method", "forgetting (points)", "format drift (points)"), tuple(rows))
     return Figure("lost", "What each task lost", caption, tuple(plots), table, legend=signs(sequential), wide=True)
 
@@ -286,7 +277,7 @@ def routing_maps(methods: Sequence[Method]) -> Figure | None:
         tasks = [task for task in run.tasks if task in routing.weights]
         z: list[list[float | None]] = [[100 * w for w in routing.weights[task]] for task in tasks]
         title = f"{method.label}, seed {run.seed}, stage {max(stages)}"
-        what = "tokens of %{y} put %{z:.1f} % on group %{x}<extra></extra>"
+        what = "tokens of {row} put {value} % on group {column}"
         plots.append(heatmap(title, f"Routing weight of tasks on groups: {title}", z, routing.groups, tasks, what))
         groups = max(groups, routing.groups, key=len)
         rows += [(f"{method.label}: {t}", *map(number, r)) for t, r in zip(tasks, z, strict=True)]

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from dymoe.report.plots import Figure, Plot, Table, heatmap
+from dymoe.report.heatmaps import heatmap
+from dymoe.report.parts import Figure, Heatmap, Table
 from dymoe.report.summary import Method, Stat, number
 from dymoe.report.words import ranked
 
@@ -17,7 +18,7 @@ def losses(methods: Sequence[Method]) -> Figure | None:
     by_task = [[_mean(method.change_of_task(i)) for i in range(stages - 1)] for method in order]
     by_stage = [[_mean(method.change_at(t)) for t in range(2, stages + 1)] for method in order]
     labels = [method.label for method in order]
-    cell = 30 if len(order) <= 6 else 24
+    small = len(order) > 6
     plots = (
         heatmap(
             "What: change of each task since learned (points)",
@@ -25,10 +26,10 @@ def losses(methods: Sequence[Method]) -> Figure | None:
             by_task,
             tasks[:-1],
             labels,
-            "%{y}: %{z:+.1f} points on %{x}<extra></extra>",
+            "{row}: {value} points on {column}",
             change=True,
             row_numbers=False,
-            cell=cell,
+            small=small,
         ),
         heatmap(
             "When: change of older tasks while learning … (points)",
@@ -36,11 +37,11 @@ def losses(methods: Sequence[Method]) -> Figure | None:
             by_stage,
             tasks[1:],
             labels,
-            "%{y}: %{z:+.1f} points while learning %{x}<extra></extra>",
+            "{row}: {value} points while learning {column}",
             change=True,
             row_numbers=False,
             first=2,
-            cell=cell,
+            small=small,
         ),
     )
     rows: list[tuple[str, ...]] = []
@@ -70,7 +71,7 @@ def losses(methods: Sequence[Method]) -> Figure | None:
     )
 
 
-def _each(method: Method) -> Plot:
+def _each(method: Method) -> Heatmap:
     """One method: the change of each older task at each stage."""
     stages = method.stages
     z = [
@@ -83,7 +84,7 @@ def _each(method: Method) -> Plot:
         z,
         method.tasks[1:stages],
         method.tasks[: stages - 1],
-        "%{y}: %{z:+.1f} points while learning %{x}<extra></extra>",
+        "{row}: {value} points while learning {column}",
         change=True,
         first=2,
     )

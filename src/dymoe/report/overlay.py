@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dymoe.errors import DymoeError
 from dymoe.files import read_bytes
 from dymoe.report.frames import Analysed, analysed, made, missing, routed
-from dymoe.report.plots import COLOURS, Choice, Keys, Sign, Table
+from dymoe.report.parts import Choice, Keys, Sign, Table
 from dymoe.report.samples import MAGIC
-from dymoe.report.summary import Method, number
+from dymoe.report.summary import Method
+from dymoe.report.tokens import TYPES, View, group_sign, served, type_sign, view_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,46 +26,17 @@ TOKENS = 20_000
 PICTURE_BUDGET = 1_000_000
 # Of the wrapped layers of one decoder layer the one that is shown.
 PROJECTION = "v_proj"
-TYPES = ("new", "ambiguous", "old")
 FILE = re.compile(r"[\w-]+\.(webp|png|jpe?g)")
 
 
 @dataclass(frozen=True)
-class Token:
-    """One patch or word: `kind` is its class names, `group` the number of its group ("" for none), `told` says all.
-
-    `text` is what is shown of a word, `end` the line breaks behind it.
-    """
-
-    kind: str
-    group: str
-    text: str
-    told: str
-    end: str
-
-
-@dataclass(frozen=True)
-class View:
-    """A sample at one stage: `patches` row by row on the picture's grid, `loose` for image tokens without a place."""
-
-    title: str
-    patches: tuple[Token, ...]
-    loose: tuple[Token, ...]
-    instruction: tuple[Token, ...]
-    answer: tuple[Token, ...]
-    told: str
-
-
-@dataclass(frozen=True)
 class Overlaid:
-    """One sample of one method; `picture` is the name of its style rule, `rows` and `columns` those of the grid."""
+    """One sample of one method; `picture` is the name of its style rule, `shape` its width divided by its height."""
 
     keys: Keys
     title: str
     picture: str
     shape: float
-    rows: int
-    columns: int
     views: tuple[View, ...]
 
 
@@ -85,6 +57,11 @@ class Overlay:
     def chosen(self) -> Keys:
         """What is chosen to begin with."""
         return tuple(choice.chosen for choice in self.choices)
+
+    @property
+    def types(self) -> tuple[Sign, ...]:
+        """The legend of token types."""
+        return tuple(map(type_sign, TYPES))
 
 
 def overlay(methods: Sequence[Method]) -> Overlay | None:
@@ -110,19 +87,15 @@ def overlay(methods: Sequence[Method]) -> Overlay | None:
         key = (place, options.index((task, sample)))
         views = _views(one, task, frame, groups)
         name, shape = pictures.add(one.run.path, str(frame["picture"].iloc[0]))
-        grid = frame[frame["row"] >= 0]
-        rows_, columns = (int(grid["row"].max()) + 1, int(grid["column"].max()) + 1) if len(grid) else (0, 0)
         layer = f"layer {frame['layer'].iloc[0]}, {frame['projection'].iloc[0]}"
         title = f"{one.method.label}: {task}, {sample} ({layer})"
-        shown.append(Overlaid(key, title, name, shape, rows_, columns, tuple(view for view, _ in views)))
+        shown.append(Overlaid(key, title, name, shape, tuple(view for view, _ in views)))
         for view, part in views:
             for kind, tokens in part.groupby("kind", sort=False):
                 rows.append((f"{one.method.label}: {task}, {sample}", view.title, *_numbers(str(kind), tokens)))
                 keys.append(key)
-    served = {group for *_, frame in chosen for group in frame["group"]}
-    legend = tuple(
-        Sign(group, f"var(--m{at % COLOURS})", str(at + 1)) for at, group in enumerate(groups) if group in served
-    )
+    shown_groups = {group for *_, frame in chosen for group in frame["group"]}
+    legend = tuple(group_sign(at, group) for at, group in enumerate(groups) if group in shown_groups)
     head = ("method: sample", "stage", "part", "tokens", *TYPES, "served by")
     choices = (
         Choice("method", tuple(one.method.label for one in found)),
@@ -158,71 +131,17 @@ def _views(one: Analysed, task: str, frame: "pd.DataFrame", groups: Sequence[str
     views = []
     before: dict[int, str] = {}
     for stage in dict.fromkeys((stages[0], stages[-1])):
-        part = frame[frame["stage"] == stage].sort_values("position")
+        part = frame[frame["stage"] == stage]
         learned = one.run.tasks[stage - 1] if stage <= len(one.run.tasks) else str(stage)
         title = f"After learning {learned}" + (" (its own task)" if learned == task else "")
-        tokens = [(row, _token(row, groups, before)) for row in part.to_dict("records")]
+        views.append((view_of(part, groups, title, before), part))
         before = before or dict(zip(part["position"], part["group"], strict=True))
-        patches = sorted((row["row"], row["column"], token) for row, token in tokens if row["row"] >= 0)  # type: ignore[type-var]
-        views.append(
-            (
-                View(
-                    title,
-                    tuple(token for *_, token in patches),
-                    tuple(token for row, token in tokens if row["kind"] == "image" and row["row"] < 0),
-                    tuple(token for row, token in tokens if row["kind"] == "instruction"),
-                    tuple(token for row, token in tokens if row["kind"] == "answer"),
-                    _told(part),
-                ),
-                part,
-            )
-        )
     return views
-
-
-def _token(row: dict[str, Any], groups: Sequence[str], before: dict[int, str]) -> Token:
-    group = str(row["group"])
-    place = groups.index(group) if group in groups else None
-    changed = bool(before) and before.get(row["position"]) != group
-    names = [f"g{place % COLOURS}"] if place is not None else []
-    names += [str(row["type"])[:1]] if row["type"] in TYPES else []
-    names += ["c"] if changed else []
-    told = f"{group} {number(100 * row['weight'], 0)} %" if group else "no group"
-    told += f", {row['type']}" if row["type"] in TYPES else ""
-    told += f", before: {before.get(row['position']) or 'no group'}" if changed else ""
-    text, end = _seen(str(row["text"]))
-    return Token(" ".join(names), str(place + 1) if place is not None else "", text, told, end)
-
-
-def _seen(text: str) -> tuple[str, str]:
-    """A word as it is shown, and its line breaks apart: they have a sign, so that their colour is seen."""
-    word = text.rstrip("\n")
-    end = text[len(word) :]
-    return (word + "↵" * len(end)) or "∅", end
-
-
-def _told(part: "pd.DataFrame") -> str:
-    """Who serves the patches and the words, in words."""
-    said = []
-    for name, rows in (("Patches", part[part["kind"] == "image"]), ("Words", part[part["kind"] != "image"])):
-        if len(rows):
-            said.append(f"{name}: {_served(rows)}; {_types(rows)}.")
-    return " ".join(said)
-
-
-def _served(rows: "pd.DataFrame") -> str:
-    counts = Counter(str(group) or "no group" for group in rows["group"])
-    return ", ".join(f"{count} by {group}" for group, count in counts.most_common())
-
-
-def _types(rows: "pd.DataFrame") -> str:
-    counts = Counter(str(kind) for kind in rows["type"])
-    return ", ".join(f"{counts[kind]} {kind}" for kind in TYPES if counts[kind]) or "no types"
 
 
 def _numbers(kind: str, rows: "pd.DataFrame") -> tuple[str, ...]:
     counts = Counter(str(value) for value in rows["type"])
-    return (kind, str(len(rows)), *(str(counts[value]) for value in TYPES), _served(rows))
+    return (kind, str(len(rows)), *(str(counts[value]) for value in TYPES), served(rows))
 
 
 class _Pictures:

@@ -1,25 +1,20 @@
-"""Puts the page together: summary, figures, samples and plotly.js in one HTML file that needs no network."""
+"""Puts the page about runs together: summary, figures, samples, tables."""
 
-import base64
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from dymoe.files import atomic_write
 from dymoe.report import figures
 from dymoe.report.activation_figures import activation_figures
 from dymoe.report.drift_figures import drift_figures
 from dymoe.report.dynamics_figures import dynamics_figures
+from dymoe.report.layout import render
 from dymoe.report.losses import losses
 from dymoe.report.overlay import Overlay, overlay
-from dymoe.report.plots import Figure, Table
+from dymoe.report.parts import Figure, Table
 from dymoe.report.runs import Run, read_runs
-from dymoe.report.samples import Comparison, compare, shorten
+from dymoe.report.samples import Comparison, compare
 from dymoe.report.summary import METRICS, Method, gather, number
 from dymoe.report.words import cards, headline, lost_most, remarks
 
@@ -39,24 +34,14 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
             cannot be written. The message names the file; nothing is written then.
     """
     methods = gather(read_runs([Path(run) for run in runs]))
-    page = render(methods)
+    page = page_of(methods)
     # Half a surrogate pair is legal in a model's JSON, but cannot be written as UTF-8.
     atomic_write(out, page.encode("utf-8", "replace"))
     return Path(out)
 
 
-def render(methods: Sequence[Method]) -> str:
+def page_of(methods: Sequence[Method]) -> str:
     """The page as HTML text."""
-    environment = Environment(
-        loader=PackageLoader("dymoe.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["shorten"] = shorten
-    library = get_plotlyjs()
-    script = _source(environment, "script.js.jinja")
     first = _present(losses(methods))
     forgetting = _present(
         figures.side_by_side(methods),
@@ -73,7 +58,8 @@ def render(methods: Sequence[Method]) -> str:
     runs = [run for method in methods for run in method.runs]
     hashes, hash_verdict = hash_table(runs)
     samples = compare(methods)
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        "page.html.jinja",
         stream=methods[0].runs[0].stream,
         headline=headline(methods),
         cards=cards(methods),
@@ -92,10 +78,7 @@ def render(methods: Sequence[Method]) -> str:
         pairs=pair_table(methods, samples),
         answered_by=[(method.label, method.runs[0].seed) for method in methods],
         runs=run_table(runs),
-        style=Markup(_source(environment, "style.css.jinja")),
-        library=Markup(library),
-        script=Markup(script),
-        policy=_policy(library, script),
+        machines=machine_table(runs),
     )
 
 
@@ -127,18 +110,6 @@ def _contents(
     ]
 
 
-def _source(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
-
-
-def _policy(*scripts: str) -> str:
-    """Content security policy: no network at all, and no script but those whose text is given here."""
-    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
-
-
 def metrics_table(methods: Sequence[Method]) -> Table:
     """MFT, MFN, MAA and BWT of each method, and which task it lost most of."""
     rows = []
@@ -168,7 +139,7 @@ def pair_table(methods: Sequence[Method], samples: Comparison) -> Table | None:
 def hash_table(runs: Sequence[Run]) -> tuple[Table, str]:
     """For every expert group of every run: its hash when learned and whether it ever changed; and the sum in words."""
     rows = []
-    kept, differing = 0, []
+    kept, differing, shared = 0, [], []
     for run in runs:
         history: dict[str, list[tuple[int, str]]] = {}
         for stage, groups in run.group_hashes:
@@ -177,7 +148,10 @@ def hash_table(runs: Sequence[Run]) -> tuple[Table, str]:
         for name, seen in history.items():
             first, last = seen[0], seen[-1]
             changed = sorted({stage for stage, digest in seen if digest != first[1]})
-            if changed:
+            if changed and len(history) == 1:  # later tasks added none, so they train this one
+                verdict = "shared by all tasks, which train it on"
+                shared.append(run.name)
+            elif changed:
                 verdict = f"differs at stage {', '.join(map(str, changed))}: not frozen"
                 differing.append(f"{name} of {run.name}")
             elif last[0] == first[0]:
@@ -189,6 +163,8 @@ def hash_table(runs: Sequence[Run]) -> tuple[Table, str]:
     words = [f"{kept} expert groups were checked at a later stage and are identical."] if kept else []
     if differing:
         words.append(f"{len(differing)} changed after they were learned: {', '.join(differing)}.")
+    if shared:
+        words.append(f"Not frozen, since all tasks share and train it: the one group of {', '.join(shared)}.")
     if not words:
         words.append("No group has been followed by a later stage yet.")
     head = ("run", "group", "learned at stage", "hash when learned", "since then")
@@ -196,7 +172,7 @@ def hash_table(runs: Sequence[Run]) -> tuple[Table, str]:
 
 
 def run_table(runs: Sequence[Run]) -> Table:
-    """Where the numbers come from: folder, seed, base model, steps, time, machine and versions."""
+    """Where the numbers come from: folder, seed, base model, steps and time."""
     rows = []
     for run in runs:
         seconds = run.facts.get("seconds")
@@ -208,15 +184,25 @@ def run_table(runs: Sequence[Run]) -> Table:
                 str(run.seed),
                 run.base,
                 str(run.facts.get("steps_per_task", "–")),
-                str(run.facts.get("trainable_parameters", "–")),
+                _grouped(run.facts.get("trainable_parameters")),
                 _minutes(timing.get("train")),
                 _minutes(timing.get("evaluate")),
-                ", ".join(_flat(run.facts.get("machine"))) or "–",
-                ", ".join(_flat(run.facts.get("versions"))) or "–",
             )
         )
-    head = ("run", "method", "seed", "base model", "steps a task", "trained parameters", "training")
-    return Table((*head, "evaluation", "machine", "versions"), tuple(rows))
+    head = ("run", "method", "seed", "base model", "steps a task", "trained parameters", "training", "evaluation")
+    return Table(head, tuple(rows))
+
+
+def machine_table(runs: Sequence[Run]) -> Table:
+    """What the runs were learned on and with: machine and versions."""
+    facts = ("machine", "versions")
+    rows = ((run.name, *(", ".join(_flat(run.facts.get(fact))) or "–" for fact in facts)) for run in runs)
+    return Table(("run", *facts), tuple(rows))
+
+
+def _grouped(count: Any) -> str:
+    """A count with its thousands apart, by spaces that never break a line."""
+    return f"{count:,}".replace(",", "\u202f") if isinstance(count, int) else "–"
 
 
 def _minutes(seconds: Any) -> str:
@@ -229,6 +215,7 @@ def _minutes(seconds: Any) -> str:
 def _flat(value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield f"{key} {item}"
+            if item is not None:
+                yield f"{key} {item}"
     elif value is not None:
         yield str(value)
