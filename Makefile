@@ -1,6 +1,7 @@
 # make demo       learn three small tasks with two methods and see what was forgotten
 # make test       lint, type check and the default test suite
 # make test-slow  the tests that take minutes
+# make test-play  the tests of the page that is asked, which need Gradio
 # make bench      measure speed and memory side by side; needs a quiet machine, ten minutes on a CPU
 # Everything is set up in .venv; nothing global is touched.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow bench lint clean help
+.PHONY: demo test test-slow test-play bench lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -37,6 +38,16 @@ test: lint
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow --timeout 3000
+
+#	Gradio wants an older Pillow than the rest, so it gets an environment of its own on top of .venv.
+.venv/play/ready: .venv/dev
+	@echo "Installing Gradio into .venv/play ..."
+	@$(BIN)/python -m venv .venv/play
+	@$(BIN)/python tools/install.py --on-top .venv/play play
+	@touch $@
+
+test-play: .venv/play/ready
+	.venv/play/bin/python -m pytest tests/play
 
 bench: .venv/run
 	$(BIN)/python benchmarks/startup.py

@@ -101,7 +101,8 @@ def by_torch(options: argparse.Namespace) -> None:
 def write(name: str, options: argparse.Namespace, results: Mapping[str, Any]) -> Path:
     """Write NAME-cpu.json or NAME-gpu.json into the folder of results; print and return its path."""
     folder = options.results
-    used = {key: value for key, value in vars(options).items() if key != "results"}
+    used = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    del used["results"]
     target = folder / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
     folder.mkdir(parents=True, exist_ok=True)
     atomic_json(target, {"machine": machine(), "options": used, **results})

@@ -59,6 +59,19 @@ def test_one_side_lies_between_what_is_needed_and_dense(counts):
                 assert row.needed(tasks, share) <= row.one_side(tasks, share) <= row.dense(tasks)
 
 
+def test_results_are_written_whatever_the_options_are(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import measure
+
+    parser = measure.parser("")
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    written = measure.write("speed", parser.parse_args(["--results", str(tmp_path), "--run", "a/b"]), {"rows": [1]})
+    found = json.loads(written.read_text())
+    assert found["options"] == {"threads": 1, "run": "a/b", "rounds": 3}
+    assert found["rows"] == [1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",

@@ -13,7 +13,6 @@ TASKS = ["ScienceQA", "ImageNet", "VQAv2"]
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "analysis.ipynb"
 
 
-@pytest.mark.slow
 def test_the_notebook_runs(tiny_folder, tmp_path, monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     for package in ("ipykernel", "matplotlib"):

@@ -2,7 +2,8 @@
 
 A machine without an NVIDIA GPU gets the CPU build of torch (a few hundred MB instead of several GB): first as pip is
 configured, then from PyTorch's own index of CPU builds. Everything lands in the environment alone. Runs again only what
-is missing; `make` calls it.
+is missing; `make` calls it. With `--on-top FOLDER EXTRA` it installs what an extra of dymoe needs into the environment
+in FOLDER, on top of this one.
 """
 
 import importlib.util
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 TORCH, TORCHVISION = "2.13.0", "0.28.0"
@@ -53,12 +55,29 @@ def make_torchvision_importable() -> None:
         sys.exit(f"install: torchvision does not work beside this torch:\n{again.stderr.strip().splitlines()[-1]}")
 
 
+def on_top(folder: Path, extra: str) -> None:
+    """Let the environment in `folder` see this one's packages, and install what one of dymoe's extras needs into it."""
+    python = folder / "bin" / "python"
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    below = sysconfig.get_path("purelib")
+    (site / "below.pth").write_text(f"import site; site.addsitedir({below!r})\n")  # with what is installed editable
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
+    command = [python, "-m", "pip", "--disable-pip-version-check", "install", "-qq", *needs]
+    if subprocess.run(command).returncode:
+        sys.exit(f"install: {' '.join(needs)} could not be installed into {folder}; see above")
+
+
 def main() -> None:
     """Install everything, then say what is there."""
     if sys.version_info < (3, 11):  # noqa: UP036 - this runs before anything is checked
         sys.exit(f"install: dymoe needs Python 3.11 or newer, this is {sys.version.split()[0]}")
     if sys.prefix == sys.base_prefix:
         sys.exit("install: run this in a virtual environment (make does)")
+    if "--on-top" in sys.argv[1:]:
+        folder, extra = sys.argv[sys.argv.index("--on-top") + 1 :]
+        on_top(Path(folder), extra)
+        return
     extras = "[dev]" if "--dev" in sys.argv[1:] else ""
     install_torch()
     pip("--editable", f"{ROOT}{extras}")
