@@ -17,6 +17,18 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
+def test_the_numbers_are_the_leaderboards():
+    """The README's table is some columns of docs/leaderboard.md, to be copied again after a sweep."""
+    columns = ["method", "seeds", "MFT", "MFN", "MAA", "BWT", "forgetting", "drift"]
+    lines = (ROOT / "docs" / "leaderboard.md").read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("| method | seeds |"))
+    rows = [line.strip("| ").split(" | ") for line in lines[first : lines.index("", first)]]
+    places = [rows[0].index(column) for column in columns]
+    table = "\n".join("| " + " | ".join(row[place] for place in places) + " |" for row in [rows[0], *rows[2:]])
+    shown = (ROOT / "README.md").read_text().replace(f"{'|---' * len(columns)}|\n", "")
+    assert table in shown, f"README.md's first numbers are not the leaderboard's:\n{table}"
+
+
 def test_the_python_example_runs(tmp_path):
     block, _ = blocks("python")
     assert "max_steps=20" in block
