@@ -145,7 +145,7 @@ def by_strategy(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def conclusion(frame: pd.DataFrame) -> str:
-    """One sentence with the numbers: what ambiguous and old tokens teach the new experts, and what they cost.
+    """One sentence with the numbers: what ambiguous, old and all tokens teach the new experts, and what they cost.
 
     Differences to the strategy "new" are means over pairs and seeds, each with its standard error, compared within the
     same pair and seed.
@@ -159,20 +159,23 @@ def conclusion(frame: pd.DataFrame) -> str:
         return "No pair and seed has been learned under the strategies new, ambiguous and old yet."
     wide = whole.pivot(index=["pair", "seed"], columns="strategy", values=["new_task_accuracy", "forgetting", "drift"])
     told = []
-    for kind in ("ambiguous", "old"):
+    subjects = {"ambiguous": "ambiguous tokens alone", "old": "old tokens alone", "all": "all tokens together"}
+    for kind, subject in subjects.items():
+        if kind not in {*whole["strategy"]}:
+            continue
         learned, lost, drifted = (
             _difference(wide[measure][kind] - wide[measure]["new"], scale)
             for measure, scale in (("new_task_accuracy", 1), ("forgetting", 1), ("drift", 100))
         )
         told.append(
-            f"{kind} tokens alone taught {learned} points of new-task accuracy and cost {lost} points of forgetting, "
+            f"{subject} taught {learned} points of new-task accuracy and cost {lost} points of forgetting, "
             f"with {drifted} points of drift"
         )
     new = {measure: wide[measure]["new"].mean() for measure in ("new_task_accuracy", "forgetting")}
     few = " (one pair and seed: no standard error)" if len(cells) == 1 else ""
     return (
         f"Against new tokens alone, with which the new task reached {new['new_task_accuracy']:.1f} % and the old one "
-        f"lost {new['forgetting']:.1f} points, {told[0]}; {told[1]} (means over {len(cells)} learnings of "
+        f"lost {new['forgetting']:.1f} points, {'; '.join(told)} (means over {len(cells)} learnings of "
         f"{cells['pair'].nunique()} pairs by {cells['seed'].nunique()} seeds, ± standard error{few})."
     )
 
