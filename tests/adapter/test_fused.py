@@ -79,7 +79,7 @@ def gate(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "gate"), [("by rule", "torch"), *((p, "compiled") for p in PATHS)], indirect=["gate"])
 @pytest.mark.parametrize("name", BANKS)
 def test_output_terms_and_all_gradients_are_those_of_the_formulas(name, path, gate, monkeypatch):
     for attribute, value in PATHS[path].items():
