@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from dymoe import DyMoEConfig, group_hash, routing
 from dymoe.adapter import trace as trace_module
 from dymoe.adapter.layer import DyMoELayer
-from dymoe.adapter.ops.fused import measured
+from dymoe.adapter.ops.fused import inverse_norm
 from dymoe.adapter.trace import RoutingTrace
 
 from .conftest import randomise, small, tiny_llama
@@ -264,21 +265,34 @@ def test_autocast_keeps_scores_in_float32_and_parameters_too(batch):
 
 def test_an_inputs_length_is_found_once_for_the_linears_that_share_it(monkeypatch):
     found = []
-    monkeypatch.setattr(trace_module, "measured", lambda x: found.append(x) or measured(x))
+    monkeypatch.setattr(trace_module, "inverse_norm", lambda x: found.append(x) or inverse_norm(x))
     trace = RoutingTrace()
     x = torch.randn(2, 3, 4)
-    first, again = trace.measured(x), trace.measured(x)
+    first, again = trace.inverse_norm(x), trace.inverse_norm(x)
     assert first is again
-    torch.testing.assert_close(first[1], 1 / x.reshape(6, 4).norm(dim=1, keepdim=True))
+    torch.testing.assert_close(first, 1 / x.reshape(6, 4).norm(dim=1, keepdim=True))
     x.mul_(2)
-    torch.testing.assert_close(trace.measured(x)[1], first[1] / 2)
-    assert trace.measured(x.clone())[0].shape == (6, 4)
+    torch.testing.assert_close(trace.inverse_norm(x), first / 2)
+    assert trace.inverse_norm(x.clone()).shape == (6, 1)
     assert len(found) == 3
     trace.begin({})
-    trace.measured(x)
+    trace.inverse_norm(x)
     assert len(found) == 4
     with torch.inference_mode():
-        assert trace.measured(torch.zeros(1, 4))[1].item() == 0
+        assert trace.inverse_norm(torch.zeros(1, 4)).item() == 0
+
+
+def test_the_graph_lets_go_of_a_linears_input_with_its_backward_pass():
+    model = get_peft_model(tiny_llama(), small(), adapter_name="a").train()
+    layer = next(module for module in model.modules() if isinstance(module, DyMoELayer))
+    x = torch.randn(1, 5, layer.in_features, requires_grad=True)
+    inner = x * 1.0
+    held = weakref.ref(inner)
+    output = layer(inner)
+    del inner
+    output.sum().backward()
+    assert output.grad_fn is not None, "the graph itself is still there"
+    assert held() is None
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

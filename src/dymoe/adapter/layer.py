@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 from typing import Any, cast
 
@@ -298,12 +297,11 @@ class DyMoELayer(GroupHolder):
             # A linear of another kind, or a hook on it, may keep its output.
             inplace=type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks,
             training=self.training,
-            measure=partial(trace.measured, x),
         )
         router = a = b = None
         if new is not None:
             router, a, b = self.dymoe_router[new], self.dymoe_A[new].flatten(0, 1), self.dymoe_B[new].flatten(0, 1)
-        result, outcome = fused(x, result, router, a, b, bank)
+        result, outcome = fused(x, result, router, a, b, bank, trace.inverse_norm)
         chosen = cast(Candidates, outcome.chosen)
         if training and (chosen.total is not None or trace.collect):
             zero = chosen.scores.new_zeros(())

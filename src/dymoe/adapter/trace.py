@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dymoe.adapter.ops.fused import measured
+from dymoe.adapter.ops.fused import inverse_norm
 from dymoe.routing import rsr_scale
 
 TERMS = ("load_balance", "exclusivity", "specialization")
@@ -90,7 +90,7 @@ class RoutingTrace:
         self.observers: list[Callable[[LayerRouting], None]] = []
         self._progress: float | None = None
         self._share: Tensor | float = 1.0
-        self._measured: tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]] | None = None
+        self._measured: tuple[weakref.ref[Tensor], int, Tensor] | None = None
         self._totals: dict[str, Tensor] = {}
         self._terms: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
@@ -182,11 +182,11 @@ class RoutingTrace:
             return mask.reshape(-1)
         return None
 
-    def measured(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`ops.measured` of a layer's input; found once for the linears in a row that get the same tensor (q, k, v)."""
+    def inverse_norm(self, x: Tensor) -> Tensor:
+        """`ops.fused.inverse_norm` of a layer's input; found once for linears in a row that get the same tensor."""
         kept = self._measured
         if kept is None or kept[0]() is not x or kept[1] != _version(x):
-            kept = self._measured = (weakref.ref(x), _version(x), measured(x))
+            kept = self._measured = (weakref.ref(x), _version(x), inverse_norm(x))
         return kept[2]
 
     def leave_terms(self, layer: str, total: Tensor, terms: Tensor, statistics: Tensor | None) -> None:

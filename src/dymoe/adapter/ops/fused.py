@@ -17,6 +17,7 @@ the bank is large, and the new group where guidance sends few tokens there.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,6 @@ class Bank:
         training: the linear is in training mode; both passes of checkpointing then compute the same way.
         upstream: 0-d tensor that holds, once the backward pass arrives, the gradient of the loss terms' sum;
             None is 1.
-        measure: gives `measured` of the input, so that linears with the same input share it; None computes it.
     """
 
     frozen: Sequence[ExpertBlock]
@@ -64,15 +64,14 @@ class Bank:
     upstream: Tensor | None = None
     inplace: bool = True
     training: bool = False
-    measure: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
-def measured(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (..., d) as (n, d) in float32 or wider, and 1 / |x| of each, (n, 1), 0 for a zero vector."""
+def inverse_norm(x: Tensor) -> Tensor:
+    """1 / |x| of tokens (..., d) in float32 or wider, (n, 1); 0 for a zero vector, which thus scores 0."""
     with torch.no_grad():
         wide = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
         norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-        return wide, norm.reciprocal().masked_fill_(norm == 0, 0)
+        return norm.reciprocal().masked_fill_(norm == 0, 0)
 
 
 @dataclass
@@ -106,6 +105,7 @@ def fused(
     a: Tensor | None,
     b: Tensor | None,
     bank: Bank,
+    inverse_of: Callable[[Tensor], Tensor] = inverse_norm,
 ) -> tuple[Tensor, Outcome]:
     """Base output plus bank output.
 
@@ -116,6 +116,7 @@ def fused(
         a: its A, (experts * r, d).
         b: its B transposed, (experts * r, out).
         bank: the frozen rest.
+        inverse_of: gives `inverse_norm` of x; linears with the same input may share it.
 
     Returns:
         The output, (..., out), dtype of `result`, and the `Outcome` (detached).
@@ -123,8 +124,8 @@ def fused(
     outcome = Outcome()
     with torch.autocast(x.device.type, enabled=False):  # the function says itself what is computed in which dtype
         if torch.is_grad_enabled():
-            return _Fused.apply(x, result, router, a, b, bank, outcome), outcome
-        return _Fused.forward(None, x, result, router, a, b, bank, outcome), outcome
+            return _Fused.apply(x, result, router, a, b, bank, outcome, partial(inverse_of, x)), outcome
+        return _Fused.forward(None, x, result, router, a, b, bank, outcome, partial(inverse_of, x)), outcome
 
 
 class _Fused(torch.autograd.Function):
@@ -138,6 +139,7 @@ class _Fused(torch.autograd.Function):
         b: Tensor | None,
         bank: Bank,
         outcome: Outcome,
+        inverse_of_x: Callable[[], Tensor],
     ) -> Tensor:
         dtype, shape = bank.dtype, result.shape
         x = x.reshape(-1, x.shape[-1])
@@ -152,8 +154,9 @@ class _Fused(torch.autograd.Function):
             outcome.old, outcome.chosen = numba.serve(x, output, bank.frozen[0], bank.directions, bank.rule)
             outcome.new = outcome.old[:, :0]
             return result if inplace else result + output.view(shape).to(result.dtype)
-        xw, inverse = measured(x) if bank.measure is None else bank.measure()
-        xc, wide = x.to(dtype), xw.dtype
+        inverse = inverse_of_x()
+        wide = inverse.dtype
+        xw, xc = x.to(wide), x.to(dtype)
         old = new = xw.new_empty(len(x), 0)
         if bank.directions is not None:
             old = (xw @ bank.directions.to(wide).t()).mul_(inverse)
@@ -213,7 +216,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         for product in inner:
             product.add_to(to_x)
         to_x = to_x.to(x.dtype).view(*ctx.tokens, x.shape[1])
-    return to_x, gradient if needs_result else None, to_router, to_a, to_b, None, None
+    return to_x, gradient if needs_result else None, to_router, to_a, to_b, None, None, None
 
 
 @dataclass
