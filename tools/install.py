@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from pathlib import Path
 
 TORCH, TORCHVISION = "2.13.0", "0.28.0"
@@ -57,6 +56,8 @@ def make_torchvision_importable() -> None:
 
 def on_top(folder: Path, extra: str) -> None:
     """Let the environment in `folder` see this one's packages, and install what one of dymoe's extras needs into it."""
+    import tomllib  # here, since an older Python must come as far as being told so
+
     python = folder / "bin" / "python"
     command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     site = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())

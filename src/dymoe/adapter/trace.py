@@ -90,7 +90,7 @@ class RoutingTrace:
         self.observers: list[Callable[[LayerRouting], None]] = []
         self._progress: float | None = None
         self._share: Tensor | float = 1.0
-        self._measured: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+        self._inverse: tuple[weakref.ref[Tensor], int, Tensor] | None = None
         self._totals: dict[str, Tensor] = {}
         self._terms: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
@@ -133,7 +133,7 @@ class RoutingTrace:
         device = next((value.device for value in kwargs.values() if isinstance(value, Tensor)), None)
         self.upstream = torch.ones((), device=device)
         self._totals, self._terms, self._statistics = {}, {}, {}
-        self._measured = None
+        self._inverse = None
 
     def selection_for(self, groups: Sequence[str], x: Tensor | None = None) -> Tensor | None:
         """Return the selection's columns for these groups, (samples, groups), or None when nothing was selected.
@@ -184,9 +184,9 @@ class RoutingTrace:
 
     def inverse_norm(self, x: Tensor) -> Tensor:
         """`ops.fused.inverse_norm` of a layer's input; found once for linears in a row that get the same tensor."""
-        kept = self._measured
+        kept = self._inverse
         if kept is None or kept[0]() is not x or kept[1] != _version(x):
-            kept = self._measured = (weakref.ref(x), _version(x), inverse_norm(x))
+            kept = self._inverse = (weakref.ref(x), _version(x), inverse_norm(x))
         return kept[2]
 
     def leave_terms(self, layer: str, total: Tensor, terms: Tensor, statistics: Tensor | None) -> None:

@@ -83,9 +83,7 @@ def choose(
     both = 0 < split < count
     guided = both and rule.guidance != "none"
     judged = guided or (both and rule.statistics)
-    index = [
-        torch.empty(tokens if n > size else 0, size, dtype=torch.long) for n, size in zip(experts, sizes, strict=True)
-    ]
+    index = [torch.empty(tokens, size, dtype=torch.long) for size in sizes]
     scores, weights = torch.empty(tokens, count, dtype=dtype), torch.empty(tokens, count, dtype=dtype)
     types = torch.empty(tokens if judged else 0, dtype=torch.int8)
     has_terms = rule.load_balance > 0 or rule.regularize
@@ -93,6 +91,7 @@ def choose(
     gradient = torch.zeros(tokens if sloped else 0, count, dtype=dtype)
     terms, statistics = torch.zeros(3, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     risen = (1.0 if scale is None else float(scale)) / rule.layers
+    factors = (rule.load_balance / rule.layers, rule.exclusivity * risen, rule.specialization * risen)
     old_array, new_array = old.contiguous().numpy(), new.contiguous().numpy()
     _kernels().decide(
         old_array,
@@ -108,13 +107,12 @@ def choose(
         guided,
         _reaches(rule.guidance),
         rule.guidance == "exclusive",
-        rule.load_balance / rule.layers,
+        factors[0],
         rule.balance_all,
-        bool(rule.regularize),
-        rule.exclusivity * risen,
-        rule.specialization * risen,
+        both and bool(rule.regularize),
+        factors[1],
+        factors[2],
         _FLOAT[dtype](rule.rsr_temperature),
-        sloped,
         scores.numpy(),
         weights.numpy(),
         index[0].numpy(),
@@ -124,14 +122,12 @@ def choose(
         terms.numpy(),
         statistics.numpy(),
     )
-    chosen = Candidates(
-        scores, weights, (index[0] if experts[0] > split else None, index[1] if experts[1] > sizes[1] else None), split
-    )
+    narrowed = [found if number > size else None for found, number, size in zip(index, experts, sizes, strict=True)]
+    chosen = Candidates(scores, weights, (narrowed[0], narrowed[1]), split)
     chosen.types = types if judged else None
     if rule.statistics:
         chosen.statistics = statistics.to(dtype)
     if has_terms:
-        factors = (rule.load_balance / rule.layers, rule.exclusivity * risen, rule.specialization * risen)
         chosen.terms = terms.to(dtype)
         chosen.total = (terms * torch.tensor(factors, dtype=torch.float64)).sum().to(dtype)
         chosen.slope = gradient if sloped else None

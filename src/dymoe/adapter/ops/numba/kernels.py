@@ -75,6 +75,102 @@ def _softmax(scores, allowed, temperature, weights):
 
 
 @_compiled
+def _take(values, raw, k, bits, keys, index, taken):
+    """The largest k of a side's scores with their places; all in order where there are not more."""
+    if len(values) > k:
+        _largest(raw, k, bits, keys, index)
+    else:
+        for c in range(len(values)):
+            index[c] = c
+    for c in range(len(taken)):
+        taken[c] = values[index[c]]
+
+
+@_compiled
+def _kind(old, new, tau):
+    """Token type (OLD 0, AMBIGUOUS 1, NEW 2) from the candidates' scores of both sides."""
+    best_old, best_new = old.max(), new.max()
+    if abs(best_new - best_old) > tau * max(abs(best_new), abs(best_old)):
+        return 2 if best_new > best_old else 0
+    return 1
+
+
+@_compiled
+def _allow(member, split, sees_new, exclusive, allowed):
+    """Guidance: which candidates a token may use; unless `exclusive`, the old side stays visible to all."""
+    for c in range(len(member)):
+        if exclusive:
+            allowed[c] = (c >= split) == sees_new
+        else:
+            allowed[c] = member[c] if sees_new else c < split
+
+
+@_compiled
+def _penalise(scores, member, split, temperature, share, exclusivity, specialization, weights, terms, slope):
+    """Add a token's share of exclusivity and specialization to `terms`; write their slope if it has columns."""
+    _softmax(scores, member, temperature, weights)
+    on_old, on_new, largest = 0.0, 0.0, 0.0
+    for c in range(split):
+        on_old += weights[c]
+        largest = max(largest, weights[c])
+    for c in range(split, len(weights)):
+        on_new += weights[c]
+    target = 1.0 - largest
+    inside, outside = max(on_new, SMALL), max(1.0 - on_new, SMALL)
+    terms[1] += on_old * on_new * share
+    terms[2] -= (target * math.log(inside) + (1.0 - target) * math.log(outside)) * share
+    by_new = 0.0
+    if 1.0 - on_new >= SMALL:
+        by_new += (1.0 - target) / outside
+    if on_new >= SMALL:
+        by_new -= target / inside
+    from_old = exclusivity * on_new * share / temperature
+    from_new = (exclusivity * on_old + specialization * by_new) * share / temperature
+    mean = on_old * from_old + on_new * from_new
+    for c in range(len(slope)):
+        slope[c] = weights[c] * ((from_new if c >= split else from_old) - mean)
+
+
+@_compiled
+def _balance(weights, expert, experts, first, number, counted, temperature, balance, terms, slope):
+    """Write the load balance to `terms` and add its slope; `expert` (tokens, C) are columns of all experts.
+
+    The candidates from `first` on belong to the `number` experts that are evened out.
+    """
+    count = weights.shape[1]
+    mass, dispatched = np.zeros(experts), np.zeros(experts)
+    evened, tokens = np.zeros(len(weights), np.bool_), 0
+    for t in range(len(weights)):
+        if not counted[t]:
+            continue
+        best, place = 0.0, -1
+        for c in range(first, count):
+            mass[expert[t, c]] += weights[t, c]
+            if weights[t, c] > best:
+                best, place = weights[t, c], expert[t, c]
+        if place >= 0:
+            evened[t] = True
+            dispatched[place] += 1.0
+            tokens += 1
+    total = mass.sum()
+    if total == 0:
+        return
+    dispatched /= max(tokens, 1)
+    mean = (dispatched * mass).sum() / total
+    terms[0] = number * mean
+    factor = number / total * balance / temperature
+    gradient = np.zeros(count)
+    for t in range(len(slope)):
+        if evened[t]:
+            inner = 0.0
+            for c in range(first, count):
+                gradient[c] = (dispatched[expert[t, c]] - mean) * factor
+                inner += weights[t, c] * gradient[c]
+            for c in range(count):
+                slope[t, c] += weights[t, c] * (gradient[c] - inner)
+
+
+@_compiled
 def decide(
     old,
     new,
@@ -95,7 +191,6 @@ def decide(
     exclusivity,
     specialization,
     rsr_temperature,
-    sloped,
     scores,
     weights,
     index_old,
@@ -110,136 +205,55 @@ def decide(
     `raw_*` are the scores' bit patterns, `bits` the single bits of that type from the highest down; `counted` says
     which tokens count in the losses. `reaches` tells for each token type (OLD, AMBIGUOUS, NEW) whether it sees the new
     group. `balance`, `exclusivity` and `specialization` are factors of the slope. The rest is written: `terms` (3,),
-    `statistics` (5,), `slope` where `sloped`, the indices and types where they have rows.
+    `statistics` (5,), and `slope` and `types` where they have rows.
     """
     tokens, num_old, num_new = len(old), old.shape[1], new.shape[1]
-    split, count = min(num_old, top_k), min(num_old, top_k) + min(num_new, top_k)
-    both = 0 < split < count
-    number = num_old + num_new if balance_all else num_new
+    split, count = index_old.shape[1], weights.shape[1]
     keys = np.empty(max(num_old, num_new, count), raw_old.dtype)
     top = np.empty(top_k, np.int64)
     member, allowed = np.ones(count, np.bool_), np.ones(count, np.bool_)
-    penalised = np.empty(count, scores.dtype)
-    mass, dispatched = np.zeros(num_old + num_new), np.zeros(num_old + num_new)
-    evened = np.zeros(tokens, np.bool_)
-    tokens_counted, tokens_evened = 0, 0
+    penalised, unsloped = np.empty(count, scores.dtype), np.empty(0, scores.dtype)
+    share = 1.0 / max(counted.sum(), 1)
+    narrowed = 0 < split < count and count > top_k and (regularize or not guided or not exclusive)
     for t in range(tokens):
-        tokens_counted += counted[t]
-    share = 1.0 / max(tokens_counted, 1)
-    narrowed = both and count > top_k and (regularize or not guided or not exclusive)
-    for t in range(tokens):
-        if num_old > top_k:
-            _largest(raw_old[t], top_k, bits, keys, index_old[t])
-            for c in range(split):
-                scores[t, c] = old[t, index_old[t, c]]
-        else:
-            scores[t, :split] = old[t]
-        if num_new > top_k:
-            _largest(raw_new[t], top_k, bits, keys, index_new[t])
-            for c in range(count - split):
-                scores[t, split + c] = new[t, index_new[t, c]]
-        else:
-            scores[t, split:] = new[t]
+        _take(old[t], raw_old[t], top_k, bits, keys, index_old[t], scores[t, :split])
+        _take(new[t], raw_new[t], top_k, bits, keys, index_new[t], scores[t, split:])
         kind = 2
-        if both and judged:
-            best_old, best_new = scores[t, :split].max(), scores[t, split:].max()
-            if abs(best_new - best_old) > tau * max(abs(best_new), abs(best_old)):
-                kind = 2 if best_new > best_old else 0
-            else:
-                kind = 1
-            types[t] = kind
+        if judged:
+            kind = types[t] = _kind(scores[t, :split], scores[t, split:], tau)
         if narrowed:
             _largest(scores[t].view(raw_old.dtype), top_k, bits, keys, top)
             member[:] = False
-            for c in range(top_k):
-                member[top[c]] = True
-        for c in range(count):
-            allowed[c] = member[c]
-            if guided:
-                on_new = c >= split
-                if exclusive:
-                    allowed[c] = on_new == reaches[kind]
-                else:  # the old side stays visible
-                    allowed[c] = member[c] if reaches[kind] else not on_new
-        entropy = _softmax(scores[t], allowed, temperature, weights[t])
-        on_new_group = 0.0
-        for c in range(split, count):
-            on_new_group += weights[t, c]
+            for c in top:
+                member[c] = True
+        if guided:
+            _allow(member, split, reaches[kind], exclusive, allowed)
+        entropy = _softmax(scores[t], allowed if guided else member, temperature, weights[t])
         if counted[t]:
             statistics[2 - kind] += share
-            statistics[3] += on_new_group * share
+            statistics[3] += weights[t, split:].sum() * share
             statistics[4] += entropy * share
-        if balance != 0.0 and counted[t] and number:
-            best, place, total = 0.0, 0, 0.0
-            for c in range(0 if balance_all else split, count):
-                weight = weights[t, c]
-                expert = c
-                if c < split:
-                    expert = index_old[t, c] if num_old > top_k else c
-                else:
-                    expert = num_old + (index_new[t, c - split] if num_new > top_k else c - split)
-                mass[expert] += weight
-                total += weight
-                if weight > best:
-                    best, place = weight, expert
-            if total > 0:
-                evened[t] = True
-                dispatched[place] += 1.0
-                tokens_evened += 1
-        if both and regularize:
-            _softmax(scores[t], member, rsr_temperature, penalised)
-            on_old, on_new, largest = 0.0, 0.0, 0.0
-            for c in range(split):
-                on_old += penalised[c]
-                largest = max(largest, penalised[c])
-            for c in range(split, count):
-                on_new += penalised[c]
-            target = 1.0 - largest
-            inside, outside = max(on_new, SMALL), max(1.0 - on_new, SMALL)
-            if counted[t]:
-                terms[1] += on_old * on_new * share
-                terms[2] -= (target * math.log(inside) + (1.0 - target) * math.log(outside)) * share
-            if sloped:
-                by_new = 0.0
-                if 1.0 - on_new >= SMALL:
-                    by_new += (1.0 - target) / outside
-                if on_new >= SMALL:
-                    by_new -= target / inside
-                factor = share / rsr_temperature if counted[t] else 0.0
-                from_old = exclusivity * on_new * factor
-                from_new = (exclusivity * on_old + specialization * by_new) * factor
-                mean = on_old * from_old + on_new * from_new
-                for c in range(count):
-                    slope[t, c] = penalised[c] * ((from_new if c >= split else from_old) - mean)
-    if balance == 0.0 or not number or not tokens:
-        return
-    total = 0.0
-    for e in range(num_old + num_new):
-        total += mass[e]
-        dispatched[e] /= max(tokens_evened, 1)
-    total = total if total > 0 else 1.0
-    mean = 0.0
-    for e in range(num_old + num_new):
-        mean += dispatched[e] * mass[e]
-    mean /= total
-    terms[0] = number * mean
-    if not sloped:
-        return
-    factor = number / total * balance / temperature
-    gradient = np.empty(count)
-    for t in range(tokens):
-        if not evened[t]:
-            continue
-        inner = 0.0
-        for c in range(count):
-            if c < split:
-                expert = index_old[t, c] if num_old > top_k else c
-            else:
-                expert = num_old + (index_new[t, c - split] if num_new > top_k else c - split)
-            gradient[c] = (dispatched[expert] - mean) * factor if balance_all or c >= split else 0.0
-            inner += weights[t, c] * gradient[c]
-        for c in range(count):
-            slope[t, c] += weights[t, c] * (gradient[c] - inner)
+            if regularize:
+                place = slope[t] if len(slope) else unsloped
+                _penalise(
+                    scores[t],
+                    member,
+                    split,
+                    rsr_temperature,
+                    share,
+                    exclusivity,
+                    specialization,
+                    penalised,
+                    terms,
+                    place,
+                )
+    if balance != 0.0 and (num_new or balance_all):
+        expert = np.empty((tokens, count), np.int64)
+        for t in range(tokens):
+            expert[t, :split] = index_old[t]
+            expert[t, split:] = index_new[t] + num_old
+        first, number = (0, num_old + num_new) if balance_all else (split, num_new)
+        _balance(weights, expert, num_old + num_new, first, number, counted, temperature, balance, terms, slope)
 
 
 @_compiled
