@@ -11,7 +11,7 @@ from dymoe.errors import DymoeError
 from dymoe.files import atomic_write
 from dymoe.report.layout import render
 from dymoe.report.parts import Figure, Plot, Sign, Table
-from dymoe.report.plots import MARKERS, build, error_bars, escape, positions
+from dymoe.report.plots import MARKERS, build, error_bars, escape, listed
 from dymoe.report.summary import Stat, number
 
 if TYPE_CHECKING:
@@ -220,12 +220,7 @@ def drift(table: "pd.DataFrame", learnings: "pd.DataFrame") -> Figure | None:
         traces,
         70 + 40 * len(rows),
         xaxis={"title": {"text": "weight on the new group (%)"}, "rangemode": "tozero"},
-        yaxis={
-            **positions([TOKENS[row["strategy"]] for row in rows]),
-            "range": [len(rows) - 0.5, -0.5],
-            "showgrid": False,
-            "zeroline": False,
-        },
+        yaxis=listed([TOKENS[row["strategy"]] for row in rows]),
     )
     caption = (
         "Routing drift: the share of routing weight that the old task's test tokens put on the group that the new task "

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from dymoe.report.heatmaps import heatmap
 from dymoe.report.parts import Figure, Heatmap, Table
-from dymoe.report.plots import build, colour, error_bars, escape, line, marker, positions, room, signs
+from dymoe.report.plots import build, colour, error_bars, escape, line, listed, marker, positions, room, signs
 from dymoe.report.summary import Method, number
 
 
@@ -45,12 +45,7 @@ def side_by_side(methods: Sequence[Method]) -> Figure:
         traces,
         70 + 40 * len(methods),
         xaxis={"title": {"text": "mean accuracy (%)"}},
-        yaxis={
-            **positions([method.label for method in methods]),
-            "range": [len(methods) - 0.5, -0.5],
-            "showgrid": False,
-            "zeroline": False,
-        },
+        yaxis=listed([method.label for method in methods]),
     )
     caption = (
         "The open mark is the mean accuracy just after each task was learned (MFT), the filled one the mean "

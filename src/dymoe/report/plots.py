@@ -136,6 +136,11 @@ def positions(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def listed(names: Sequence[str]) -> dict[str, Any]:
+    """Keys of a vertical axis that is read from above, a row for each name and no lines."""
+    return {**positions(names), "range": [len(names) - 0.5, -0.5], "showgrid": False, "zeroline": False}
+
+
 def _short(value: Any) -> Any:
     """Numbers with as many digits as can be seen; the page carries thousands of them."""
     if isinstance(value, float):
