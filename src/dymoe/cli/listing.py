@@ -11,7 +11,7 @@ WHAT = ("methods", "streams", "recipes")
 def main(argv: Sequence[str]) -> int:
     """Print one line per thing: its name and what it is."""
     if len(argv) != 1 or argv[0] in ("-h", "--help"):
-        print("usage: dymoe list methods|streams|recipes")
+        print("usage: dymoe list methods|streams|recipes\n\nPrint the names there are, each with what it is.")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     if argv[0] not in WHAT:
         from dymoe.methods.settings import nearest
