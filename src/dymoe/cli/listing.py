@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] == "methods":
         from dymoe.methods import companions
 
-        print("\ncompanions, which go with any method (with: [NAME] in a recipe):")
+        print("\ncompanions, which go with a method (with: [NAME] in a recipe):")
         _print(companions())
     return 0
 
