@@ -49,7 +49,7 @@ test-slow: .venv/dev
 test-play: .venv/play/ready
 	.venv/play/bin/python -m pytest tests/play
 
-bench: .venv/run
+bench: .venv/dev
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/decode.py

@@ -25,7 +25,7 @@ def copy(run, tmp_path):
 @pytest.mark.parametrize(
     "name, options, shown",
     [
-        ("drift", ["--samples", "1"], "Drift and forgetting: 2 earlier tasks, too few"),
+        ("drift", ["--samples", "1"], "Drift and forgetting: earlier tasks too few, or too alike, to correlate (2)"),
         ("activation", ["--stages", "1,3", "--samples=1"], "What pruning would remove"),
         ("overlay", ["--tasks", "ImageNet", "--samples", "1", "--layer", "0"], "imagenet-test-0000"),
         ("dynamics", [], "new group's weight"),

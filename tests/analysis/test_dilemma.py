@@ -105,7 +105,7 @@ def test_the_sentence_says_what_the_numbers_say():
     assert "old tokens alone taught -18.0 ± 2.0 points of new-task accuracy and cost -1.5 ± 3.5 points" in told
     # All: +2, +10; +18, +19; +40, +40.
     assert "all tokens together taught +6.0 ± 4.0 points of new-task accuracy and cost +18.5 ± 0.5 points" in told
-    assert "2 learnings of 1 pairs by 2 seeds" in told
+    assert "2 learnings of 1 pair by 2 seeds" in told
     one = analysis.conclusion(analysis.dilemma(ROWS[:5]))
     assert "no standard error" in one
     assert "No pair and seed" in analysis.conclusion(analysis.dilemma(ROWS[-1:]))

@@ -608,6 +608,18 @@ def test_a_card_is_data_not_markup():
     assert body.count("\n# ") == 1
 
 
+def test_a_card_of_all_tasks_at_once_speaks_of_no_order():
+    results = {"method": "joint", "stream": "s", "tasks": ["A", "B"], "seed": 0, "base": "b", "matrix": []}
+    groups = (Group("all", "groups/01-all", "0" * 64),)
+    told = {
+        joint: card(Shared({**results, "joint": joint}, {}, [("A", groups)], "b", None, "x"))
+        for joint in (None, (1.0, 2.0))
+    }
+    assert "learned task after task with" in told[None]
+    assert "learned from all tasks at once with" in told[(1.0, 2.0)]
+    assert "task after task" not in told[(1.0, 2.0)]
+
+
 def test_the_card_states_the_numbers(learned, tmp_path):
     target = tmp_path / "shared"
     push(numbered(learned, tmp_path), target, stage=2, licence="apache-2.0")

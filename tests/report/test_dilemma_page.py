@@ -90,7 +90,7 @@ def test_the_headline_has_the_means_over_pairs() -> None:
 def test_unfinished_pairs_are_said_not_to_count(tmp_path: Path) -> None:
     out = write_dilemma(results(tmp_path, records()[:-1]), tmp_path / "page.html")
     text = Text(out.read_text(encoding="utf-8"))
-    assert "4 runs do not count" in text.sections[""]
+    assert "Runs that do not count, since not every strategy has their pair and seed yet: 4." in text.sections[""]
     assert "A -> B: new" in text.sections["dilemma"]
     few = write_dilemma(results(tmp_path, records()[:1] + records()[6:7]), tmp_path / "page.html")
     assert "No pair of tasks has been learned" in Text(few.read_text(encoding="utf-8")).sections[""]

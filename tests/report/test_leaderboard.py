@@ -117,7 +117,7 @@ def test_training_time_only_where_it_can_be_compared():
 def test_methods_without_stages():
     joint = row("joint", matrix=[], joint=[30.0, 60.0, 90.0], metrics={"MFN": 60.0}, forgetting={}, format_drift={})
     nothing = row("zero-shot", matrix=[], zero_shot=[0.0, 3.0, 6.0], metrics={"MFN": 3.0}, steps=[], forgetting={})
-    text = page([joint, nothing, row()])
+    text = page([joint, nothing, row(), row("lora")])
     assert cells(text, "joint")["BWT"] == cells(text, "joint")["forgetting"] == "–"
     assert "| joint | 30.0 | 60.0 | 90.0 |" in text
     assert "| zero-shot | 0.0 | 3.0 | 6.0 |" in text
@@ -156,7 +156,26 @@ def test_the_published_order_stands_beside():
     assert "numbers are not comparable, only the order" in tail
     # lora is second by MFN there and last here; by BWT the orders are the same.
     assert "over the 3 shared rows: MFN +0.50, BWT +1.00." in tail
-    assert "1 shared rows are too few" in page([row()], published="leaderboard")
+    assert "Shared rows: 1. A rank correlation needs 3" in page([row()], published="leaderboard")
+    assert "Shared rows: 0." in page([row("sefe")], published="leaderboard")
+
+
+def test_on_the_papers_own_benchmark_numbers_may_be_compared():
+    told = page([row(stream="coin"), row("lora", stream="coin")], published="leaderboard")
+    assert "The same benchmark" in told
+    assert "not comparable" not in told
+    mixed = page([row(stream="coin"), row("lora", stream="pocket-coin")], published="leaderboard")
+    assert "numbers are not comparable, only the order" in mixed
+
+
+def test_the_notes_say_what_there_is():
+    assert "One seed, so no standard deviation. Sorted" in page([row(), row("ewc")])
+    assert "Mean ± sample standard deviation over seeds. Sorted" in page([row(seed=0), row(seed=1)])
+    with_time, without = page([row(), row("lora")]), page([row(), row("ewc")])
+    assert "*Time* is" in with_time
+    assert "time" in cells(with_time, "dymoe")
+    assert "Time" not in without
+    assert "time" not in cells(without, "dymoe")
 
 
 def test_published_numbers_have_sources_and_unique_rows():

@@ -145,8 +145,8 @@ def test_hashes_say_what_changed(tmp_path: Path) -> None:
     ]
     run = matrix_run(tmp_path / "a", "dymoe", [[80], [70, 70], [70, 60, 50]], group_hashes=entries)
     text = page(tmp_path, run).sections["hashes"]
-    assert "1 expert groups were checked at a later stage and are identical." in text
-    assert "1 changed after they were learned: textvqa of a." in text
+    assert "Expert groups checked at a later stage that are identical: 1." in text
+    assert "Changed after they were learned: textvqa of a." in text
     assert "a scienceqa 1 aa identical through stage 3" in " ".join(text.split())
     assert "a textvqa 2 bb differs at stage 3: not frozen" in " ".join(text.split())
     assert "a imagenet 3 cc new at this stage" in " ".join(text.split())

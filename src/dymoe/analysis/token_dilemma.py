@@ -172,12 +172,19 @@ def conclusion(frame: pd.DataFrame) -> str:
             f"with {drifted} points of drift"
         )
     new = {measure: wide[measure]["new"].mean() for measure in ("new_task_accuracy", "forgetting")}
-    few = " (one pair and seed: no standard error)" if len(cells) == 1 else ""
+    pairs, seeds = (counted(cells[key].nunique(), key) for key in ("pair", "seed"))
+    over = f"means over {len(cells)} learnings of {pairs} by {seeds}, ± standard error"
+    if len(cells) == 1:
+        over = "one pair and seed, so no standard error"
     return (
         f"Against new tokens alone, with which the new task reached {new['new_task_accuracy']:.1f} % and the old one "
-        f"lost {new['forgetting']:.1f} points, {'; '.join(told)} (means over {len(cells)} learnings of "
-        f"{cells['pair'].nunique()} pairs by {cells['seed'].nunique()} seeds, ± standard error{few})."
+        f"lost {new['forgetting']:.1f} points, {'; '.join(told)} ({over})."
     )
+
+
+def counted(number: int, what: str) -> str:
+    """As in "1 pair" and "3 pairs"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _difference(values: pd.Series, scale: float) -> str:

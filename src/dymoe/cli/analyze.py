@@ -117,7 +117,7 @@ def _drift_rows(frame: "pd.DataFrame", pairs: "pd.DataFrame") -> list[dict[str, 
 def correlation_line(found: dict[str, Any]) -> str:
     """The correlation of drift with forgetting in one line."""
     if found["pearson"] is None:
-        return f"Drift and forgetting: {found['tasks']} earlier tasks, too few (or too alike) to correlate"
+        return f"Drift and forgetting: earlier tasks too few, or too alike, to correlate ({found['tasks']})"
     return (
         f"Drift and forgetting over {found['tasks']} earlier tasks: Pearson {found['pearson']:.2f}, "
         f"Spearman {found['spearman']:.2f}"

@@ -11,7 +11,7 @@ WHAT = ("methods", "streams", "recipes")
 def main(argv: Sequence[str]) -> int:
     """Print one line per thing: its name and what it is."""
     if len(argv) != 1 or argv[0] in ("-h", "--help"):
-        print("usage: dymoe list methods|streams|recipes")
+        print("usage: dymoe list methods|streams|recipes\n\nPrint the names there are, each with what it is.")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     if argv[0] not in WHAT:
         from dymoe.methods.settings import nearest
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] == "methods":
         from dymoe.methods import companions
 
-        print("\ncompanions, which go with any method (with: [NAME] in a recipe):")
+        print("\ncompanions, which go with a method (with: [NAME] in a recipe):")
         _print(companions())
     return 0
 

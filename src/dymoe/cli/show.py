@@ -10,7 +10,7 @@ from dymoe.errors import DymoeError
 def main(argv: Sequence[str]) -> int:
     """Print one run after the other."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: dymoe show RUN [RUN ...]")
+        print("usage: dymoe show RUN [RUN ...]\n\nPrint the accuracy matrix and the metrics of each run.")
         return 0 if argv else 2
     for path in argv:
         show(Path(path))

@@ -63,7 +63,7 @@ def _data(found: Checkup, recipe: Recipe) -> "Stream | None":
             if not getattr(task, split):
                 found.add("wrong", "records", task.name, f"no {split} samples", "choose another split or more data")
     count = sum(len(task.train) + len(task.test) for task in stream.tasks)
-    found.add("fine", "records", recipe.stream, f"{count:,} samples of {len(stream.tasks)} tasks can be read")
+    found.add("fine", "records", recipe.stream, f"{count:,} samples can be read, tasks: {len(stream.tasks)}")
     if stream.skipped:
         first = stream.skipped[0]
         told = f"{len(stream.skipped)} left out, the first: {first['file']}: record {first['record']}: {first['error']}"

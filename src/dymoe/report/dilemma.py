@@ -66,7 +66,8 @@ def dilemma_page(frame: "pd.DataFrame", about: Mapping[str, Any]) -> str:
 
     table = by_strategy(frame)
     left_out = len(frame) - len(complete(frame))
-    remarks = [] if not left_out else [f"{left_out} runs do not count: not every strategy has their pair and seed yet."]
+    why = "Runs that do not count, since not every strategy has their pair and seed yet"
+    remarks = [f"{why}: {left_out}."] if left_out else []
     shown = [trade(table, complete(frame)), drift(table, complete(frame))] if len(table) else []
     return render(
         "dilemma.html.jinja",

@@ -13,6 +13,7 @@ from dymoe.report.summary import Stat, number
 REFERENCE = "lora"  # training time is told relative to this row
 METRICS = ("MFN", "MAA", "BWT", "MFT")
 SHARED = ("MFN", "BWT")  # whose order is compared with the published one
+PUBLISHED_STREAM = "coin"  # that the published numbers are of
 FEWEST = 3  # rows below which a rank correlation says nothing
 
 COLUMNS = """Sorted by MFN. Accuracy in percent: MFN
@@ -20,8 +21,10 @@ after the last task, MAA averaged over stages, MFT of each task as just learned;
 tasks T. *Forgetting* (best earlier minus final accuracy), *format drift* (points lost under the strict rule and not
 under the lenient one) and *drift* (percent of routing weight that a task's tokens put on later groups at the end) are
 means over all tasks but the last. *Trained* parameters are the last task's and *stored* ones all that is kept, in
-millions. *Time* is training time relative to `lora` of the same seed (without a GPU: CPU time), where both ran on a
-like machine without a break."""
+millions."""
+TIME = f"""
+*Time* is training time relative to `{REFERENCE}` of the same seed (without a GPU: CPU time), where both ran on a like
+machine without a break."""
 
 Row = Mapping[str, Any]
 
@@ -208,8 +211,10 @@ def _plain(value: Any) -> str:
 def _table(found: Sequence[Line], planned: int) -> list[str]:
     """One line of the table for each row, best final accuracy first."""
     rates = {row["recipe"]["training"]["lr"] for line in found for row in line.rows}
-    head = ["method", "seeds", *METRICS, "forgetting", "format drift", "drift", "trained", "stored", "time"]
-    table = [_cells([*head, *(["lr"] if len(rates) > 1 else [])]), _rule(len(head) + (len(rates) > 1))]
+    timed = _timed(found)
+    head = ["method", "seeds", *METRICS, "forgetting", "format drift", "drift", "trained", "stored"]
+    head += [*(["time"] if timed else []), *(["lr"] if len(rates) > 1 else [])]
+    table = [_cells(head), _rule(len(head))]
     for line in found:
         count = len(line.rows)
         cells = [_name(line), str(count) if count == planned else f"{count} of {planned}"]
@@ -220,21 +225,30 @@ def _table(found: Sequence[Line], planned: int) -> list[str]:
             _text(line.stat(drift)),
             _count(line.stat(lambda row: row["trainable_parameters"] / 1e6)),
             _count(line.stat(lambda row: row["stored_parameters"] / 1e6)),
-            _text(line.time(), digits=2),
         ]
+        if timed:
+            cells.append(_text(line.time(), digits=2))
         if len(rates) > 1:
             cells.append(", ".join(f"{lr:g}" for lr in sorted({r["recipe"]["training"]["lr"] for r in line.rows})))
         table.append(_cells(cells))
     return table
 
 
+def _timed(found: Sequence[Line]) -> bool:
+    """Whether the row that training time is relative to is there, and another beside it."""
+    labels = {line.label for line in found}
+    return REFERENCE in labels and len(labels) > 1
+
+
 def _notes(found: Sequence[Line], planned: int) -> list[str]:
     """What the columns mean."""
     fewer = [_name(line) for line in found if len(line.rows) < planned]
-    told = [f"Mean ± sample standard deviation over {planned} seed{'s' if planned > 1 else ''}. {COLUMNS}"]
+    several = any(len(line.rows) > 1 for line in found)
+    told = "Mean ± sample standard deviation over seeds" if several else "One seed, so no standard deviation"
+    notes = [f"{told}. {COLUMNS}{TIME if _timed(found) else ''}"]
     if fewer:
-        told += ["", f"Fewer seeds than {planned}: {', '.join(fewer)}. Their means are not over the same seeds."]
-    return told
+        notes += ["", f"Fewer seeds than {planned}: {', '.join(fewer)}. Such means are not over the same seeds."]
+    return notes
 
 
 def _at_the_end(found: Sequence[Line]) -> list[str]:
@@ -270,8 +284,7 @@ def _beside(found: Sequence[Line], part: Mapping[str, Any]) -> list[str]:
     told = [
         "## Beside the published order",
         "",
-        f"Published: {part['source']}. Another model, other data and another budget: the numbers are not comparable, "
-        "only the order of the rows is.",
+        f"Published: {part['source']}. {_worth(found)}",
         "",
     ]
     head = ["row", *(f"published {name}" for name in (*SHARED, "MAA"))]
@@ -301,8 +314,20 @@ def _beside(found: Sequence[Line], part: Mapping[str, Any]) -> list[str]:
     if found_words:
         told.append(f"Spearman's rank correlation over the {len(shared)} shared rows: {', '.join(found_words)}.")
     else:
-        told.append(f"{len(shared)} shared rows are too few, or too equal, for a rank correlation.")
+        told.append(f"Shared rows: {len(shared)}. A rank correlation needs {FEWEST} that are not all equal.")
     return told
+
+
+def _worth(found: Sequence[Line]) -> str:
+    """What a published number is worth beside the sweep's: it depends on the stream they were learned on."""
+    if {row.get("stream") for line in found for row in line.rows} == {PUBLISHED_STREAM}:
+        return (
+            "The same benchmark: a number is comparable where base model, budget and scoring rules are the paper's too "
+            "(recipes/coin/base.yaml)."
+        )
+    return (
+        "Another model, other data and another budget: the numbers are not comparable, only the order of the rows is."
+    )
 
 
 def _text(stat: Stat | None, digits: int = 1, sign: bool = False) -> str:

@@ -160,9 +160,9 @@ def hash_table(runs: Sequence[Run]) -> tuple[Table, str]:
                 verdict = f"identical through stage {last[0]}"
                 kept += 1
             rows.append((run.name, name, str(first[0]), first[1], verdict))
-    words = [f"{kept} expert groups were checked at a later stage and are identical."] if kept else []
+    words = [f"Expert groups checked at a later stage that are identical: {kept}."] if kept else []
     if differing:
-        words.append(f"{len(differing)} changed after they were learned: {', '.join(differing)}.")
+        words.append(f"Changed after they were learned: {', '.join(differing)}.")
     if shared:
         words.append(f"Not frozen, since all tasks share and train it: the one group of {', '.join(shared)}.")
     if not words:

@@ -35,13 +35,14 @@ def card(shared: Shared) -> str:
     results = shared.results
     learned, tasks = len(shared.stages), len(results["tasks"])
     joint = results.get("joint") is not None
+    how = "from all tasks at once" if joint else "task after task"
     count = f"all {tasks} tasks at once" if joint else f"{learned} of {tasks} tasks"
     sections = [
         _metadata(shared),
         f"# {escape(results['method'])} on {escape(results['stream'])}, {count}",
-        f"Expert groups that a vision-language model learned task after task with dymoe's method "
-        f"{escape(results['method'])}. Each group is one small PEFT adapter; a stage of the run is the groups that "
-        "manifest.json lists for it, routed together.",
+        f"Expert groups that a vision-language model learned {how} with dymoe's method {escape(results['method'])}. "
+        "Each group is one small PEFT adapter; a stage of the run is the groups that manifest.json lists for it, "
+        "routed together.",
         _facts(shared),
         "## Tasks in order",
         _tasks(shared),
