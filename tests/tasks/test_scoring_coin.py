@@ -248,6 +248,7 @@ def exact_iou(first: list[Fraction], second: list[Fraction]) -> Fraction:
 
 
 CORNERS = st.lists(st.integers(0, 100), min_size=4, max_size=4)
+BOXES = CORNERS.map(lambda box: [*map(min, box[:2], box[2:]), *map(max, box[:2], box[2:])])
 
 
 def near(box: list[int]) -> st.SearchStrategy[list[int]]:
@@ -255,7 +256,7 @@ def near(box: list[int]) -> st.SearchStrategy[list[int]]:
     return st.tuples(*(st.integers(max(0, edge - 12), min(100, edge + 12)) for edge in box)).map(list)
 
 
-PAIRS = st.tuples(CORNERS, CORNERS) | CORNERS.flatmap(lambda box: st.tuples(near(box), st.just(box)))
+PAIRS = st.tuples(CORNERS, CORNERS) | BOXES.flatmap(lambda box: st.tuples(near(box), st.just(box)))
 
 
 @given(PAIRS, st.sampled_from([[640, 480], [333, 500], [1, 1]]))
