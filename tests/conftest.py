@@ -8,6 +8,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import functools
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,6 +20,25 @@ if not torch.cuda.is_available():  # before anything imports Triton: its interpr
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+# What takes long begins first: the workers share the suite by its modules, in this order, and end together. The second
+# needs no compiled gate, so that in a fresh clone one worker compiles it and the others find it in Numba's cache.
+LONG = (
+    *("methods/test_matrix.py", "test_coin_recipes.py", "learning/test_sweep.py", "learning/test_processes.py"),
+    *("learning/test_resume.py", "test_notebook.py", "test_readme.py", "lvlm/test_families.py"),
+    *("report/test_browser.py", "learning/test_trainer.py", "learning/test_travel.py", "evaluation/test_generate.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
+
+
+def pytest_collection_finish():
+    """Every stage of a run collects garbage; what the imports left is none, and going through it would take longer."""
+    gc.collect()
+    gc.freeze()
+
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
@@ -23,3 +46,18 @@ def tiny_folder(tmp_path_factory):
     from tests.learning.tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tasks_read_once():
+    """The shipped tasks are read and checked once a process, as they are: a third of a tiny run would go there."""
+    from dymoe.tasks.pocket import stream
+
+    read, shipped = stream.load_task, functools.cache(stream.load_task)
+
+    def load_task(name, instructions="original", seed=0, folder=stream.DATA):
+        return shipped(name, instructions, seed) if folder == stream.DATA else read(name, instructions, seed, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "load_task", load_task)
+        yield

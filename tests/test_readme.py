@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -29,16 +27,15 @@ def test_the_numbers_are_the_leaderboards():
     assert table in shown, f"README.md's first numbers are not the leaderboard's:\n{table}"
 
 
-def test_the_python_example_runs(tmp_path):
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     block, _ = blocks("python")
     assert "max_steps=20" in block
-    script = tmp_path / "example.py"
-    shortened = block.replace("max_steps=20", "max_steps=1, per_device_train_batch_size=2, use_cpu=True")
-    script.write_text(f"import torch\ntorch.set_num_threads(2)\n{shortened}")
-    done = subprocess.run([sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("ScienceQA {", "ImageNet {"))]
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace("max_steps=20", "max_steps=1, per_device_train_batch_size=2, use_cpu=True"), {})
+    told = capsys.readouterr().out.splitlines()
+    lines = [line for line in told if line.startswith(("ScienceQA {", "ImageNet {"))]
     first, second = (re.findall(r"'ScienceQA': '(\w+)'", line) for line in lines)
+    assert len(first) == 1
     assert first == second, "the old group must not change"
     assert (tmp_path / "runs" / "example" / "groups" / "ImageNet" / "adapter_model.safetensors").is_file()
 

@@ -294,7 +294,6 @@ def test_load_balance_loss(tokens, experts, num_new, masked, guided):
     kept = [row for i, row in enumerate(rows(weights)) if mask is None or bool(mask.reshape(-1)[i])]
     loss = routing.load_balance_loss(weights, num_new, mask)
     assert float(loss) == pytest.approx(oracle_balance(kept, num_new), abs=1e-9)
-    assert float(loss) == 0 or float(loss) >= 1 - 1e-9 or num_new > 1
 
 
 def test_load_balance_loss_is_least_when_even_and_moves_scores_apart():

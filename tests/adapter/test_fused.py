@@ -69,6 +69,14 @@ def plain(x, base, frozen, rows, learned, settings, mask, scale, scaling=0.5):
     return output, total, torch.stack([balance, exclusivity, specialization])
 
 
+def combinations(name, path):
+    """Guidance, balance, mask and tokens: every pair of values, and over four banks every combination."""
+    masks = routing.MASKS if BANKS[name][1] else ("none",)  # nothing learns: nothing is guided
+    sides, shift = list(itertools.product((False, True), repeat=2)), [*BANKS].index(name) + [*PATHS].index(path)
+    for (place, guidance), (number, tokens) in itertools.product(enumerate(masks), enumerate(((9,), (2, 6), (1,)))):
+        yield guidance, *sides[(place + number + shift) % 4], tokens
+
+
 @pytest.fixture(params=["compiled", "torch"])
 def gate(request, monkeypatch):
     """The gate by Numba, then by torch's operations."""
@@ -76,6 +84,7 @@ def gate(request, monkeypatch):
         monkeypatch.setattr(numba, "available", lambda: False)
     else:
         pytest.importorskip("numba")
+        assert numba.available(), "torch's operations would be compared with themselves"
     return request.param
 
 
@@ -85,9 +94,7 @@ def test_output_terms_and_all_gradients_are_those_of_the_formulas(name, path, ga
     for attribute, value in PATHS[path].items():
         monkeypatch.setattr(sparse, attribute, value)
     upstream, scale = torch.tensor(0.6, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
-    for guidance, balance_all, masked, tokens in itertools.product(
-        routing.MASKS, (False, True), (False, True), ((9,), (2, 6), (1,))
-    ):
+    for guidance, balance_all, masked, tokens in combinations(name, path):
         settings = {"guidance": guidance, "balance_all": balance_all}
         x, frozen, rows, learned = drawn(name, tokens)
         mask = (torch.arange(x[..., 0].numel()) % 3 > 0) if masked else None

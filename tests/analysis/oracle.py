@@ -3,6 +3,7 @@
 from functools import cache
 
 import torch
+import yaml
 
 from dymoe.adapter import DyMoELayer
 from dymoe.learning.groups import load_group
@@ -15,7 +16,7 @@ TOP_K, TEMPERATURE, EXPERTS = 3, 0.1, 4  # as the recipe of the run says
 @cache
 def stage_model(run, stage):
     """Base model, its collator and the first `stage` groups on it."""
-    lvlm = load(str(next(run.parent.parent.glob("tiny*/model"))), "float32")
+    lvlm = load(yaml.safe_load((run / "run.yaml").read_text())["recipe"]["model"], "float32")
     model = None
     for folder in sorted((run / "stages").iterdir())[:stage]:
         model = load_group(lvlm.model, model, folder.name.partition("-")[2], folder / "adapter")

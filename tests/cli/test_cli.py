@@ -1,18 +1,13 @@
 """The command line: fast to start, one line per mistake, what it prints is what the run folder holds."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from dymoe.cli import COMMANDS, main
 from dymoe.cli.demo import sentence
-from tests.learning.test_resume import COMMAND
-from tests.learning.tiny import save_tiny, write_recipe
 
 
 def test_help_loads_no_heavy_library():
@@ -111,26 +106,6 @@ def test_the_demo_sentence_follows_the_numbers(mfn, bwt, mft, words):
     told = sentence(results(method="incmoelora"), second)
     assert told.startswith("DyMoE forgot")
     assert all(word in told for word in words), told
-
-
-def test_an_interrupt_says_how_to_go_on(tmp_path):
-    recipe = write_recipe(tmp_path / "run.yaml", save_tiny(tmp_path / "model"))
-    process = subprocess.Popen(
-        [*COMMAND, "run", str(recipe), "--seed", "5"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 90
-    while not (tmp_path / "run" / "events.jsonl").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in told
-    assert told.strip().splitlines()[-1] == f"dymoe: interrupted; go on with: dymoe run {recipe} --seed 5 --resume"
 
 
 def test_version(capsys):

@@ -71,15 +71,17 @@ def test_without_a_cache_the_batch_stays(model, prompts):
 
 
 def test_an_error_leaves_no_finished_rows_behind(model, prompts, monkeypatch):
-    trace = model.base_model.trace
-    steps = []
+    trace, told = model.base_model.trace, []
+    prepare = model.base_model.model.prepare_inputs_for_generation
 
     def broken(*args, **kwargs):
-        steps.append(trace.finished)
-        raise RuntimeError("out of memory")
+        told.append(trace.finished)
+        if trace.finished is not None:
+            raise RuntimeError("out of memory")
+        return prepare(*args, **kwargs)
 
     monkeypatch.setattr(model.base_model.model, "prepare_inputs_for_generation", broken)
-    greedy = Greedy(trace)
     with pytest.raises(RuntimeError, match="out of memory"):
-        generate(model, prompts, [59], custom_generate=greedy)
+        generate(model, prompts, [59], custom_generate=Greedy(trace))
+    assert told[-1] is not None
     assert trace.finished is None

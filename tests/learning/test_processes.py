@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,10 +29,11 @@ from dymoe.evaluation.generate import evaluate
 from dymoe.learning import whole
 from dymoe.learning.groups import train_group
 from dymoe.learning.order import NOTHING, Loader, Order
-from dymoe.learning.processes import ALONE, Processes, first, join
+from dymoe.learning.processes import ALONE, Processes, first, join, together
 from dymoe.learning.progress import Display, silent
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
+from dymoe.learning.trainer import StageTrainer
 from dymoe.lvlm import Collator, load
 from dymoe.methods.lora import LoRA
 from dymoe.tasks import load_stream
@@ -337,7 +339,51 @@ def same_run(found: Path, expected: Path) -> None:
         assert one[key] == two[key], key
 
 
-def test_a_process_that_dies_ends_the_run_and_one_process_goes_on(alone, tiny_folder, tmp_path):
+@needs_fork
+def test_a_process_that_dies_is_told_and_one_process_goes_on(alone, tiny_folder, tmp_path, monkeypatch, capfd):
+    recipe, folder = recipe_in(tmp_path, tiny_folder), tmp_path / "run"
+    plain = StageTrainer.training_step
+
+    def dying(trainer, *given, **options):
+        if os.environ.get("RANK") == "1" and trainer.group == "VQAv2" and trainer.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(trainer, *given, **options)
+
+    monkeypatch.setattr(StageTrainer, "training_step", dying)
+    assert forked(2, main, ["run", str(recipe)]) == [1, -signal.SIGKILL]
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dymoe: process")]
+    assert line.startswith("dymoe: process 0 of 2 lost another one: ")
+    assert "Go on, with any number of processes, with: accelerate launch" in line
+    assert line.endswith(f"-m dymoe run {recipe} --resume")
+    assert not (folder / "stages" / "02-VQAv2" / "done.json").exists()
+    assert main(["run", str(recipe), "--resume"]) == 0
+    assert json.loads((folder / "results.json").read_text())["resumed_at"][1] >= 2
+    same_run(folder, alone)
+
+
+def told_to_end():
+    """Process 0 waits for the other and is ended meanwhile, as the launcher does."""
+    with together("dymoe run x.yaml --resume"):
+        processes = join()
+        waiting, _ = processes.gather(os.getpid())
+        if processes.rank == 1:
+            time.sleep(1)
+            os.kill(waiting, signal.SIGTERM)
+            time.sleep(2)
+            os._exit(0)
+        processes.gather("what never comes")
+
+
+@needs_fork
+def test_a_process_that_waits_for_another_ends_when_it_is_told_to(capfd):
+    assert forked(2, told_to_end) == [128 + signal.SIGTERM, 0]
+    told = capfd.readouterr().err
+    assert "dymoe: process 0 of 2 was told to end, since another one did: " in told
+    assert "with: dymoe run x.yaml --resume" in told
+
+
+@pytest.mark.slow
+def test_launched_a_process_that_dies_ends_the_run_and_one_process_goes_on(alone, tiny_folder, tmp_path):
     recipe, folder = recipe_in(tmp_path, tiny_folder), tmp_path / "run"
     launcher = launch("ddp", "run", str(recipe))
     wait_until(lambda: any(e["stage"] == 2 and e["step"] >= 3 for e in step_events(folder)), launcher)
@@ -490,12 +536,12 @@ def test_a_group_that_begins_otherwise_in_a_process_is_noticed(tiny_folder, tmp_
 
 
 def test_groups_of_one_seed_begin_alike(tiny_folder):
-    def begin():
-        torch.manual_seed(11)
+    def begin(seed):
+        torch.manual_seed(seed)
         config = methods.create("dymoe", num_experts=2, rank=2).config(None)
         return group_hash(train_group(load(str(tiny_folder), "float32").model, None, "new", config), "new")
 
-    assert begin() == begin()
+    assert begin(11) == begin(11) != begin(12)
 
 
 @needs_fork

@@ -50,21 +50,31 @@ def whole(tiny_folder, tmp_path_factory):
     return path / "run"
 
 
-def kill_when(recipe: Path, run: Path, stage: int, step: int) -> None:
-    process = subprocess.Popen([*COMMAND, "run", str(recipe), "--resume"], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while not at_least(run, stage, step):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def ended_by(sent: signal.Signals, words: list[str], run: Path, stage: int, step: int) -> tuple[int, str]:
+    """Exit code and words of a run in a process of its own that gets a signal when it has come so far."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*COMMAND, "run", *words], stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            deadline = time.monotonic() + 240
+            while not at_least(run, stage, step):
+                assert process.poll() is None, "the run ended before its signal was sent"
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            process.send_signal(sent)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    return process.returncode, told
 
 
-def test_killed_mid_task_twice_ends_bit_for_bit_the_same(whole, tiny_folder, tmp_path, capsys):
+def test_killed_and_interrupted_mid_task_it_ends_bit_for_bit_the_same(whole, tiny_folder, tmp_path, capsys):
     recipe, run = write_recipe(tmp_path / "run.yaml", tiny_folder), tmp_path / "run"
-    kill_when(recipe, run, stage=1, step=5)
-    kill_when(recipe, run, stage=2, step=4)
+    code, _ = ended_by(signal.SIGKILL, [str(recipe), "--resume"], run, stage=1, step=5)
+    assert code == -signal.SIGKILL
+    code, told = ended_by(signal.SIGINT, [str(recipe), "--resume", "--seed", "0"], run, stage=2, step=4)
+    assert code == 130
+    assert "Traceback" not in told
+    assert told.strip().splitlines()[-1] == f"dymoe: interrupted; go on with: dymoe run {recipe} --seed 0 --resume"
     assert not (run / "stages" / "02-VQAv2" / "done.json").exists()
     capsys.readouterr()
     assert main(["run", str(recipe), "--resume"]) == 0
@@ -116,19 +126,18 @@ def test_a_partial_checkpoint_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path) is None
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tiny_folder, tmp_path):
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tiny_folder, tmp_path, capsys):
     recipe = write_recipe(tmp_path / "run.yaml", tiny_folder, tasks=["ImageNet"], training={"steps_per_task": 4})
     run = tmp_path / "run"
-    full = subprocess.run(
-        [*COMMAND, "run", str(recipe)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
-    )
-    assert full.returncode == 2
-    assert "Traceback" not in full.stderr
-    last = full.stderr.strip().splitlines()[-1]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
+    try:
+        assert main(["run", str(recipe)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    last = told.strip().splitlines()[-1]
     assert "cannot be written" in last
     assert str(run) in last
     assert not (run / "stages" / "01-ImageNet" / "adapter").exists()

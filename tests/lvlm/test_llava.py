@@ -238,8 +238,12 @@ def test_shards_stay_small_and_hold_everything(parts, base, tmp_path):
 
 def test_the_manifest_fingerprints_what_went_in_and_came_out(parts, base):
     said = json.loads((base / "manifest.json").read_text())
+    files = [(base, said["outputs"])]
     for kind, folder in (("llm", parts / "vicuna"), ("vision", parts / "clip"), ("projector", parts)):
-        for name, record in said["inputs"][kind]["files"].items():
+        files.append((folder, said["inputs"][kind]["files"]))
+    for folder, records in files:
+        assert records
+        for name, record in records.items():
             assert record["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert {"tokenizer.model", "pytorch_model-00001-of-00002.bin"} <= set(said["inputs"]["llm"]["files"])
     outputs = {file.name for file in base.iterdir()} - {"manifest.json"}

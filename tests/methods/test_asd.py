@@ -157,12 +157,15 @@ def test_a_synonym_in_the_reference_is_no_wrong_option():
         for i in range(30)
     ]
     made = Task("VizWiz", samples, [], [], "soft_accuracy", 8)
+    sandals = 0
     for old, new in rewritten(made, share=1.0):
         style, question = style_of(new)
         if style == "multiple choice":
             wrong = {line.split(". ")[1] for line in question.splitlines()[1:]} - {old.answer}
             assert "shoe" not in wrong
             assert wrong
+            sandals += old.answer == "sandal"
+    assert sandals
 
 
 def test_a_task_with_one_answer_has_no_wrong_options():

@@ -4,7 +4,6 @@ Each method learns two tasks with a tiny model through the ordinary run. A metho
 fit the shared layer or the shared loop, and they are to be mended.
 """
 
-import gc
 import itertools
 import json
 import math
@@ -22,10 +21,6 @@ from dymoe.learning.progress import Display
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
 from dymoe.lvlm import load
-
-# Every stage collects garbage; what the imports left is none, and walking through it takes longer than the stage.
-gc.collect()
-gc.freeze()
 
 TASKS = ["ImageNet", "VQAv2"]
 # Small banks; everything else at the method's defaults.
@@ -88,7 +83,7 @@ def recipe(folder: Path, model: Path, method: str, companion: str | None, **trai
             "scheduler": "constant_with_warmup",
             "dtype": "float32",
             "threads": 1,
-            "save_steps": 2,
+            "save_steps": 2 * STEPS,
             "limit": 4,
             **training,
         },
@@ -181,7 +176,7 @@ def test_loads_in_plain_peft_with_the_parameters_it_claims(learned, tiny_folder,
 @pytest.mark.parametrize("method, companion", CASES)
 def test_interrupted_twice_ends_bit_for_bit_the_same(learned, tiny_folder, tmp_path, method, companion):
     whole = learned(method, companion)
-    settings = recipe(tmp_path / "run", tiny_folder, method, companion)
+    settings = recipe(tmp_path / "run", tiny_folder, method, companion, save_steps=2)
     for stage in range(1, len(stages(whole)) + 1):
         with pytest.raises(KeyboardInterrupt):
             run(settings, resume=True, display=Quiet(stage, 3))

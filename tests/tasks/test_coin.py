@@ -606,10 +606,10 @@ def test_twenty_thousand_records_are_read_once_and_cost_no_memory(tmp_path: Path
     def never() -> Any:
         raise AssertionError("the records were read again")
 
-    started = time.perf_counter()
+    started = time.process_time()
     again = index(plan, never)
     assert again == first
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     samples = Records(again.table, range(20_000), View(file, images))
     before, most = resident(), 0
     for number, sample in enumerate(samples):

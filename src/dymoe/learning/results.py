@@ -38,11 +38,12 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
     strict = [[row[task]["strict"] for task in row] for row in scores]
     lenient = [[row[task]["lenient"] for task in row] for row in scores]
     joint = len(stages) == 1 and len(tasks) > 1
+    resolved = recipe.resolved()
     results: dict[str, Any] = {
         "name": folder.path.name,
         "method": recipe.method,
-        "settings": recipe.resolved()["settings"],
-        "with": recipe.resolved()["with"],
+        "settings": resolved["settings"],
+        "with": resolved["with"],
         "stream": recipe.stream,
         "order": recipe.order,
         "instructions": recipe.instructions,
@@ -56,7 +57,7 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
         "lenient_matrix": [] if joint else lenient,
         "metrics": {},
     }
-    if "data" in recipe.resolved():
+    if "data" in resolved:
         results["scoring"] = recipe.data.scoring if recipe.stream == "coin" else "own"
     if joint:
         results["joint"], results["lenient_joint"] = (strict[0], lenient[0]) if done else (None, None)
