@@ -5,6 +5,7 @@ answer processor): lower case, no commas and question marks, possessives apart, 
 a space, number words to digits, no articles, apostrophes put back into contractions.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,6 +45,7 @@ _LOOSE_PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = int(re.UNICODE)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def process_answer(answer: str) -> str:
     """Return `answer` in the form in which answers are compared."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
@@ -59,7 +61,7 @@ def same_answer(first: str, second: str) -> bool:
 
 def _punctuation(text: str) -> str:
     result = text
-    for mark in _PUNCTUATION:
+    for mark in (mark for mark in _PUNCTUATION if mark in text):
         # A mark that touches a space joins nothing and goes; one between two words stands for a space.
         loose = f"{mark} " in text or f" {mark}" in text or _COMMA_IN_NUMBER.search(text) is not None
         result = result.replace(mark, "" if loose else " ")
