@@ -52,6 +52,11 @@ EXPECTED = {
     "olora": bank(1, 16, False),
     "incmoelora": 16 * 4 * 32 * (4 * 8192 + 3 * 15104) + 16 * 32 * (6 * 4096 + 11008),
     "dymoe": bank(16, 4, True),
+    "joint": bank(16, 4, True),
+    "sefe": bank(1, 128, False),
+    # In the feed-forward linears alone.
+    "same": 8 * 8 * 32 * 3 * 15104 + 8 * 32 * (2 * 4096 + 11008),
+    "cmoe": 4 * 16 * 32 * 3 * 15104 + 4 * 32 * (2 * 4096 + 11008),
     "small-gpu": bank(16, 4, True),
     "dymoe-13b": 16 * 4 * 40 * (4 * 10240 + 3 * 18944) + 16 * 40 * (6 * 5120 + 13824),
     "incmoelora-13b": bank(16, 4, True, "llava-1.5-13b"),
@@ -149,13 +154,17 @@ def test_a_recipe_has_the_arithmetics_layers_and_parameters(path: Path) -> None:
     recipe = recipe_of(path)
     size = recipe.model_options.shape
     made, shape = counted(recipe), base_shape(size)
-    assert made.wrapped == linear_names(size)
+    feed_forward = recipe.method in ("same", "cmoe")
+    assert made.wrapped == {name for name in linear_names(size) if ".mlp." in name or not feed_forward}
     if path.stem in EXPECTED:
         assert made.first == EXPECTED[path.stem]
     if recipe.method == "proglora":  # its keys and transform are not in the budget's arithmetic
         assert made.first > memory(recipe, shape, 1).trainable
         return
     assert memory(recipe, shape, 1).trainable == made.first
+    if recipe.method == "cmoe":  # nor is its task locator, which does not train with the model
+        assert made.stored > memory(recipe, shape, 2).stored
+        return
     assert memory(recipe, shape, 2).stored == made.stored
 
 

@@ -125,6 +125,14 @@ def test_the_teachers_pass_leaves_everything_as_it_was(dtype, tmp_path):
         assert torch.equal(value, parameters[name][1])
 
 
+def test_after_the_teachers_pass_the_model_answers_as_itself(tmp_path):
+    method, model, _ = second_task(tmp_path)
+    itself, batch = copy.deepcopy(model), collate(samples(3))
+    method.loss_terms(model, batch, forward(model, batch))
+    with torch.no_grad():
+        assert torch.equal(forward(model.eval(), batch).logits, forward(itself.eval(), batch).logits)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients(reentrant, tmp_path):
     method, model, _ = second_task(tmp_path)

@@ -60,7 +60,7 @@ class DyMoEConfig(PeftConfig):
     r: int = field(default=4, metadata={"help": "rank of each expert"})
     lora_alpha: float = field(default=128.0, metadata={"help": "scale: lora_alpha / (num_experts * r)"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the training experts' input"})
-    gate: str = field(default="cosine", metadata={"help": "cosine | uniform"})
+    gate: str = field(default="cosine", metadata={"help": "cosine | uniform | linear"})
     top_k: int = field(default=16, metadata={"help": "experts with weight per token"})
     temperature: float = field(default=0.01, metadata={"help": "of the router's softmax"})
     tau: float = field(default=0.2, metadata={"help": "threshold of token types"})

@@ -77,8 +77,13 @@ class LwF(LoRA):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         inputs.update(logits_to_keep=positions, use_cache=False)
         # Aside: the pass that is to be learned from has left its terms in the trace and its backward is still to come.
-        with model.base_model.trace.aside(), evaluating(model), torch.no_grad(), self._data.autocast():
-            return torch.func.functional_call(model, self._teacher, kwargs=inputs).logits
+        try:
+            with model.base_model.trace.aside(), evaluating(model), torch.no_grad(), self._data.autocast():
+                return torch.func.functional_call(model, self._teacher, kwargs=inputs).logits
+        finally:
+            # A layer in evaluation packs what it is given: the next pass must not find the teacher there.
+            for layer in model.base_model.layers():
+                layer.groups_changed()
 
 
 def divergence(old: Tensor, new: Tensor, labels: Tensor, temperature: float) -> Tensor:

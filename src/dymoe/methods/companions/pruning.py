@@ -27,9 +27,10 @@ class Pruning(Companion):
 
     In every wrapped layer floor(share x experts) experts go. Activation is the routing weight that an expert gets from
     the task's training prompts, a mean over their tokens: the supplement speaks of activation frequencies and, of its
-    Figure 4, of aggregated routing scores; on which prompts and before or after the top-k is not stated. Under a
-    uniform gate, where all weights are 1, it is the mean norm of the expert's scaled output. The kept experts stay as
-    they are, and so does the scale of the group's output.
+    Figure 4, of aggregated routing scores; on which prompts, before or after the top-k, in each layer or over all of
+    them, and whether older groups lose experts again is not stated. Under a uniform gate, where all weights are 1, it
+    is the mean norm of the expert's scaled output. The kept experts stay as they are, and so does the scale of the
+    group's output. A group of fewer than 1 / share experts loses none.
 
     A group that a later stage trains on is not pruned again: no expert of it is new.
 
