@@ -54,7 +54,7 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/evaluation.py --dtype bfloat16
+	$(BIN)/python benchmarks/evaluation.py --dtype bfloat16 --name evaluation-bfloat16
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/gpu_bank.py
 

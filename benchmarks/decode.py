@@ -1,20 +1,22 @@
 """Tokens a second of greedy decoding with an expert bank against the base alone, side by side.
 
 Random weights at a real model's shapes; the decoder's layers alone (no vocabulary), a cache that holds a prompt, one
-token a row and step.
+token a row and step. Where Triton's kernels run, they are timed beside the default way (`dymoe, triton`). On a GPU the
+rows also say how many bytes of weights were read a second, against the measured ceiling: `counts.decode_bytes`, with
+gathered rows for the kernels.
 """
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import measure
 import torch
-from counts import SHAPES
+from counts import SHAPES, decode_bytes, linears
 from measure import interleaved, ratio, spread, write
 from models import decoder, with_group
+from step import configured
 from transformers import DynamicCache
-
-from dymoe import DyMoEConfig
 
 
 def steps(model: Any, rows: int, prompt: int, new: int, device: str, size: int) -> Callable[[], None]:
@@ -35,6 +37,16 @@ def steps(model: Any, rows: int, prompt: int, new: int, device: str, size: int) 
     return run
 
 
+def by(model: Any, way: str, run: Callable[[], None]) -> Callable[[], None]:
+    """`run` with the model's bank computed in this way."""
+
+    def switched() -> None:
+        configured(model, compute=way)
+        run()
+
+    return switched
+
+
 def main() -> None:
     """Measure and write benchmarks/results/decode-*.json."""
     gpu = torch.cuda.is_available()
@@ -46,7 +58,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=8)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--compute", default=DyMoEConfig().compute)
+    parser.add_argument(
+        "--compute", nargs="+", default=measure.computes(), help="ways to compute the bank, side by side"
+    )
     parser.add_argument("--name", default="decode")
     measure.without_numba(parser)
     options = parser.parse_args()
@@ -56,22 +70,38 @@ def main() -> None:
     size = SHAPES[options.shape]["hidden_size"]
     base: Any = decoder(options.shape, options.layers, device).eval()
     model: Any = decoder(options.shape, options.layers, device)
+    best = measure.ceilings() if gpu else {}
     results = []
     for tasks in range(1, max(options.tasks) + 1):
-        model = with_group(model, tasks, compute=options.compute)
+        model = with_group(model, tasks, compute=options.compute[0])
         if tasks not in options.tasks:
             continue
         model.eval()
         for rows in options.rows:
             arguments = (rows, options.prompt, options.new, device, size)
-            times = interleaved({"base": steps(base, *arguments), "dymoe": steps(model, *arguments)}, options.rounds)
+            actions = {"base": steps(base, *arguments)}
+            read = {"base": sum(decode_bytes(*pair, tasks, rows, False)[0] for pair in linears(options.shape))}
+            for way in options.compute:
+                name = "dymoe" if way == options.compute[0] else f"dymoe, {way}"
+                actions[name] = by(model, way, steps(model, *arguments))
+                read[name] = sum(
+                    sum(decode_bytes(*pair, tasks, rows, way == "triton")) for pair in linears(options.shape)
+                )
+            times = interleaved(actions, options.rounds)
             count = rows * options.new
             speeds = {name: [count / value for value in values] for name, values in times.items()}
             row: dict[str, Any] = {"tasks": tasks, "rows": rows}
             row["tokens a second"] = {name: spread(values) for name, values in speeds.items()}
-            row["dymoe / base"] = ratio(speeds, "dymoe", "base")
+            for name in list(actions)[1:]:
+                row[f"{name} / base"] = ratio(speeds, name, "base")
+            if best:
+                rates = {
+                    name: read[name] * options.layers * options.new / statistics.median(times[name]) for name in actions
+                }
+                row["bytes a second"] = {name: float(f"{rate:.4g}") for name, rate in rates.items()}
+                row["of ceiling"] = {name: round(rate / best["bytes a second"], 3) for name, rate in rates.items()}
             results.append(row)
-    write(options.name, options, {"rows": results})
+    write(options.name, options, {"ceilings": best, "rows": results})
 
 
 if __name__ == "__main__":

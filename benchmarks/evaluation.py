@@ -1,6 +1,6 @@
 """How much faster than one question after the other an evaluation is, and whether the answers are the same.
 
-    python benchmarks/evaluation.py                      # learns two tasks for some steps, then asks 120 questions
+    python benchmarks/evaluation.py          # learns two tasks for some steps, then asks 120 questions, 500 on a GPU
     python benchmarks/evaluation.py --run runs/dymoe-seed0 --samples 500 --batch-size 125 --dtype bfloat16
 
 Three ways take turns in one process, each on the same questions of several tasks (see docs/performance.md):
@@ -94,11 +94,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="pocket", help="as in a recipe")
     parser.add_argument("--stream", default="pocket-coin", help="as in a recipe")
     parser.add_argument("--tasks", nargs="+", default=["ScienceQA", "ImageNet", "Grounding", "VQAv2"])
-    parser.add_argument("--samples", type=int, default=120, help="questions over all tasks")
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--samples", type=int, default=500 if gpu else 120, help="questions over all tasks")
     parser.add_argument("--run", type=Path, help="a run whose groups answer; without, some steps are learned first")
     parser.add_argument("--groups", type=int, help="the run's first groups alone")
     parser.add_argument("--steps", type=int, default=20, help="steps a task where nothing is learned yet")
-    parser.add_argument("--batch-size", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=125 if gpu else 30)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--name", default="evaluation", help="of the results' file")

@@ -5,7 +5,8 @@
 
 Measured first are the ceilings: a copy of 1 GiB (bytes read and written a second) and a bfloat16 product of two
 8192 x 8192 matrices. Then, for a linear of in x out features with G groups of 16 experts of rank 4 and top-k 16, each
-way to compute the gate and the bank:
+way to compute the gate, the bank, and the whole wrapped linear as `compute: stacked` and `compute: triton` do (the
+frozen linear included, loss terms not):
 
 - `ask`: without gradients, 2048 tokens (a prompt), and 1 and 16 (decoding);
 - `train`: forward and backward of 2048 tokens, the last group learning with dropout 0.05, all others frozen.
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dymoe import routing
-from dymoe.adapter.ops import ExpertBlock, stacked
+from dymoe.adapter.ops import Bank, ExpertBlock, Rule, fused, stacked
 from dymoe.adapter.ops.triton import bank, forms, missing
 from dymoe.adapter.ops.triton.route import Guidance, route
 
@@ -127,6 +128,38 @@ def fused_gate(s: Scene) -> tuple[Tensor, Tensor]:
     return decision.scores, decision.weights
 
 
+def whole_stacked(s: Scene) -> Callable[[], Tensor]:
+    """The wrapped linear as layers compute it by default."""
+    frozen, new = (s.blocks[:-1], s.blocks[-1]) if s.train else (s.blocks, None)
+    directions = s.rows[0] if frozen else None
+    bank_of = Bank(
+        frozen=frozen,
+        directions=directions,
+        rows=None if directions is None else directions.to(s.x.dtype),
+        rule=Rule(TOP_K, TEMPERATURE, TAU, "exclusive" if s.train else "none"),
+        dtype=s.x.dtype,
+        r=RANK,
+        scaling=1.0 if new is None else new.scale,
+        dropout=0.0 if new is None else new.dropout,
+        training=s.train,
+    )
+    learning = (None, None, None) if new is None else (s.rows[-1], new.a, new.b)
+    return lambda: fused(s.x, F.linear(s.x, s.weight), *learning, bank_of)[0]
+
+
+def whole_triton(s: Scene) -> Callable[[], Tensor]:
+    """The wrapped linear as layers compute it by kernels."""
+    guidance = Guidance(EXPERTS, TAU) if s.train and len(s.rows) > 1 else None
+
+    def call() -> Tensor:
+        result = F.linear(s.x, s.weight)
+        rows = [*s.rows[:-1], F.normalize(s.rows[-1], dim=-1, eps=1e-12)] if s.train else s.rows
+        weights = route(s.x, rows, TOP_K, TEMPERATURE, guidance).weights
+        return result + bank.triton(s.x, weights, s.blocks, TOP_K)
+
+    return call
+
+
 def with_backward(s: Scene, forward: Callable[[], Any]) -> Callable[[], Any]:
     """`forward`, and in training its backward pass to everything that learns."""
     learns = [t for t in (s.x, s.weights, *s.rows, *(m for b in s.blocks for m in (b.a, b.b))) if t.requires_grad]
@@ -159,13 +192,9 @@ def ways(s: Scene) -> Iterator[Way]:
     outputs, size = s.weight.shape[0], s.x.element_size()
     passes = 3 if s.train else 1  # a backward pass has two products for each of the forward's; frozen rows have one
     frozen_passes = 2 if s.train else 1
-    yield Way(
-        "linear",
-        "frozen",
-        with_backward(s, lambda: F.linear(s.x, s.weight)),
-        2.0 * tokens * features * outputs * frozen_passes,
-        (s.weight.numel() + s.x.numel() + tokens * outputs) * size,
-    )
+    base = 2.0 * tokens * features * outputs * frozen_passes
+    read = (s.weight.numel() + s.x.numel() + tokens * outputs) * size
+    yield Way("linear", "frozen", with_backward(s, lambda: F.linear(s.x, s.weight)), base, read)
     counts = [len(rows) for rows in s.rows]
     learning = counts[-1] if s.train else 0
     frozen = sum(counts) - learning
@@ -200,7 +229,18 @@ def ways(s: Scene) -> Iterator[Way]:
     if not s.train and tokens <= 64:
         chosen = min(s.experts, tokens * TOP_K) * RANK * (features + outputs) * size
         gathered = with_backward(s, lambda: op(s.x, s.weights, s.blocks, TOP_K, "gathered"))
-        yield Way("bank", "gathered", gathered, 2.0 * tokens * TOP_K * RANK * (features + outputs), moved + chosen)
+        few = 2.0 * tokens * TOP_K * RANK * (features + outputs)
+        yield Way("bank", "gathered", gathered, few, moved + chosen)
+    rest = touched - s.x.numel() * size + matrices  # x is read once
+    yield Way("whole", "stacked", with_backward(s, whole_stacked(s)), base + gate + bank_work(1), read + rest)
+    form = bank.part_of(s.blocks[0], tokens, 0, s.train, TOP_K).form
+    work, saved = bank_work(1), 0
+    if form == "chunked":
+        work = bank_work(executed_share(s))
+    elif form == "gathered":
+        work, saved = few, matrices - chosen
+    triton_work = base + gate + doubled + work
+    yield Way("whole", "triton", with_backward(s, whole_triton(s)), triton_work, read + rest - saved)
 
 
 def difference(way: Way, plain: Way) -> float:
@@ -223,7 +263,7 @@ def without_dropout(s: Scene) -> Scene:
 def check(s: Scene) -> dict[tuple[str, str], float]:
     """Compare every way with the plain one of its part; gradients of weights that are 0 are nobody's business."""
     found = list(ways(without_dropout(s)))
-    plain = {"gate": "plain", "bank": "stacked"}
+    plain = {"gate": "plain", "bank": "stacked", "whole": "stacked"}
     reference = {part: next(w for w in found if (w.part, w.name) == (part, name)) for part, name in plain.items()}
     result = {}
     for way in found:
@@ -247,19 +287,6 @@ def masked_weights(way: Way, s: Scene) -> Way:
         )
 
     return Way(way.part, way.name, call, way.operations, way.bytes)
-
-
-def ceilings(device: str) -> tuple[float, float]:
-    """(bytes a second of a large copy, operations a second of a large bfloat16 product)."""
-    from triton.testing import do_bench
-
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copied = 2 * source.numel() / (do_bench(lambda: target.copy_(source), return_mode="median") / 1e3)
-    n = 8192
-    left, right = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in "ab")
-    product = do_bench(lambda: left @ right, warmup=200, rep=500, return_mode="median") / 1e3
-    return copied, 2.0 * n**3 / product
 
 
 def measured(s: Scene, graph: bool) -> Iterator[tuple[Way, float]]:
@@ -286,7 +313,8 @@ def main(arguments: list[str] | None = None) -> None:
     if reason is not None:
         print(f"gpu_bank: {reason}; nothing was measured")
         return
-    copied, multiplied = ceilings(device)
+    best = measure.ceilings()
+    copied, multiplied = best["bytes a second"], best["operations a second"]
     name = torch.cuda.get_device_name()
     print(f"{name}: copy {copied / 1e9:.0f} GB/s, bfloat16 product {multiplied / 1e12:.0f} TFLOP/s")
     print("mode  in x out      groups tokens input  part   way      ms      x linear TFLOP/s  GB/s  of ceiling  off by")
@@ -327,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
                     f"{rates[1] / 1e9:6.0f} {share:9.2f}   {differs}",
                     flush=True,
                 )
-    measure.write("gpu-bank", options, {"copy, bytes/s": copied, "product, FLOP/s": multiplied, "rows": rows})
+    measure.write("gpu-bank", options, {"ceilings": best, "rows": rows})
 
 
 if __name__ == "__main__":

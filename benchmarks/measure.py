@@ -1,6 +1,7 @@
 """What all benchmarks share: interleaved timing, medians and spread, the machine, the results file."""
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -38,6 +39,54 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def ceilings(size: int = 2**30, side: int = 8192, times: int = 20) -> dict[str, float]:
+    """What the machine does at best: bytes a second of a large copy, operations a second of a large bfloat16 product.
+
+    Args:
+        size: bytes of the copy; each is read and written.
+        side: rows and columns of the product's matrices.
+        times: calls in a row, of which the mean counts; the median of ten such means is given.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(side, side, device=device).bfloat16() for _ in "ab")
+    calls = {"bytes a second": lambda: target.copy_(source), "operations a second": lambda: left @ right}
+    amounts = {"bytes a second": 2.0 * size, "operations a second": 2.0 * side**3}
+
+    def repeated(call: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(times):
+                call()
+
+        return run
+
+    seconds = interleaved({name: repeated(call) for name, call in calls.items()}, 10)
+    return {name: amounts[name] * times / statistics.median(values) for name, values in seconds.items()}
+
+
+def fits(action: Callable[[], Any]) -> bool:
+    """Do it once; false where the GPU's memory did not hold it, which is free again then."""
+    try:
+        action()
+    except torch.OutOfMemoryError:
+        pass
+    else:
+        return True
+    gc.collect()  # after the handler, whose traceback holds the graph
+    torch.cuda.empty_cache()
+    return False
+
+
+def computes() -> list[str]:
+    """Ways to compute the bank that are measured: the default and, where they run, the kernels."""
+    from dymoe import DyMoEConfig
+    from dymoe.adapter.ops.triton import missing
+
+    kernels = torch.cuda.is_available() and missing(torch.device("cuda")) is None
+    return [DyMoEConfig().compute, *(["triton"] if kernels else [])]
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Median and quartiles, rounded to four significant digits."""
     low, _, high = statistics.quantiles(values) if len(values) > 3 else (min(values), None, max(values))
@@ -65,7 +114,7 @@ def machine() -> dict[str, Any]:
         "processor": name,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "versions": {name: _version(name) for name in ("torch", "transformers", "peft", "numba")},
+        "versions": {name: _version(name) for name in ("torch", "transformers", "peft", "numba", "triton")},
         "command": " ".join(["python", str(Path("benchmarks", Path(sys.argv[0]).name)), *sys.argv[1:]]),
     }
 
@@ -73,7 +122,7 @@ def machine() -> dict[str, Any]:
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # numba may be missing
+    except PackageNotFoundError:  # numba and triton may be missing
         return None
 
 

@@ -5,6 +5,7 @@ Two measures. *Saved*: bytes that the step's graph keeps for its backward pass b
 beyond what is there before it, by the GPU's allocator or, on a CPU, by torch's memory profiler.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,7 @@ def saved_bytes(model: Any, step: Callable[[], None]) -> int:
 def peak_bytes(step: Callable[[], None]) -> int:
     """Most bytes that are allocated during the step beyond those before it."""
     if torch.cuda.is_available():
+        gc.collect()  # what an earlier model left must not go during the step
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -66,12 +68,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4 if gpu else 6)
     parser.add_argument("--tokens", type=int, default=640 if gpu else 50)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--compute", nargs="+", default=measure.computes(), help="ways to compute the bank")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = "cuda" if gpu else "cpu"
     rows = []
     for checkpointing in (False, True):
-        for name, tasks in [("lora", 1), *(("dymoe", tasks) for tasks in options.tasks)]:
+        cases = [("dymoe", tasks, way) for way in options.compute for tasks in options.tasks]
+        for name, tasks, way in [("lora", 1, None), *cases]:
             model: Any = decoder(options.shape, options.layers, device)
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -79,11 +83,13 @@ def main() -> None:
                 model = with_lora(model)
             else:
                 for task in range(1, tasks + 1):
-                    model = with_group(model, task)
+                    model = with_group(model, task, compute=way)
             model.train()
             step = Steps(options, device).of(model)
             step()
-            row = {"method": name, "tasks": tasks, "checkpointing": checkpointing}
+            row: dict[str, Any] = {"method": name, "tasks": tasks, "checkpointing": checkpointing}
+            if way is not None:
+                row["compute"] = way
             row |= {"saved bytes": saved_bytes(model, step), "peak bytes": peak_bytes(step)}
             rows.append(row)
             lora = next(r for r in rows if r["method"] == "lora" and r["checkpointing"] == checkpointing)

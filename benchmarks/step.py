@@ -5,6 +5,11 @@ old groups, as learned ones do in later tasks). The step is a forward and a back
 the weights that learn and to the inputs, without vocabulary and optimizer. The regularization runs at full scale, which
 in training it does only in a task's second half.
 
+Where Triton's kernels run, they are timed beside the default way (`dymoe, triton`). On a GPU the rows also say how many
+operations a second were achieved, against the measured ceiling: products of the linears and of the bank's `one_side`
+(attention and the rest not counted). The loop keeps every expert's output for its backward pass; where the GPU's memory
+does not hold that, the row says so.
+
 `counted` is the base's own step plus the bank's floating-point operations at the speed that the base's own products
 reach here; the operations are those of `counts.Counts.one_side`.
 """
@@ -23,7 +28,6 @@ from measure import interleaved, ratio, spread, synchronize, write
 from models import decoder, with_group, with_lora
 from torch import nn
 
-from dymoe import DyMoEConfig
 from dymoe.adapter import DyMoELayer
 
 
@@ -76,6 +80,16 @@ def base_speed(options: argparse.Namespace, device: str) -> float:
     return operations / seconds
 
 
+def operations(options: argparse.Namespace, tasks: int, share: float) -> dict[str, float]:
+    """Operations of a step's products by method, `share` of the tokens on the new group."""
+    rows, number = [Counts(*pair) for pair in linears(options.shape)], options.batch * options.tokens * options.layers
+    base = float(sum(row.base for row in rows))
+    added = {"base": 0.0, "lora": sum(row.lora() for row in rows)}
+    added["dymoe"] = sum(row.one_side(tasks, share) for row in rows)
+    added["incmoelora"] = sum(row.dense(tasks) for row in rows)
+    return {name: (base + more) * number for name, more in added.items()}
+
+
 def configured(model: Any, **values: Any) -> None:
     """Set fields of the training group's config in every wrapped layer."""
     for layer in model.modules():
@@ -94,7 +108,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=640 if gpu else 50)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--compute", default=DyMoEConfig().compute)
+    parser.add_argument(
+        "--compute", nargs="+", default=measure.computes(), help="ways to compute the bank, side by side"
+    )
     parser.add_argument("--loop-to", type=int, default=8, help="most tasks for which the loop over experts is timed")
     parser.add_argument("--profile", action="store_true", help="print where our step's time goes, by torch's profiler")
     parser.add_argument("--name", default="step")
@@ -111,8 +127,11 @@ def main() -> None:
     ours = {"guidance": "exclusive", "exclusivity": 1e-3, "specialization": 1e-3}
     rows: list[dict[str, Any]] = []
     speed = base_speed(options, device)
+    best = measure.ceilings() if gpu else {}
+    ways = {"" if way == options.compute[0] else f", {way}": way for way in options.compute}  # by what names end with
+    loop_fits = True
     for tasks in range(1, max(options.tasks) + 1):
-        model = with_group(model, tasks, compute=options.compute).train()
+        model = with_group(model, tasks, compute=options.compute[0]).train()
         if tasks not in options.tasks:
             continue
         step = steps.of(model)
@@ -124,25 +143,43 @@ def main() -> None:
 
             return run
 
-        plain = with_settings(compute=options.compute, **ours)
-        actions = {"base": base, "lora": lora, "dymoe": plain}
-        actions["incmoelora"] = with_settings(compute=options.compute, **incremental)
+        actions = {"base": base, "lora": lora}
+        for end, way in ways.items():
+            actions[f"dymoe{end}"] = with_settings(compute=way, **ours)
+            actions[f"incmoelora{end}"] = with_settings(compute=way, **incremental)
+        loop = with_settings(compute="reference", **ours)
         if tasks <= options.loop_to:
-            actions["loop"] = with_settings(compute="reference", **ours)
+            loop_fits = loop_fits and measure.fits(loop)
+            if loop_fits:
+                actions["loop"] = loop
         times = interleaved(actions, options.rounds)
         if options.profile:
             with torch.profiler.profile() as profile:
-                plain()
-            print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+                actions["dymoe"]()
+                synchronize()
+            order = "self_device_time_total" if gpu else "self_cpu_time_total"
+            print(profile.key_averages().table(sort_by=order, row_limit=25))
         row: dict[str, Any] = {"tasks": tasks, "seconds": {name: spread(values) for name, values in times.items()}}
         share = model.base_model.trace.summary()["share_new"]
-        bank = sum(Counts(*pair).one_side(tasks, share) for pair in linears(options.shape))
-        bank *= options.batch * options.tokens * options.layers / speed
+        work = operations(options, tasks, share)
+        bank = (work["dymoe"] - work["base"]) / speed
         row["share of tokens on the new group"] = round(share, 3)
-        row["dymoe / counted"] = spread([a / (b + bank) for a, b in zip(times["dymoe"], times["base"], strict=True)])
-        row["dymoe / lora"] = ratio(times, "dymoe", "lora")
-        row["dymoe / base"] = ratio(times, "dymoe", "base")
-        row["dymoe / incmoelora"] = ratio(times, "dymoe", "incmoelora")
+        for end in ways:
+            name = f"dymoe{end}"
+            row[f"{name} / counted"] = spread([a / (b + bank) for a, b in zip(times[name], times["base"], strict=True)])
+            row[f"{name} / lora"] = ratio(times, name, "lora")
+            row[f"{name} / base"] = ratio(times, name, "base")
+            row[f"{name} / incmoelora"] = ratio(times, name, f"incmoelora{end}")
+        if best:
+            rates = {
+                name: work[name.partition(",")[0]] / statistics.median(times[name])
+                for name in actions
+                if name != "loop"
+            }
+            row["operations a second"] = {name: float(f"{rate:.4g}") for name, rate in rates.items()}
+            row["of ceiling"] = {name: round(rate / best["operations a second"], 3) for name, rate in rates.items()}
+        if tasks <= options.loop_to and not loop_fits:
+            row["loop"] = "does not fit the GPU's memory"
         if "loop" in times:
             own = [(a - b) / (c - b) for a, b, c in zip(times["loop"], times["base"], times["dymoe"], strict=True)]
             row["adapter's own time, loop / dymoe"] = spread(own)
@@ -158,6 +195,7 @@ def main() -> None:
         options,
         {
             "base's products, GFLOP/s": round(speed / 1e9, 1),
+            "ceilings": best,
             "rows": rows,
         },
     )

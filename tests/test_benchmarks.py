@@ -72,6 +72,49 @@ def test_results_are_written_whatever_the_options_are(tmp_path, monkeypatch):
     assert found["rows"] == [1]
 
 
+@pytest.fixture
+def measure(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import measure
+
+    return measure
+
+
+def test_ceilings_are_what_was_moved_and_multiplied_over_the_time(measure, monkeypatch):
+    calls = []
+
+    def timed(actions, rounds):
+        calls.extend(action() for action in actions.values())
+        return {name: [2.0] * rounds for name in actions}
+
+    monkeypatch.setattr(measure, "interleaved", timed)
+    found = measure.ceilings(size=100, side=8, times=3)
+    assert found == {"bytes a second": 2 * 100 * 3 / 2, "operations a second": 2 * 8**3 * 3 / 2}
+    assert len(calls) == 2
+
+
+def test_what_does_not_fit_is_told_from_what_fails(measure):
+    def too_large():
+        raise torch.OutOfMemoryError("no memory left")
+
+    assert measure.fits(lambda: None)
+    assert not measure.fits(too_large)
+    with pytest.raises(ZeroDivisionError):
+        measure.fits(lambda: 1 / 0)
+
+
+def test_kernels_are_measured_where_they_run(measure, monkeypatch):
+    kernels = sys.modules["dymoe.adapter.ops.triton"]
+    for gpu, reason, expected in (
+        (False, "no GPU", ["stacked"]),
+        (True, "too old", ["stacked"]),
+        (True, None, ["stacked", "triton"]),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(kernels, "missing", lambda device, reason=reason: reason)
+        assert measure.computes() == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",

@@ -92,6 +92,7 @@ def main(capability):
         launch_all(dtype, experts=32, tokens=16)
     launch_all(torch.bfloat16, experts=1024, tokens=2048)
     launch_all(torch.float32, experts=128, tokens=64)
+    launch_all(torch.bfloat16, experts=32, tokens=8192)
     for (name, _), kernel in found.items():
         print(json.dumps({"kernel": name, "warps": kernel.metadata.num_warps, **usage(kernel)}))
 

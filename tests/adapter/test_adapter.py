@@ -15,7 +15,7 @@ from dymoe import DyMoEConfig, group_hash, routing
 from dymoe.adapter import trace as trace_module
 from dymoe.adapter.layer import DyMoELayer
 from dymoe.adapter.ops.fused import inverse_norm
-from dymoe.adapter.trace import RoutingTrace
+from dymoe.adapter.trace import GroupWeights, LayerRouting, RoutingTrace
 
 from .conftest import randomise, small, tiny_llama
 
@@ -398,6 +398,15 @@ def test_measured_group_weights_sum_to_one_and_count_real_tokens_only(batch):
             start = int((inputs["attention_mask"][i] == 0).sum())
             model(**{k: v[i : i + 1, start:] for k, v in inputs.items()})
     assert single.by_group() == pytest.approx(weights.by_group(), abs=1e-4)
+
+
+def test_group_weights_are_summed_where_the_layer_is():
+    """A copy to the CPU in every layer would let a GPU wait; one from `meta` would fail here."""
+    weights, mask = torch.ones(2, 3, 4, device="meta"), torch.ones(2, 3, dtype=torch.bool, device="meta")
+    seen = GroupWeights()
+    for counted in (mask, None):
+        for _ in range(2):
+            seen(LayerRouting("layer", ("one", "two"), (2, 2), None, weights, counted))
 
 
 def test_generation_measures_decoded_tokens_too(batch):

@@ -225,6 +225,32 @@ def test_split_rows_lose_no_more_than_said_and_are_kept(dtype):
     assert not other.is_inference()
 
 
+def test_rows_that_stay_are_split_once(monkeypatch):
+    """Frozen rows are the same tensor in every pass, also in the backward ones; rows that learn are split anew."""
+    made, usual = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts, *rest: made.append(parts[0].shape) or usual(parts, *rest))
+    torch.manual_seed(6)
+    frozen, learning = unit_rows(3, 2, features=8)
+    learning.requires_grad_()
+    x = torch.randn(2, 8, device=DEVICE).to(torch.bfloat16).requires_grad_()
+    for _ in range(2):
+        decision = route(x, [frozen, learning], 3, 0.1)
+        (decision.scores.sum() + decision.weights[:, 0].sum()).backward()
+    assert made.count(frozen.shape) == 1
+    assert made.count(learning.shape) == 4
+
+
+def test_a_tile_fits_the_registers_for_any_number_of_tokens():
+    for tokens in (1, 16, 2048, 11200, 65536):
+        for experts in (1, 16, 128, 1024, 16384):
+            block, width, warps = module.tile_of(tokens, experts)
+            for features in (64, 576, 4096, 13824):
+                wide = module.features_of(block, features)
+                assert max(block * wide, block * width) <= 64 * 32 * warps  # values a thread: 64 of 255 registers
+                assert wide & (wide - 1) == 0
+                assert wide >= min(32, features)
+
+
 def test_bad_arguments_name_what_is_wrong():
     x, rows = torch.ones(2, 4, device=DEVICE), unit_rows(3, 2, features=4)
     for arguments, error, words in (

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import TrainingArguments
 
 from dymoe import methods
 from dymoe.errors import DymoeError
@@ -53,6 +55,22 @@ def test_answer_only_loss_is_the_loss_over_all_positions(longest):
     assert torch.allclose(next_token_loss(logits[:, -keep:], labels).double(), expected, rtol=1e-6)
     items = int((labels != -100).sum())
     assert torch.allclose(next_token_loss(logits[:, -keep:], labels, 2 * items).double(), expected / 2, rtol=1e-6)
+
+
+def test_one_process_that_sees_several_gpus_uses_one(tmp_path, monkeypatch):
+    """transformers would multiply the batch by their number and copy the model to all of them."""
+
+    def with_three(self):
+        self._n_gpu = 3
+        return torch.device("cpu")
+
+    devices = cached_property(with_three)
+    devices.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+    arguments = training_arguments(Training(steps_per_task=1, batch_size=5, dtype="float32"), tmp_path, 0, 1)
+    assert arguments.device.type == "cpu"
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == 5
 
 
 def learn(

@@ -245,6 +245,7 @@ class RoutingTrace:
             yield weights
         finally:
             self.observers.remove(weights)
+            weights.fetch()
 
 
 def _version(x: Tensor) -> int:
@@ -253,7 +254,10 @@ def _version(x: Tensor) -> int:
 
 
 class GroupWeights:
-    """An observer that sums each group's routing weight by layer, in constant memory."""
+    """An observer that sums each group's routing weight by layer, in constant memory.
+
+    Sums stay where the layers are until `fetch`: a copy from a GPU would wait for it in every layer.
+    """
 
     def __init__(self) -> None:
         self.groups: tuple[str, ...] = ()
@@ -265,14 +269,19 @@ class GroupWeights:
         weights, mask = routing.weights, routing.mask
         if mask is not None:
             weights = weights * mask.unsqueeze(-1)
-            tokens = mask.sum()
+            tokens = mask.sum(dtype=torch.float64)
         else:
-            tokens = torch.tensor(weights[..., 0].numel(), device=weights.device)
+            tokens = weights.new_full((), weights[..., 0].numel(), dtype=torch.float64)
         by_expert = weights.reshape(-1, weights.shape[-1]).double().sum(0)
-        by_group = torch.stack([part.sum() for part in by_expert.split(list(routing.sizes))]).cpu()
+        by_group = torch.stack([part.sum() for part in by_expert.split(list(routing.sizes))])
         self.groups = routing.groups
-        self._sums[routing.layer] = self._sums.get(routing.layer, torch.zeros_like(by_group)) + by_group
-        self._tokens[routing.layer] = self._tokens.get(routing.layer, torch.zeros(())) + tokens.cpu()
+        for sums, value in ((self._sums, by_group), (self._tokens, tokens)):
+            sums[routing.layer] = sums[routing.layer] + value if routing.layer in sums else value
+
+    def fetch(self) -> None:
+        """Bring the sums to the CPU."""
+        for sums in (self._sums, self._tokens):
+            sums.update({layer: value.cpu() for layer, value in sums.items()})
 
     @classmethod
     def joined(cls, parts: Sequence[GroupWeights]) -> GroupWeights:

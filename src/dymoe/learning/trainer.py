@@ -58,7 +58,7 @@ def training_arguments(
         raise DymoeError("training.dtype: float16 needs a GPU; use bfloat16 or float32")
     if training.optimizer == "paged-adamw":
         require_bitsandbytes("training.optimizer")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps if steps is not None else -1,
         num_train_epochs=training.epochs or 1.0,
@@ -91,6 +91,10 @@ def training_arguments(
         report_to=training.report_to or "none",
         disable_tqdm=True,
     )
+    # Where one process sees several GPUs, transformers would multiply the batch and copy the model to all of them
+    # (nn.DataParallel), whose threads would share one trace. Several GPUs are for `accelerate launch`.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def answer_logits(labels: Tensor) -> int:

@@ -141,8 +141,13 @@ def split_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
 def tile_of(tokens: int, experts: int) -> tuple[int, int, int]:
     """(tokens a program, padded experts, warps): few tokens a program, so that every multiprocessor has several."""
     width = power_of_two(experts)
-    block = max(1, min(2048 // width, power_of_two(tokens // 512)))
+    block = max(1, min(16, 2048 // width, power_of_two(tokens // 512)))
     return block, width, 8 if width > 4096 else 4
+
+
+def features_of(block: int, features: int) -> int:
+    """Features that a program with `block` tokens reads at once: a tile fits the registers, whatever the batch."""
+    return min(1024, power_of_two(features), max(1, 4096 // block))
 
 
 class _Route(torch.autograd.Function):
@@ -163,7 +168,8 @@ class _Route(torch.autograd.Function):
         if tokens:
             block, width, warps = tile_of(tokens, experts)
             with plain(x):
-                parts = [split_rows(rows.detach(), x.dtype) if len(rows) else None for rows in (first, second)]
+                # Not detached: that would be a new tensor each time, of which nothing is kept.
+                parts = [split_rows(rows, x.dtype) if len(rows) else None for rows in (first, second)]
                 products = [scores if part is None else wide_product(x, part) for part in parts]
                 route_forward[(-(-tokens // block),)](
                     x,
@@ -185,7 +191,7 @@ class _Route(torch.autograd.Function):
                     GUIDE=GUIDES[guidance.mask] if guidance else 0,
                     BT=block,
                     BE=width,
-                    BD=min(1024, power_of_two(features)),
+                    BD=features_of(block, features),
                     num_warps=warps,
                 )
         ctx.temperature = options.temperature
@@ -235,7 +241,7 @@ class _Route(torch.autograd.Function):
                 to_x = (x * along.unsqueeze(-1)).to(dtype)
                 for part, rows in zip(q, (first, second), strict=True):
                     if len(rows):
-                        to_x.addmm_(part, split_rows(rows.detach(), dtype)[: len(rows)])
+                        to_x.addmm_(part, split_rows(rows, dtype)[: len(rows)])
                 to_x = to_x.to(x.dtype)
             to_rows = [
                 wide_product(part.t(), x.to(dtype).t()) if need else None
