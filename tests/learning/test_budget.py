@@ -13,6 +13,7 @@ from dymoe.adapter import DyMoEConfig
 from dymoe.errors import DymoeError
 from dymoe.learning.budget import (
     Groups,
+    distinct_inputs,
     group_parameters,
     groups_after,
     memory,
@@ -134,6 +135,17 @@ def test_what_a_method_keeps_of_the_group_that_trains_is_counted(method: str, co
     first, second = memory(recipe, shape, 1), memory(recipe, shape, 2)
     assert first.groups == 4 * first.stored
     assert second.groups == 4 * (second.stored + copies * second.trainable)
+
+
+def test_same_holds_a_matrix_for_each_distinct_input() -> None:
+    recipe = load_recipe(Path("recipes/coin/same.yaml"))
+    shape = shape_of(meta_model(published_config("llava-1.5-7b")))
+    first, second = memory(recipe, shape, 1), memory(recipe, shape, 2)
+    # gate and up read 4096 features, down 11008, in 32 layers.
+    assert second.groups - first.groups == 4 * 32 * (4096**2 + 11008**2)
+    assert distinct_inputs(shape, None) == (4096, 4096, 4096, 11008) * 32
+    without = load_recipe(Path("recipes/coin/same.yaml"), ["--settings.curvature", "false"])
+    assert memory(without, shape, 2).groups == first.groups
 
 
 def test_four_bits_take_an_eighth_of_the_linears_and_their_scales() -> None:

@@ -23,6 +23,8 @@ OWN = 4  # bytes of an expert's parameter, its gradient and each of AdamW's two 
 # Bits of a 4-bit weight with its block's scale: 64 weights share a float32, which double quantisation holds in 8 bits
 # with a float32 for 256 of them (QLoRA, section 3).
 BITS = {True: 4 + 8 / 64 + 32 / (64 * 256), False: 4 + 32 / 64}
+# Linears of one module that read the same input.
+SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate, up", "up_proj": "gate, up"}
 # Text tokens behind the image that an estimate takes where no data says more; answers' tokens among them.
 TEXT, ANSWER = 128, 64
 
@@ -102,6 +104,16 @@ def group_parameters(shape: Shape, config: "DyMoEConfig", older: int = 0) -> tup
         pairs += experts * config.r * (linear.inputs + linear.outputs)
         routers += {"cosine": experts, "linear": older + experts, "uniform": 0}[config.gate] * linear.inputs
     return pairs, routers
+
+
+def distinct_inputs(shape: Shape, targets: Any) -> tuple[int, ...]:
+    """Width of each input of the linears that `targets` wraps; q, k and v share one, and gate and up."""
+    found: dict[tuple[str, str], int] = {}
+    for linear in shape.linears:
+        if _wraps(targets, linear.name):
+            parent, _, own = linear.name.rpartition(".")
+            found[parent, SHARED.get(own, own)] = linear.inputs
+    return tuple(found.values())
 
 
 def _wraps(targets: Any, name: str) -> bool:
@@ -274,6 +286,8 @@ def memory(recipe: "Recipe", shape: Shape, stage: int, tokens: int | None = None
     sizes = [group_parameters(shape, config, older) for config, older in zip(groups.configs, groups.older, strict=True)]
     stored = sum(map(sum, sizes))
     trainable = sum(sizes[-1]) if sizes else 0
+    inputs = distinct_inputs(shape, groups.configs[-1].target_modules) if groups.configs else ()
+    held = method.held(trainable, inputs) if stage > 1 else 0
     size = BYTES[training.dtype]
     cosine = bool(groups.configs) and groups.configs[-1].gate == "cosine"
     rows = OWN + (size if size != OWN else 0)  # unit router rows, in float32 and in the compute dtype
@@ -285,7 +299,7 @@ def memory(recipe: "Recipe", shape: Shape, stage: int, tokens: int | None = None
     prompt = 4 * shape.hidden * size + 3 * shape.inner * size
     return Memory(
         weights=weight_bytes(shape, training.dtype, options),
-        groups=float(OWN * (stored + method.copies * trainable * (stage > 1))),
+        groups=float(OWN * (stored + held)),
         packed=float(sum(packs[:-1])),
         gradients=float(OWN * trainable),
         optimizer=0.0 if paged else float(moments),

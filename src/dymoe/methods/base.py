@@ -108,8 +108,6 @@ class Method:
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
-    # Copies of what trains that the method holds in float32 from the second task on; the memory budget counts them.
-    copies: ClassVar[int] = 0
 
     lora_alpha: float = 128.0
     lora_dropout: float = 0.05
@@ -178,6 +176,15 @@ class Method:
 
     def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Hook after a stage has trained, before its group is frozen, saved and evaluated."""
+
+    def held(self, trainable: int, inputs: Sequence[int]) -> int:
+        """How many numbers in float32 the method holds besides the groups, from the second task on (for budgets).
+
+        Args:
+            trainable: parameters that train.
+            inputs: width of each input of a wrapped linear; linears with the same input have it once.
+        """
+        return 0
 
     # data
     def training_samples(self, stage: Stage) -> Sequence[Sample]:

@@ -41,7 +41,6 @@ class EWC(LoRA):
 
     name: ClassVar[str] = "ewc"
     summary: ClassVar[str] = "one LoRA, held back where the Fisher matrix says that earlier tasks need it"
-    copies: ClassVar[int] = 2  # the anchor and the Fisher matrix
 
     penalty: float = 400.0
     samples: int = 1000
@@ -58,6 +57,10 @@ class EWC(LoRA):
         # Not dataclass fields: these are no settings.
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
         self._rest = 0.0
+
+    def held(self, trainable: int, inputs: Sequence[int]) -> int:
+        """The anchor and the Fisher matrix."""
+        return 2 * trainable
 
     def before_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Read the earlier tasks' anchors and Fisher matrices and join them to one quadratic."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,7 +31,6 @@ class LwF(LoRA):
 
     name: ClassVar[str] = "lwf"
     summary: ClassVar[str] = "one LoRA, distilled from the model before the task"
-    copies: ClassVar[int] = 1  # the teacher
 
     distillation: float = 1.0
     temperature: float = 2.0
@@ -44,6 +43,10 @@ class LwF(LoRA):
         # Not dataclass fields: these are no settings.
         self._teacher: dict[str, Tensor] = {}
         self._data: StageData | None = None
+
+    def held(self, trainable: int, inputs: Sequence[int]) -> int:
+        """The teacher."""
+        return trainable
 
     def before_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Copy the parameters as the earlier tasks left them; a stage that goes on finds the same ones."""

@@ -107,6 +107,10 @@ class SAME(MoELoRA):
         self._start: dict[str, Tensor] = {}
         self._frozen: dict[str, Tensor] = {}
 
+    def held(self, trainable: int, inputs: Sequence[int]) -> int:
+        """Each input's inverse; U is not counted, since its directions are known from the data alone."""
+        return sum(width**2 for width in inputs) if self.curvature else 0
+
     def before_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Decompose the earlier inputs' covariance of every layer; from the second task on.
 

@@ -54,7 +54,6 @@ class Composed(Method):
 
     def __init__(self, method: Method, companions: Sequence[Companion]) -> None:
         self.name = method.name  # type: ignore[misc]  # whatever goes with it, the method is the same
-        self.copies = method.copies  # type: ignore[misc]
         self.method = method
         self.companions = tuple(companions)
         self.parts: tuple[Method | Companion, ...] = (method, *self.companions)
@@ -66,6 +65,10 @@ class Composed(Method):
     def group(self, stage: Stage) -> str:
         """The method's group."""
         return self.method.group(stage)
+
+    def held(self, trainable: int, inputs: Sequence[int]) -> int:
+        """What the method holds."""
+        return self.method.held(trainable, inputs)
 
     def config(self, stage: Stage) -> DyMoEConfig:
         """The method's config as the companions change it."""
