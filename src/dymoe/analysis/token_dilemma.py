@@ -168,8 +168,7 @@ def conclusion(frame: pd.DataFrame) -> str:
             for measure, scale in (("new_task_accuracy", 1), ("forgetting", 1), ("drift", 100))
         )
         told.append(
-            f"{subject} taught {learned} points of new-task accuracy and cost {lost} points of forgetting, "
-            f"with {drifted} points of drift"
+            f"{subject} changed new-task accuracy by {learned} points, forgetting by {lost} and drift by {drifted}"
         )
     new = {measure: wide[measure]["new"].mean() for measure in ("new_task_accuracy", "forgetting")}
     pairs, seeds = (counted(cells[key].nunique(), key) for key in ("pair", "seed"))
