@@ -101,7 +101,7 @@ def test_the_sentence_says_what_the_numbers_say():
     told = analysis.conclusion(analysis.dilemma(ROWS))
     assert "reached 49.0 % and the old one lost 2.0 points" in told
     # Ambiguous: accuracy -18 and -19, forgetting +8 and +12, drift +30 and +30; old: -20, -16; +2, -5; +20, +0.
-    assert "ambiguous tokens alone changed new-task accuracy by -18.5 ± 0.5 points, forgetting by +10.0 ± 2.0 and" in told
+    assert "ambiguous tokens alone changed new-task accuracy by -18.5 ± 0.5 points, forgetting by +10.0 ± 2.0" in told
     assert "old tokens alone changed new-task accuracy by -18.0 ± 2.0 points, forgetting by -1.5 ± 3.5 and" in told
     # All: +2, +10; +18, +19; +40, +40.
     assert "all tokens together changed new-task accuracy by +6.0 ± 4.0 points, forgetting by +18.5 ± 0.5 and" in told
