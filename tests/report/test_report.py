@@ -20,7 +20,7 @@ from dymoe.files import atomic_json, atomic_write, read_json
 from dymoe.report import write_report
 from dymoe.report.figures import lost_per_task, over_stages, routing_drift
 from dymoe.report.plots import build
-from dymoe.report.runs import read_run, read_runs
+from dymoe.report.runs import read_run, read_runs, read_sweep
 from dymoe.report.summary import Method, Stat, gather, number
 from dymoe.report.words import headline, remarks
 
@@ -422,3 +422,66 @@ def test_groups_that_all_have_full_weight_are_not_routed(tmp_path: Path) -> None
     atomic_json(run / "stages" / "02-textvqa" / "routing.json", {"groups": ["scienceqa", "textvqa"], "tasks": tasks})
     parsed = page(tmp_path, run)
     assert not {"routing-drift", "routing-maps", "drift-parts", "activation", "overlay"} & set(parsed.sections)
+
+
+# ---------------------------------------------------------------- a sweep's results
+
+LEADERBOARD = Path(__file__).parents[2] / "docs" / "leaderboard.json"
+
+
+def record(label: str, seed: int, matrix: list[list[float]], **more: object) -> dict[str, object]:
+    """A sweep's record with just these numbers."""
+    names = {"label": label, "order": "origin", "instructions": "original", "seed": seed, "fingerprint": label}
+    about = {"method": "dymoe", "stream": "s", "base": "b", "tasks": list(THREE), "matrix": matrix, "metrics": {}}
+    return {**names, **about, "settings": {"tau": len(label)}, **more}
+
+
+def test_a_sweep_stands_for_its_runs(tmp_path: Path) -> None:
+    """The page and docs/leaderboard.md are made from the same records by different code."""
+    methods = {method.label: method for method in gather(read_sweep(LEADERBOARD))}
+    lines = LEADERBOARD.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("| method | seeds |"))
+    head, _, *table = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines[start : lines.index("", start)]
+    )
+    assert len(table) == len(methods) == 14
+    for cells in table:
+        row = dict(zip(head, cells, strict=True))
+        for key in ("MFT", "MFN", "MAA", "BWT"):
+            stat = methods[row["method"]].metric(key)
+            if stat is None:
+                assert row[key] == "–"
+            else:  # 5.25 may be rounded to either side
+                shown = [float(part) for part in row[key].replace("−", "-").split(" ± ")]
+                assert shown == pytest.approx([stat.mean, stat.spread], abs=0.0501)
+        assert row["seeds"] == str(len(methods[row["method"]].runs))
+    told = page(tmp_path, LEADERBOARD)
+    assert "14 methods" in told.sections[""]
+    assert "dymoe, seed 2" in told.sections["runs"]
+
+
+def test_a_sweeps_rows_keep_their_names_beside_a_run(tmp_path: Path) -> None:
+    file = tmp_path / "tau.json"
+    rows = [record(f"dymoe tau={tau}", seed, [[80], [70, 80], [tau, 70, 80]]) for tau in (10, 20) for seed in (0, 1)]
+    atomic_json(file, {"about": {}, "rows": rows})
+    write_results(tmp_path / "mine", method="dymoe", seed=0, stream="s", tasks=list(THREE), matrix=[[90], [90, 90]])
+    methods = gather(read_runs([file, tmp_path / "mine"]))
+    assert [method.label for method in methods] == ["dymoe tau=10", "dymoe tau=20", "dymoe"]
+    assert [len(method.runs) for method in methods] == [2, 2, 1]
+
+
+def test_results_that_make_no_page_are_refused(tmp_path: Path) -> None:
+    def refused(message: str, *rows: dict[str, object]) -> None:
+        atomic_json(tmp_path / "r.json", {"rows": list(rows)})
+        with pytest.raises(DymoeError, match=message):
+            write_report([tmp_path / "r.json"], tmp_path / "out.html")
+        assert not (tmp_path / "out.html").exists()
+
+    whole = record("a", 0, [[80], [70, 80], [60, 70, 80]])
+    refused(r"r\.json: holds no finished run yet")
+    refused(r"r\.json: is not a sweep's results", {"label": "a"})
+    refused(r'r\.json: a, seed 0: "matrix"', {**whole, "matrix": [[80], [70]]})
+    turned = record("a", 0, [[80]], order="reverse", tasks=[*reversed(THREE)])
+    refused(r'r\.json: a, reverse, seed 0: "tasks" is .* only runs of one stream', whole, turned)
+    with pytest.raises(DymoeError, match=r"none\.json: no such file"):
+        write_report([tmp_path / "none.json"], tmp_path / "out.html")

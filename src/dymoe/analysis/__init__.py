@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dymoe.analysis.learned import Learned, open_run
     from dymoe.analysis.routing_drift import correlation, drift, drift_and_forgetting, drift_by_task
     from dymoe.analysis.storage import about, store, stored
-    from dymoe.analysis.token_dilemma import by_strategy, conclusion, dilemma
+    from dymoe.analysis.token_dilemma import by_strategy, conclusion, dilemma, is_dilemma
     from dymoe.analysis.token_overlay import overlay, token_routing
     from dymoe.analysis.training_dynamics import dynamics
 
@@ -30,6 +30,7 @@ _HOMES = {
     "drift_and_forgetting": "routing_drift",
     "drift_by_task": "routing_drift",
     "dynamics": "training_dynamics",
+    "is_dilemma": "token_dilemma",
     "open_run": "learned",
     "overlay": "token_overlay",
     "pruned": "expert_use",
@@ -51,6 +52,7 @@ __all__ = [
     "drift_and_forgetting",
     "drift_by_task",
     "dynamics",
+    "is_dilemma",
     "open_run",
     "overlay",
     "pruned",

@@ -113,6 +113,12 @@ def dilemma(source: str | Path | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return frame.loc[pd.DataFrame(keys).sort_values(["pair", "seed", "order"]).index].reset_index(drop=True)
 
 
+def is_dilemma(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a sweep's records are of two tasks each, learned under several strategies."""
+    masks = {(row.get("settings") or {}).get("guidance") for row in rows if len(row.get("tasks") or ()) == 2}
+    return len(masks & {*STRATEGIES.values()}) > 1
+
+
 def complete(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of the pairs and seeds that were learned under every strategy the frame holds."""
     wanted = frame["strategy"].nunique()

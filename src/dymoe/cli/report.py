@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dymoe.cli.options import parse
-from dymoe.errors import DymoeError
 
 HELP = """usage: dymoe report RUN [RUN ...] [--output FILE]
-       dymoe report RESULTS.json [--output FILE]
 
-Write one self-contained HTML page about the runs, side by side (RUN/report.html of the first unless --output), or
-about the results of `dymoe analyze dilemma` (RESULTS.html beside them)."""
+Write one self-contained HTML page about the runs, side by side.
+
+  RUN            a run folder, or the results of `dymoe sweep` (for example docs/leaderboard.json), which stand for all
+                 their runs; the results of `dymoe analyze dilemma` make a page of their own
+  --output FILE  the page (default: RUN/report.html, or RESULTS.html beside the results, of the first RUN)"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,21 +21,24 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     options, words = parse("report", argv, ("--output",))
     runs = [Path(word) for word in words]
-    if any(run.suffix == ".json" for run in runs):
-        return _study(runs, options.get("--output"))
-    from dymoe.report import write_report
+    first = runs[0] if runs else Path()
+    given, beside = options.get("--output"), first.suffix == ".json"
+    target = Path(given) if given else first.with_suffix(".html") if beside else first / "report.html"
+    if beside and len(runs) == 1 and _of_dilemma(first):
+        from dymoe.report.dilemma import write_dilemma
 
-    target = Path(options.get("--output") or (runs[0] / "report.html" if runs else "report.html"))
-    write_report(runs, target)
+        write_dilemma(first, target)
+    else:
+        from dymoe.report import write_report
+
+        write_report(runs, target)
     print(target)
     return 0
 
 
-def _study(files: Sequence[Path], output: str | None) -> int:
-    """The page of the token's dilemma."""
-    if len(files) > 1:
-        raise DymoeError(f"report: {len(files)} inputs: expected run folders, or the results of one study alone")
-    from dymoe.report.dilemma import write_dilemma
+def _of_dilemma(file: Path) -> bool:
+    """Whether the results are those of the token's dilemma."""
+    from dymoe.analysis import is_dilemma
+    from dymoe.learning.records import read_results
 
-    print(write_dilemma(files[0], Path(output) if output else files[0].with_suffix(".html")))
-    return 0
+    return is_dilemma(read_results(file)["rows"])

@@ -1,9 +1,9 @@
-"""Reads run folders for the report; nothing is shown that was not checked here first."""
+"""Reads run folders and sweeps' results for the report; nothing is shown that was not checked here first."""
 
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from dymoe.errors import DymoeError
 from dymoe.evaluation.drift import ROUNDING, drift
 from dymoe.evaluation.matrix import AccuracyMatrix
 from dymoe.files import read_json
+from dymoe.learning.records import KEY, read_results, told
 
 STAGE_FOLDER = re.compile(r"(\d+)-.+")
 
@@ -37,10 +38,11 @@ class Routing:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder: what results.json and the stages' routing.json say, checked.
+    """One run: what results.json and the stages' routing.json say, or a record of a sweep, checked.
 
-    `rows` is the accuracy matrix as far as the run has come; a run without stages (joint: all tasks learned at once;
-    zero-shot: none) has one row over all tasks in `level` instead.
+    `path` is the run folder, or the sweep's file; `label` the sweep's row, empty in a run folder. `rows` is the
+    accuracy matrix as far as the run has come; a run without stages (joint: all tasks learned at once; zero-shot: none)
+    has one row over all tasks in `level` instead.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class Run:
     group_hashes: tuple[tuple[int, Mapping[str, str]], ...]
     routing: Mapping[int, Routing]
     facts: Mapping[str, Any]
+    label: str = ""
 
     @property
     def trained(self) -> bool:
@@ -74,7 +77,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read run folders that are to be compared.
+    """Read what is to be compared: run folders, and sweeps' results (.json), which stand for all their runs.
 
     Raises:
         DymoeError: no folder, one given twice, one that is no run or is broken, or runs of different streams.
@@ -85,7 +88,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     for path, real in zip(paths, resolved, strict=True):
         if resolved.count(real) > 1:
             raise DymoeError(f"{path}: this run folder is given more than once; give each run once")
-    runs = [read_run(Path(path)) for path in paths]
+    runs = [run for path in map(Path, paths) for run in (read_sweep if path.suffix == ".json" else _alone)(path)]
     first = runs[0]
     for run in runs[1:]:
         for key, here, there in (
@@ -94,10 +97,39 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         ):
             if here != there:
                 raise DymoeError(
-                    f'{run.path / "results.json"}: "{key}" is {here!r}, but '
-                    f"{first.path / 'results.json'} has {there!r}; only runs of one stream with the same "
-                    "tasks in the same order can be compared"
+                    f'{_where(run)}: "{key}" is {here!r}, but {_where(first)} has {there!r}; only runs of one stream '
+                    "with the same tasks in the same order can be compared"
                 )
+    return runs
+
+
+def _alone(path: Path) -> list[Run]:
+    return [read_run(path)]
+
+
+def _where(run: Run) -> str:
+    """The file that a run was read from, as a message names it."""
+    return f"{run.path}: {run.name}" if run.label else str(run.path / "results.json")
+
+
+def read_sweep(file: Path) -> list[Run]:
+    """Read the records of a sweep's results as runs; predictions and routing by stage are not in them.
+
+    Raises:
+        DymoeError: no such file, no sweep's results, no record yet, or a broken one; the message names it.
+    """
+    if not file.is_file():
+        raise DymoeError(f"{file}: no such file; a run folder, or the results of `dymoe sweep`, is needed")
+    rows = read_results(file)["rows"]
+    if not rows:
+        raise DymoeError(f"{file}: holds no finished run yet; go on with the sweep")
+    runs = []
+    for row in rows:
+        name = told([row[key] for key in KEY])
+        recipe = row.get("recipe") or {}
+        steps = (recipe.get("training") or {}).get("steps_per_task")
+        data = {**row, "name": name, **({} if steps is None else {"steps_per_task": steps})}
+        runs.append(replace(_run(file, f"{file}: {name}", data, {}), label=str(row["label"])))
     return runs
 
 
@@ -116,6 +148,12 @@ def read_run(path: Path) -> Run:
     data = read_json(file)
     if not isinstance(data, dict):
         raise DymoeError(f"{file}: holds a {type(data).__name__}; an object with the run's results is needed")
+    routing = {n: _routing(f) for n, folder in stage_folders(path) if (f := folder / "routing.json").exists()}
+    return _run(path, str(file), data, routing)
+
+
+def _run(path: Path, file: str, data: Mapping[str, Any], routing: Mapping[int, Routing]) -> Run:
+    """A run from its results; `file` is where they stand, for messages."""
     tasks = _strings(file, data, "tasks")
     if len(set(tasks)) != len(tasks) or not tasks:
         raise DymoeError(f'{file}: "tasks" is {list(tasks)}; different task names are needed')
@@ -133,7 +171,7 @@ def read_run(path: Path) -> Run:
         level=level,
         format_drift=_points(file, data, "format_drift"),
         group_hashes=_hashes(file, data),
-        routing={n: _routing(f) for n, folder in stage_folders(path) if (f := folder / "routing.json").exists()},
+        routing=routing,
         facts={key: value for key, value in data.items() if key not in known},
     )
 
@@ -150,7 +188,7 @@ def stage_folders(path: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted(found)
 
 
-def _field(file: Path, data: Mapping[str, Any], key: str, kind: type) -> Any:
+def _field(file: Path | str, data: Mapping[str, Any], key: str, kind: type) -> Any:
     if key not in data:
         raise DymoeError(f'{file}: "{key}" is missing; a {kind.__name__} is needed')
     value = data[key]
@@ -159,7 +197,7 @@ def _field(file: Path, data: Mapping[str, Any], key: str, kind: type) -> Any:
     return value
 
 
-def _strings(file: Path, data: Mapping[str, Any], key: str) -> tuple[str, ...]:
+def _strings(file: Path | str, data: Mapping[str, Any], key: str) -> tuple[str, ...]:
     values = _field(file, data, key, list)
     if not all(isinstance(value, str) for value in values):
         raise DymoeError(f'{file}: "{key}" is {values!r}; a list of strings is needed')
@@ -171,7 +209,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _rows(file: Path, data: Mapping[str, Any], tasks: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
+def _rows(file: Path | str, data: Mapping[str, Any], tasks: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
     rows = _field(file, data, "matrix", list)
     if not rows:
         raise DymoeError(f'{file}: "matrix" is empty; the run has finished no stage yet, so nothing can be shown')
@@ -183,7 +221,7 @@ def _rows(file: Path, data: Mapping[str, Any], tasks: tuple[str, ...]) -> tuple[
         raise DymoeError(f'{file}: "matrix": {error}') from error
 
 
-def _level(file: Path, data: Mapping[str, Any], tasks: int) -> tuple[float, ...] | None:
+def _level(file: Path | str, data: Mapping[str, Any], tasks: int) -> tuple[float, ...] | None:
     """The one row over all tasks of a run without stages; a run that learns may have a zero-shot row beside it."""
     key = "zero_shot" if data.get("joint") is None and not data.get("matrix") else "joint"
     row = data.get(key)
@@ -194,14 +232,14 @@ def _level(file: Path, data: Mapping[str, Any], tasks: int) -> tuple[float, ...]
     return tuple(float(value) for value in row)
 
 
-def _points(file: Path, data: Mapping[str, Any], key: str) -> dict[str, float]:
+def _points(file: Path | str, data: Mapping[str, Any], key: str) -> dict[str, float]:
     points = data.get(key) or {}
     if not (isinstance(points, dict) and all(is_number(value) for value in points.values())):
         raise DymoeError(f'{file}: "{key}" is {points!r}; percentage points by task name are needed')
     return {task: float(value) for task, value in points.items()}
 
 
-def _hashes(file: Path, data: Mapping[str, Any]) -> tuple[tuple[int, Mapping[str, str]], ...]:
+def _hashes(file: Path | str, data: Mapping[str, Any]) -> tuple[tuple[int, Mapping[str, str]], ...]:
     entries = data.get("group_hashes") or []
     for entry in entries if isinstance(entries, list) else [entries]:
         good = isinstance(entry, dict) and is_number(entry.get("stage")) and isinstance(entry.get("groups"), dict)

@@ -164,13 +164,17 @@ def gather(runs: Sequence[Run]) -> list[Method]:
 
 
 def _name(run: Run) -> str:
-    """The method with its companions, as in "dymoe with replay"."""
+    """The sweep's row, or the method with its companions, as in "dymoe with replay"."""
+    if run.label:
+        return run.label
     companions = run.facts.get("with")
     return f"{run.method} with {', '.join(companions)}" if companions else run.method
 
 
 def _settings(run: Run) -> dict[str, object]:
-    """The method's settings and, as "replay.size", those of its companions."""
+    """The method's settings and, as "replay.size", those of its companions; none where a sweep names the row."""
+    if run.label:
+        return {}
     found = dict(run.facts.get("settings") or {})
     companions = run.facts.get("with") or {}
     for name in companions:

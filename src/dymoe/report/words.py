@@ -119,7 +119,7 @@ def _left(best: Method, methods: Sequence[Method]) -> Card:
     finals = sorted(((_metric(m, "MFN"), m.label) for m in methods if m.complete), reverse=True)
     if best.complete and len(finals) > 1:
         others = [f"{label} {number(value)} %" for value, label in finals if label != best.label]
-        text += f" The others: {', '.join(others[:3])}{', …' if len(others) > 3 else ''}."
+        text += f" The others: {', '.join(others[:3])}{', …' if len(others) > 3 else '.'}"
     return Card(title, f"{number(_metric(best, 'MFN'))} % correct", text)
 
 
