@@ -105,7 +105,7 @@ def write(path: Path, values: object) -> Path:
     [
         (["replay"], [], {"replay": {"size": 200}}),
         (["replay", "asd"], [], {"replay": {}, "asd": {"share": 0.2}}),
-        ("task-router", [], {"task-router": {"reach": "own"}}),
+        ("task-router", [], {"task-router": {"reach": "earlier"}}),
         ([{"replay": {"size": 500}}, "pruning"], [], {"replay": {"size": 500}, "pruning": {"share": 0.125}}),
         ({"replay": {"size": 1000}, "asd": None}, [], {"replay": {"size": 1000}, "asd": {}}),
         (

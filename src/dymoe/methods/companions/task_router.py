@@ -35,10 +35,11 @@ class TaskRouter(Companion):
 
     Attributes:
         shrinkage: how far the pooled covariance is shrunk towards its diagonal, in (0, 1]; no source.
-        reach: ``own`` activates the chosen task's group alone (the supplement's words), ``earlier`` also the groups
-            before it, which were active when it learned. With a linear gate the chosen group's own router scores the
-            groups before it anyway, and both are the same. With groups whose sum was trained (incremental LoRA without
-            a router) ``earlier`` is the faithful choice.
+        reach: ``earlier`` activates the chosen task's group and those before it, which were active when it learned;
+            ``own`` that group alone. The supplement does not say which. Guidance keeps ambiguous and old tokens off
+            the new experts, so under ``own`` most tokens of a task meet experts that never learned them
+            (docs/methods/task-router.md). With a linear gate the chosen group's own router scores the groups before
+            it anyway, and both are the same.
         limit: training prompts per task that its statistics are taken from; none for all. No source.
         check: validation prompts per seen task on which the router's accuracy is reported; none for all.
     """
@@ -47,7 +48,7 @@ class TaskRouter(Companion):
     summary: ClassVar[str] = "decide a prompt's task first, then route within its experts"
 
     shrinkage: float = 0.1
-    reach: Literal["own", "earlier"] = "own"
+    reach: Literal["own", "earlier"] = "earlier"
     limit: int | None = 256
     check: int | None = 64
 
