@@ -124,4 +124,4 @@ def test_the_command_writes_a_page_that_a_browser_draws(tmp_path: Path, capsys: 
         assert tab.evaluate("window.hacked === undefined && document.querySelectorAll('img').length === 0")
         assert tab.messages == []
     assert main(["report", str(study), str(tmp_path)]) == 2
-    assert "expected run folders, or the results of one study alone" in capsys.readouterr().err
+    assert "make a page of their own; give them alone" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dymoe.cli.options import parse
+from dymoe.errors import DymoeError
 
 HELP = """usage: dymoe report RUN [RUN ...] [--output FILE]
 
@@ -24,7 +25,10 @@ def main(argv: Sequence[str]) -> int:
     first = runs[0] if runs else Path()
     given, beside = options.get("--output"), first.suffix == ".json"
     target = Path(given) if given else first.with_suffix(".html") if beside else first / "report.html"
-    if beside and len(runs) == 1 and _of_dilemma(first):
+    studies = [run for run in runs if run.suffix == ".json" and _of_dilemma(run)]
+    if studies and len(runs) > 1:
+        raise DymoeError(f"{studies[0]}: the results of the token's dilemma make a page of their own; give them alone")
+    if studies:
         from dymoe.report.dilemma import write_dilemma
 
         write_dilemma(first, target)
