@@ -88,7 +88,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     for path, real in zip(paths, resolved, strict=True):
         if resolved.count(real) > 1:
             raise DymoeError(f"{path}: this run folder is given more than once; give each run once")
-    runs = [run for path in map(Path, paths) for run in (read_sweep if path.suffix == ".json" else _alone)(path)]
+    runs: list[Run] = []
+    for path in map(Path, paths):
+        runs += read_sweep(path) if path.suffix == ".json" else [read_run(path)]
     first = runs[0]
     for run in runs[1:]:
         for key, here, there in (
@@ -101,10 +103,6 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
                     "with the same tasks in the same order can be compared"
                 )
     return runs
-
-
-def _alone(path: Path) -> list[Run]:
-    return [read_run(path)]
 
 
 def _where(run: Run) -> str:
