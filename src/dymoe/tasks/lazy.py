@@ -279,3 +279,34 @@ def joined(parts: Iterable[Sequence[Sample]]) -> Sequence[Sample]:
     if not any(isinstance(part, Records | Joined) for part in kept):
         return [sample for part in kept for sample in part]
     return kept[0] if len(kept) == 1 else Joined(tuple(kept))
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """SHA-256 over samples: which they are, their texts, answers, references and pictures.
+
+    A sample in memory counts with its picture's bytes. Samples on disk count with `Records.fingerprint`, so that this
+    takes no longer for big data: of each picture file the path and the size.
+    """
+    if isinstance(samples, Records):
+        return samples.fingerprint
+    digest = hashlib.sha256()
+    if isinstance(samples, Joined):
+        digest.update("".join(fingerprint(part) for part in samples.parts).encode())
+        return digest.hexdigest()
+    for sample in samples:
+        texts = [sample.id, sample.question, sample.answer, sample.reference, sample.turns]
+        digest.update(json.dumps(texts, sort_keys=True, default=str).encode() + b"\0")
+        digest.update(hashlib.sha256(sample.image or b"").digest())
+    return digest.hexdigest()
+
+
+def subset(samples: Sequence[Sample], positions: Sequence[int]) -> Sequence[Sample]:
+    """The samples at these positions (rising), a view where they stay on disk; all of them are the samples."""
+    if len(positions) == len(samples):
+        return samples
+    if isinstance(samples, Records):
+        import numpy as np
+
+        rows = np.asarray(samples.rows, dtype=np.int64)[np.asarray(positions, dtype=np.int64)]
+        return Records(samples.table, rows, samples.view, samples.digest)
+    return [samples[position] for position in positions]
