@@ -1,5 +1,6 @@
 """Methods make their four choices as stated, with the stated parameters."""
 
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from peft import get_peft_model
 from dymoe import methods
 from dymoe.errors import DymoeError
 from dymoe.methods import Stage
+from dymoe.methods.settings import build
 from tests.adapter.conftest import tiny_llama
 
 TASKS = [SimpleNamespace(name=name, train=[f"{name}{i}" for i in range(3)]) for name in ("a", "b", "c")]
@@ -95,3 +97,17 @@ def test_a_method_takes_the_ways_to_compute_that_the_adapter_has():
     from dymoe.adapter.ops import OPS
 
     assert set(COMPUTE) == set(OPS) == set(methods.base.COMPUTE)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 1e-320, 1e300])
+def test_no_setting_takes_a_number_that_cannot_be_computed_with(value):
+    parts = [methods.settings_of(name) for name in methods.available()]
+    parts += [methods.companion_settings(name) for name in methods.companions()]
+    asked = 0
+    for part in parts:
+        for field in fields(part):
+            if "float" in str(field.type):
+                asked += 1
+                with pytest.raises(DymoeError, match=rf"^here: {field.name}: expected "):
+                    build(part, {field.name: value}, "here")
+    assert asked > 60

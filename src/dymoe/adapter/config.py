@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from dymoe.numbers import WORKABLE, workable
 from dymoe.routing import MASKS
 
 PEFT_TYPE = "DYMOE"
@@ -89,6 +90,9 @@ class DyMoEConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not workable(value):
+                raise ValueError(f"{name} must be {WORKABLE}, got {value!r}")
         for name in ("temperature", "rsr_temperature", "lora_alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")

@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dymoe.errors import DymoeError
+from dymoe.numbers import WORKABLE, workable
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -111,9 +112,20 @@ def _construct(cls: type[T], parsed: Mapping[str, Any], key: str = "") -> T:
         value = _construct(typing.cast(type, kind), parsed[name], name) if nested else parsed[name]
         made[attributes[name]] = value
     try:
+        _refuse_unworkable({name: made[attributes[name]] for name in _fields(cls)})
         return cls(**made)
     except DymoeError as error:
         raise DymoeError(f"{key}.{error}" if key else str(error)) from None
+
+
+def _refuse_unworkable(value: Any, key: str = "") -> None:
+    """Refuse a number that is not finite, or so large or small that nothing can be computed with it."""
+    if isinstance(value, float) and not workable(value):
+        raise DymoeError(f"{key}: expected {WORKABLE}, got {value!r}")
+    if isinstance(value, Mapping | list | tuple):
+        entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, inner in entries:
+            _refuse_unworkable(inner, f"{key}.{name}" if key else str(name))
 
 
 def _fields(cls: type) -> dict[str, Any]:
