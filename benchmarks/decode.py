@@ -26,12 +26,12 @@ def steps(model: Any, rows: int, prompt: int, new: int, device: str, size: int) 
     token = torch.randn(rows, 1, size).to(device, torch.bfloat16)
     cache = DynamicCache()
     with torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16):
-        model(inputs_embeds=x, past_key_values=cache, use_cache=True)
+        model(None, None, None, cache, inputs_embeds=x, use_cache=True)  # by position: its name changes
 
     def run() -> None:
         with torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16):
             for _ in range(new):
-                model(inputs_embeds=token, past_key_values=cache, use_cache=True)
+                model(None, None, None, cache, inputs_embeds=token, use_cache=True)
             cache.crop(-new)
 
     return run

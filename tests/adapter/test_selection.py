@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
+from transformers import DynamicCache
 
 from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.selection import Prompt, Select, Selector
 from dymoe.adapter.selectors import SELECTORS
 from dymoe.adapter.trace import RoutingTrace
+from dymoe.errors import DymoeError
+from dymoe.lvlm.decoder import check_arguments
 
 from .conftest import randomise, small, tiny_llama
 
@@ -209,6 +212,36 @@ def test_generation_decides_once_per_prompt_and_keeps_it(batch):
         assert torch.equal(weights, selector.weights.unsqueeze(1).expand_as(weights))
     answers(model, batch)
     assert len(selector.asked) == 2
+
+
+def test_the_cache_is_known_whatever_its_argument_is_called_and_a_missing_one_is_an_error(batch):
+    """A decoder's call for one token more, as transformers made it under two names and might under a third."""
+    model = grown().eval()
+    model(**inputs(batch))
+    decoder, selector, trace = model.base_model.model.model, model.base_model.selector, model.base_model.trace
+    select, one, cache = Select(selector, trace), batch["input_ids"][:, :1], DynamicCache()
+    cache.update(torch.zeros(3, 1, 9, 4), torch.zeros(3, 1, 9, 4), 0)
+    decided, asked = trace.selection, len(selector.asked)
+    trace.begin({"attention_mask": torch.ones(3, 10, dtype=torch.long)})
+    for name in ("past_key_values", "cache", "memory"):
+        assert select(decoder, (), {"input_ids": one, name: cache}) is None
+    assert select(decoder, (one, cache), {}) is None
+    assert trace.selection is decided
+    assert len(selector.asked) == asked
+    with pytest.raises(DymoeError, match=r"transformers \d.*no key/value cache while an answer is decoded"):
+        select(decoder, (), {"input_ids": one, "cache": object()})
+    trace.begin({})  # without padding there may be no mask
+    with pytest.raises(DymoeError, match="no key/value cache"):
+        select(decoder, (), {"input_ids": one, "position_ids": torch.full((1, 1), 9)})
+
+
+def test_a_decoder_without_the_arguments_that_a_selector_reads_is_refused():
+    class Decoder(torch.nn.Module):
+        def forward(self, input_ids, attention_mask=None, embeds=None, **kwargs):
+            return embeds
+
+    with pytest.raises(DymoeError, match=r"Decoder of transformers .* takes no inputs_embeds, position_ids"):
+        check_arguments(Decoder())
 
 
 @pytest.mark.parametrize("name", ["told", "keys"])

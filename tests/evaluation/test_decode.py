@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 from tests.adapter.test_selection import grown
+from transformers import Cache
 
+from dymoe.errors import DymoeError
 from dymoe.evaluation.decode import Greedy
 
 LONGEST = 8
@@ -85,3 +87,17 @@ def test_an_error_leaves_no_finished_rows_behind(model, prompts, monkeypatch):
         generate(model, prompts, [59], custom_generate=Greedy(trace))
     assert told[-1] is not None
     assert trace.finished is None
+
+
+def test_a_lost_cache_is_an_error(model, prompts, monkeypatch):
+    """What a release of transformers does that hands the cache on as something else."""
+    kind = type(model.base_model.model)
+    update = kind._update_model_kwargs_for_generation
+
+    def renamed(self, outputs, carried, **kwargs):
+        carried = update(self, outputs, carried, **kwargs)
+        return {name: value for name, value in carried.items() if not isinstance(value, Cache)}
+
+    monkeypatch.setattr(kind, "_update_model_kwargs_for_generation", renamed)
+    with pytest.raises(DymoeError, match="hands on no key/value cache"):
+        generate(model, prompts, [59], custom_generate=Greedy())

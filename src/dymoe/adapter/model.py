@@ -18,7 +18,7 @@ from dymoe.adapter.layer import DyMoELayer
 from dymoe.adapter.selection import Select, Selector
 from dymoe.adapter.selectors import SELECTORS
 from dymoe.adapter.trace import RoutingTrace
-from dymoe.lvlm.decoder import decoder_linears
+from dymoe.lvlm.decoder import check_arguments, decoder_linears
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -117,6 +117,7 @@ class DyMoEModel(BaseTuner):
             return
         if self.selector is None:
             decoder = self.model.get_decoder()  # type: ignore[operator]
+            check_arguments(decoder)
             embedding = decoder.get_input_embeddings().weight
             made = SELECTORS[config.selector](embedding.shape[1]).to(embedding.device)
             self.model.dymoe_selector = made

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.trace import RoutingTrace, SelectionGradient
+from dymoe.lvlm.decoder import key_value_cache
 
 
 class Selector(GroupHolder):
@@ -119,18 +120,21 @@ class Select:
         Returns:
             The decoder's new arguments where the selector learns: its input then carries the selection's gradient.
         """
-        past = kwargs.get("past_key_values")
+        trace, groups = self.trace, tuple(self.selector.active_adapters)
+        entering = kwargs.get("inputs_embeds")
+        if entering is None:
+            entering = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+        follows = _follows(entering.shape[1], trace.token_mask, kwargs.get("position_ids"))
+        past = key_value_cache((*args, *kwargs.values()), needed=follows)
         if past is not None and past.get_seq_length() > 0:
             return None  # decoding goes on with what the prompt decided
-        trace, groups = self.trace, tuple(self.selector.active_adapters)
         trace.selection = trace.selection_gradient = None
         idle = self.selector._disable_adapters or not groups
         if idle or (module.training and not self.selector.while_training):
             return None
-        embeddings = kwargs.get("inputs_embeds")
-        if embeddings is None:
-            tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-            embeddings = module.get_input_embeddings()(tokens)  # type: ignore[operator]
+        embeddings = entering
+        if not entering.is_floating_point():
+            embeddings = module.get_input_embeddings()(entering)  # type: ignore[operator]
         mask = kwargs.get("attention_mask")
         mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else trace.token_mask
         prompt = Prompt(module, embeddings, mask, trace.prompt_mask, kwargs)
@@ -146,3 +150,10 @@ class Select:
         if args:
             return (None, *args[1:]), kwargs  # the decoder's first argument is input_ids
         return args, {**kwargs, "input_ids": None}
+
+
+def _follows(tokens: int, mask: Tensor | None, positions: Tensor | None) -> bool:
+    """Whether so many tokens follow others, by the mask of all or by their positions (some models count from 1)."""
+    if mask is not None and mask.shape[1] > tokens:
+        return True
+    return tokens == 1 and positions is not None and bool((positions > 1).all())

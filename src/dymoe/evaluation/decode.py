@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dymoe.errors import DymoeError
+from dymoe.lvlm.decoder import key_value_cache
+
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
     from dymoe.adapter.trace import RoutingTrace
-
-# What `generate` carries on from step to step, one column a token; the batch is the last dimension but one.
-_BY_TOKEN = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 class Greedy:
@@ -66,17 +66,17 @@ class Greedy:
                 if not left or step == steps - 1:
                     break
                 input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+                cache: Any = key_value_cache(carried.values(), needed=generation_config.use_cache)
                 if 2 * left <= len(running) and _may_shrink(carried):
                     kept = running.nonzero().squeeze(1)
+                    cache.batch_select_indices(kept)
+                    carried = {name: _rows(value, kept, input_ids.shape) for name, value in carried.items()}
                     input_ids, places, running = input_ids[kept], places[kept], running[kept]
-                    carried = _rows(carried, kept)
                     if self._trace is not None:
                         self._trace.keep_samples(kept)
                 if self._trace is not None:
                     self._trace.finished = ~running
-                new = 1 if carried.get("use_cache") else None
-                inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **carried)
-                outputs = model(**inputs, return_dict=True)
+                outputs = model(**_next(model, input_ids, carried, cached=cache is not None), return_dict=True)
         finally:
             if self._trace is not None:
                 self._trace.finished = None
@@ -87,15 +87,32 @@ def _may_shrink(carried: dict[str, Any]) -> bool:
     """Whether every layer's cache is a plain one, of which rows can be taken."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-    cache = carried.get("past_key_values")
+    cache = key_value_cache(carried.values(), needed=False)
     return isinstance(cache, DynamicCache) and all(
         isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
         for layer in cache.layers
     )
 
 
-def _rows(carried: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
-    """What is carried on, of the rows `kept` alone; the pictures were read with the prompt."""
-    carried["past_key_values"].batch_select_indices(kept)
-    taken = {name: carried[name].index_select(-2, kept) for name in _BY_TOKEN if carried.get(name) is not None}
-    return {**carried, **taken}
+def _next(model: Any, input_ids: torch.Tensor, carried: dict[str, Any], cached: bool) -> dict[str, Any]:
+    """The model's inputs for the next step: the last tokens alone where the earlier ones are cached."""
+    new = 1 if cached else input_ids.shape[1]
+    inputs: dict[str, Any] = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **carried)
+    if inputs["input_ids"].shape[1] != new:
+        raise DymoeError(
+            f"{type(model).__name__} of this version of transformers reads an answer's earlier tokens again beside "
+            "their cache; install the versions that dymoe was tested with (requirements.lock)"
+        )
+    return inputs
+
+
+def _rows(value: Any, kept: torch.Tensor, shape: torch.Size) -> Any:
+    """The rows `kept` of what is carried on, known by its two dimensions of `shape` (batch, tokens).
+
+    What has none is the prompt's (the pictures were read with it) or the same for all.
+    """
+    if isinstance(value, torch.Tensor):
+        for dimension in range(value.dim() - 1):
+            if value.shape[dimension : dimension + 2] == shape:
+                return value.index_select(dimension, kept)
+    return value
