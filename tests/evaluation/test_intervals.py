@@ -75,7 +75,7 @@ def test_the_same_answers_are_not_told_apart():
 
 
 def test_pairing_tells_apart_what_two_intervals_do_not():
-    """One method answers ten of a hundred questions more and loses none: the intervals overlap, the difference is clear."""
+    """One method answers ten of a hundred questions more, loses none: intervals overlap, the difference is clear."""
     first, second = [1] * 60 + [0] * 40, [1] * 50 + [0] * 50
     ours, theirs = run_of([[first]]), run_of([[second]])
     assert metrics([ours])["MFN"].low < metrics([theirs])["MFN"].high

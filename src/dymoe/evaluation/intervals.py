@@ -11,9 +11,9 @@ What is not known is which other questions and which other seeds there might hav
   ones), the same in every stage, for every seed and for both methods compared. Two questions that nobody asked stand
   beside them, one with the lowest and one with the highest share that is possible: for a single accuracy of right and
   wrong answers this is exactly Beta(right + 1, wrong + 1), so that 30 right answers of 30 do not count as certainty.
-- Seeds, where there are several: random weights over them in the same way. Their deviation from the mean is stretched so
-  that what of their spread goes beyond single answers that flipped is as wide as Student's interval of so few values. A
-  single seed says nothing of others: its interval holds for that training alone.
+- Seeds, where there are several: random weights over them in the same way. Their deviation from the mean is stretched
+  so that what of their spread goes beyond single answers that flipped is as wide as Student's interval of so few
+  values. A single seed says nothing of others: its interval holds for that training alone.
 
 An interval is what lies between the 2.5 % and 97.5 % quantiles of the draws, widened to the measured value if that lies
 outside.
