@@ -18,7 +18,12 @@ from dymoe.tasks.naming import unknown
 from dymoe.tasks.source import Source
 
 ORDERS = ("origin", "reverse", "alphabet")
-STREAMS = {"pocket-coin": "dymoe.tasks.pocket.stream", "coin": "dymoe.tasks.coin.stream"}
+STREAMS = {
+    "pocket-coin": "dymoe.tasks.pocket.stream",
+    "pocket-classes": "dymoe.tasks.pocket.classes",
+    "pocket-domains": "dymoe.tasks.pocket.domains",
+    "coin": "dymoe.tasks.coin.stream",
+}
 FROM_FILES = ("coin",)
 
 

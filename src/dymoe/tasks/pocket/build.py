@@ -1,4 +1,4 @@
-"""Build the pocket benchmark's parquet files from packaged pictures: `python -m dymoe.tasks.pocket.build`.
+"""Build the pocket streams' parquet files from packaged pictures: `python -m dymoe.tasks.pocket.build STREAM`.
 
 The result depends on the pinned packages and the seed alone (and, in its last bits, on the versions of Pillow
 and pyarrow that encode it).
@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_write
-from dymoe.tasks.pocket import draw, photo_tasks, scene_tasks
+from dymoe.tasks.pocket import draw, more_tasks, photo_tasks, scene_tasks
 from dymoe.tasks.pocket.stock import Draft, Stock, fill
 
 SEED = 20240
 SIZES = {"train": 1000, "validation": 100, "test": 250}
 SIZE_LIMIT = 16_000_000
 DATA = Path(__file__).parent / "data"
+FOLDERS = {"pocket-coin": DATA, "pocket-classes": DATA / "classes", "pocket-domains": DATA / "domains"}
 
 Maker = Callable[[Stock, random.Random, int], list[Draft]]
 MAKERS: dict[str, Maker] = {
@@ -35,6 +36,11 @@ MAKERS: dict[str, Maker] = {
     "Grounding": scene_tasks.grounding,
     "VQAv2": photo_tasks.open_questions,
     "OCRVQA": scene_tasks.covers,
+}
+STREAMS: dict[str, dict[str, Maker]] = {
+    "pocket-coin": MAKERS,
+    "pocket-classes": dict(more_tasks.CLASS_MAKERS),
+    "pocket-domains": dict(more_tasks.DOMAIN_MAKERS),
 }
 SCHEMA = pa.schema(
     [
@@ -51,9 +57,9 @@ SCHEMA = pa.schema(
 Row = dict[str, Any]
 
 
-def make_rows(task: str, stock: Stock, split: str) -> list[Row]:
+def make_rows(task: str, stock: Stock, split: str, makers: dict[str, Maker] = MAKERS) -> list[Row]:
     """Draw one split of a task; the same task, pool and split always give the same rows."""
-    drafts = MAKERS[task](stock, random.Random(f"{SEED}/{task}/{split}"), SIZES[split])
+    drafts = makers[task](stock, random.Random(f"{SEED}/{task}/{split}"), SIZES[split])
     return [
         {
             "id": f"{task.lower()}-{split}-{number:04d}",
@@ -97,8 +103,8 @@ def to_parquet(rows: list[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def build(out: Path, cache: Path | None = None) -> dict[str, int]:
-    """Write every task's train and test file to `out`; returns each file's size in bytes.
+def build(out: Path, cache: Path | None = None, stream: str = "pocket-coin") -> dict[str, int]:
+    """Write the train and test file of every task of a stream to `out`; returns each file's size in bytes.
 
     Nothing is written unless all files pass the checks.
 
@@ -107,9 +113,11 @@ def build(out: Path, cache: Path | None = None) -> dict[str, int]:
     """
     rows: dict[str, list[Row]] = {}
     train, test = fill("train", SEED, cache), fill("test", SEED, cache)
-    for task in MAKERS:
-        rows[f"{task}-train"] = [*make_rows(task, train, "train"), *make_rows(task, train, "validation")]
-        rows[f"{task}-test"] = make_rows(task, test, "test")
+    makers = STREAMS[stream]
+    for task in makers:
+        pool = [make_rows(task, train, split, makers) for split in ("train", "validation")]
+        rows[f"{task}-train"] = [row for split in pool for row in split]
+        rows[f"{task}-test"] = make_rows(task, test, "test", makers)
     check_disjoint(rows)
     files = {f"{name}.parquet": to_parquet(entries) for name, entries in rows.items()}
     total = sum(map(len, files.values()))
@@ -123,10 +131,11 @@ def build(out: Path, cache: Path | None = None) -> dict[str, int]:
 def main() -> None:
     """Command line: build and print each file's size."""
     parser = argparse.ArgumentParser(prog="python -m dymoe.tasks.pocket.build", description=__doc__)
-    parser.add_argument("--out", type=Path, default=DATA, help="folder of the parquet files")
+    parser.add_argument("stream", nargs="?", choices=STREAMS, default="pocket-coin", help="default: pocket-coin")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the parquet files")
     parser.add_argument("--cache", type=Path, default=None, help="folder of the package archives")
     options = parser.parse_args()
-    sizes = build(options.out, options.cache)
+    sizes = build(options.out or FOLDERS[options.stream], options.cache, options.stream)
     for name, size in sizes.items():
         print(f"{size:10,} {name}")
     print(f"{sum(sizes.values()):10,} in all")

@@ -108,6 +108,17 @@ def crop_shift(image: Image.Image, rng: random.Random, share: float) -> Image.Im
     return moved
 
 
+def outline(image: Image.Image) -> Image.Image:
+    """Dark lines on white where the brightness changes (the length of Sobel's gradient)."""
+    grey = np.pad(np.asarray(image.convert("L"), dtype=np.float32), 1, mode="edge")
+    down = grey[2:] - grey[:-2]
+    right = grey[:, 2:] - grey[:, :-2]
+    down = down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
+    right = right[:-2] + 2 * right[1:-1] + right[2:]
+    ink = np.clip(np.hypot(down, right), 0, 255)
+    return Image.fromarray((255 - ink).astype(np.uint8)).convert("RGB")
+
+
 def encode(image: Image.Image, quality: int = 75) -> bytes:
     """Encode as lossy WebP."""
     buffer = io.BytesIO()

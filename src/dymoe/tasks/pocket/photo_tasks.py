@@ -103,7 +103,7 @@ def degraded(stock: Stock, rng: random.Random, count: int) -> list[Draft]:
         shown = rng.choice(list(GARMENTS)) if label == "unanswerable" else label
         item = stock.take("fashion-mnist", shown)
         image = draw.enlarge(item.picture, PHOTO_SIDE)
-        image = _destroy(image, rng) if label == "unanswerable" else _wear(image, rng)
+        image = _destroy(image, rng) if label == "unanswerable" else wear(image, rng)
         synonym = GARMENTS.get(label, label)
         answers = [label] * 8 + [synonym] * 2
         reference = {"answer": label, "answers": answers}
@@ -111,8 +111,9 @@ def degraded(stock: Stock, rng: random.Random, count: int) -> list[Draft]:
     return drafts
 
 
-def _wear(image: Image.Image, rng: random.Random) -> Image.Image:
-    kind = rng.choice(["none", "blur", "dark", "shift", "noise"])
+def wear(image: Image.Image, rng: random.Random, always: bool = False) -> Image.Image:
+    """A photo taken badly: blurred, dark, out of frame or noisy; one in five as it is unless `always`."""
+    kind = rng.choice([*([] if always else ["none"]), "blur", "dark", "shift", "noise"])
     if kind == "blur":
         return draw.blur(image, rng.uniform(0.8, 2.0))
     if kind == "dark":

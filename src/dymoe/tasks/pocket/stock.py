@@ -40,7 +40,9 @@ class Stock:
             random.Random(f"{seed}/{key}").shuffle(stack)
 
     def take(self, source: str, kind: str) -> Item:
-        """Return the next item of a class (cifar10: class name; emoji: code point or category; movies: genre).
+        """Return the next item of a class.
+
+        cifar10: class name; emoji: code point, category or "vendor|short name"; movies: genre.
 
         Raises:
             DymoeError: there is none (left).
@@ -64,7 +66,12 @@ class Stock:
 
 def _keys(item: Item) -> list[tuple[str, str]]:
     if item.source == "emoji":
-        return [(item.source, item.id.rsplit("/", 1)[1]), (item.source, item.extra["subcategory"])]
+        kinds = (
+            item.id.rsplit("/", 1)[1],
+            item.extra["subcategory"],
+            f"{item.extra['vendor']}|{item.extra['short_name']}",
+        )
+        return [(item.source, kind) for kind in kinds]
     if item.source == "movies":
         genre, rating = item.extra["genre"], item.extra["rating"]
         return [(item.source, genre), (item.source, f"{genre}|{rating}"), (item.source, f"|{rating}")]

@@ -1,4 +1,8 @@
-"""The stream "pocket-coin": eight small tasks that mirror CoIN's eight, shipped with the package."""
+"""The shipped pocket streams: what a task's files are, and the one way to load them.
+
+A stream is a module with `TASKS` and `load_task` (see `dymoe.tasks.base`): this one is pocket-coin, eight small tasks
+that mirror CoIN's eight; `classes` and `domains` are the two others.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +17,17 @@ DATA = Path(__file__).parent / "data"
 
 @dataclass(frozen=True)
 class Rule:
-    """How a task is answered: its scoring rule and the longest answer in tokens, the end token included."""
+    """How a task is answered.
+
+    Attributes:
+        scorer: its scoring rule.
+        max_new_tokens: the longest answer in tokens, the end token included.
+        instruction: the task of CoIN whose instruction it has; its own name if empty.
+    """
 
     scorer: str
     max_new_tokens: int
+    instruction: str = ""
 
 
 TASKS = {
@@ -32,12 +43,21 @@ TASKS = {
 
 
 def load_task(name: str, instructions: str = "original", seed: int = 0, folder: Path = DATA) -> Task:
-    """Load one task of the stream from `folder`, every record checked.
+    """Load one task of pocket-coin from `folder`, every record checked.
+
+    Raises:
+        DymoeError: as `load_files`.
+    """
+    return load_files(name, TASKS[name], instructions, seed, folder)
+
+
+def load_files(name: str, rule: Rule, instructions: str, seed: int, folder: Path) -> Task:
+    """Load the two parquet files of a task, every record checked.
 
     Raises:
         DymoeError: a file is missing or unreadable, a record cannot be used, or a split is empty.
     """
-    rule = TASKS[name]
+    template = rule.instruction or name
     found: dict[str, list[records.Sample]] = {}
     for part, splits in (("train", ("train", "validation")), ("test", ("test",))):
         path = folder / f"{name}-{part}.parquet"
@@ -45,7 +65,7 @@ def load_task(name: str, instructions: str = "original", seed: int = 0, folder: 
             path,
             records.read_table(path),
             rule.scorer,
-            lambda text, sample_id: templates.apply(name, text, instructions, sample_id, seed),
+            lambda text, sample_id: templates.apply(template, text, instructions, sample_id, seed),
         )
         for split in splits:
             if not by_split.get(split):
