@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from dymoe import methods
 from dymoe.learning.folder import RunFolder
-from dymoe.learning.learner import free_name
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
 from dymoe.methods import Probe
@@ -151,8 +150,3 @@ def test_rewinding_drops_one_kind_of_one_stage(tmp_path):
     folder.rewind_events(2, 0, "probe-step")
     assert [event["event"] for event in events(folder.path)] == ["step", "step", "stage"]
     folder.close()
-
-
-def test_the_probe_takes_no_name_of_a_task():
-    assert free_name("probe", ["ImageNet", "VQAv2"]) == "probe"
-    assert free_name("probe", ["probe", "ImageNet", "probe_"]) == "probe__"

@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dymoe.adapter.config import DyMoEConfig
 from dymoe.adapter.holder import GroupHolder
@@ -19,6 +20,7 @@ from dymoe.adapter.selection import Select, Selector
 from dymoe.adapter.selectors import SELECTORS
 from dymoe.adapter.trace import RoutingTrace
 from dymoe.lvlm.decoder import check_arguments, decoder_linears
+from dymoe.names import parts_of, safe_name
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -64,9 +66,12 @@ class DyMoEModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.trace = RoutingTrace()
         self.peft_config = GroupConfigs(self.peft_config)
+        self._hooks: list[RemovableHandle] = []
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # On the model itself, so that `generate` and direct calls pass here too.
-        begin = model.register_forward_pre_hook(_Begin(self.trace), with_kwargs=True)
-        self._hooks = [begin, model.register_forward_hook(_AttachLoss(self.trace))]
+        self._hooks.append(model.register_forward_pre_hook(_Begin(self.trace), with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(_AttachLoss(self.trace)))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, DyMoEConfig)
@@ -98,16 +103,44 @@ class DyMoEModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add the group to every targeted layer, freeze the earlier groups and activate all of them."""
+        """Add the group to every targeted layer, freeze the earlier groups and activate all of them.
+
+        Raises:
+            ValueError: name, config or model do not allow the group; the model is as it was.
+        """
         earlier = [name for name in self.active_adapters if name != adapter_name]
+        training = next((holder.training_group for holder in self.holders()), None)
+        trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
         config = self.peft_config[adapter_name]
-        self._check_gate(adapter_name)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        # Not earlier: PEFT freezes the base only where it finds none of its layers yet, and a selector counts as one.
-        self._add_to_selector(adapter_name)
-        self._check_selected_layers()
+        try:
+            others = [name for name in self.peft_config if name != adapter_name]
+            safe_name(adapter_name, "adapter", others, parts_of(model))
+            self._check_gate(adapter_name)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            # Not earlier: PEFT freezes the base only where it finds none of its layers yet, and a selector counts as
+            # one.
+            self._add_to_selector(adapter_name)
+            self._check_selected_layers()
+        except Exception:
+            self._take_back(adapter_name, earlier, training)
+            for parameter, allowed in trains.items():
+                parameter.requires_grad_(allowed)
+            raise
         self.set_training_group(None if config.inference_mode else adapter_name)
         self.set_adapter([*earlier, adapter_name])
+
+    def _take_back(self, group: str, active: list[str], training: str | None) -> None:
+        """Leave nothing of a refused group: neither parameters nor layers that were wrapped for it."""
+        dict.pop(self.peft_config, group, None)  # past `del`, after which the name would answer for another group
+        if not self.peft_config:
+            self.unload()
+            return
+        for holder in self.holders():
+            holder.delete_adapter(group)
+        for name, layer in [(layer.name, layer) for layer in self.layers() if not layer.group_configs]:
+            self.model.set_submodule(name, layer.base_layer)
+        self.set_training_group(training)
+        self.set_adapter(active)
 
     def _add_to_selector(self, adapter_name: str) -> None:
         """Give the group its part of the selector; the first group brings the selector itself."""

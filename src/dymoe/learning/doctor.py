@@ -9,6 +9,7 @@ from dymoe.errors import DymoeError
 from dymoe.learning.capacity import fits, holds, known_shape, times
 from dymoe.learning.findings import Checkup, Level
 from dymoe.learning.recipe import Recipe
+from dymoe.names import parts_of, safe_names
 
 if TYPE_CHECKING:
     from dymoe.lvlm import Lvlm
@@ -37,6 +38,7 @@ def check(recipe: Recipe, path: str = "recipe", samples: int | None = 64, beside
     lvlm = _model(found, recipe)
     lengths: dict[str, tuple[float, int]] = {}
     if stream is not None and lvlm is not None:
+        _names(found, stream, lvlm)
         lengths = {task.name: _tokens(found, recipe, lvlm, task, samples) for task in stream.tasks}
     shape = known_shape(recipe, lvlm)
     holds(found, recipe, path, shape, max((longest for _, longest in lengths.values()), default=0))
@@ -170,6 +172,14 @@ def _model(found: Checkup, recipe: Recipe) -> "Lvlm | None":
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         found.add("wrong", "model", recipe.model, "no safetensors in this folder", ASSEMBLE)
     return made
+
+
+def _names(found: Checkup, stream: "Stream", lvlm: "Lvlm") -> None:
+    """Every task's name can name a group of this model."""
+    try:
+        safe_names(stream.names, "task", parts_of(lvlm.model))
+    except DymoeError as error:
+        found.add("wrong", "names", stream.name, str(error), "give the task another name")
 
 
 def _tokens(found: Checkup, recipe: Recipe, lvlm: "Lvlm", task: "Task", samples: int | None) -> tuple[float, int]:

@@ -89,7 +89,8 @@ def write_group(model: PeftModel, name: str, folder: Path, **options: Any) -> No
         with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as inner:
             # No look-up of the base model in the network: the embeddings never train.
             model.save_pretrained(inner, selected_adapters=[name], save_embedding_layers=False, **options)
-            for file in (Path(inner) / name).iterdir():
+            saved = Path(inner) if name == "default" else Path(inner) / name  # PEFT's own name has no folder there
+            for file in saved.iterdir():
                 # PEFT's model card speaks of a Hub repository that does not exist.
                 if file.name != "README.md":
                     shutil.move(file, folder / file.name)

@@ -18,6 +18,7 @@ from dymoe.learning.progress import Display
 from dymoe.learning.recipe import Recipe
 from dymoe.learning.results import write_results
 from dymoe.methods import Method, Stage
+from dymoe.names import free_name, parts_of, safe_names
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -87,6 +88,7 @@ class Learner:
             display.note(f"{processes.count} processes, {processes.strategy}")
         display.note(f"loading the model {recipe.model}")
         lvlm = _placed(_loaded(recipe) if made is None else made.lvlm)
+        safe_names(stream.names, f"task of stream {stream.name!r}", parts_of(lvlm.model))
         pictures = sum(len(task.train) + len(task.validation) + len(task.test) for task in stream.tasks)
         kept = cached_features(lvlm)
         # Training meets its pictures in random order: a cache that does not hold all would seldom hold the next.
@@ -238,7 +240,7 @@ class Learner:
         self.display.note(f"probing where {stage.name} needs experts")
         self.model = train_group(self.lvlm.model, self.model, name, probe.config)
         self._see(probe.samples)
-        record = self._fit(name, stage, probe.samples, probe.steps, place, Method())
+        record = self._fit(name, stage, probe.samples, probe.steps, place, Method(), probing=True)
         if self.processes.main:
             self.method.probed(self.model, name, stage, data)
             self.model = delete_group(self.model, name)
@@ -255,10 +257,11 @@ class Learner:
         place: Path,
         method: Method,
         dynamics: Path | None = None,
+        probing: bool = False,
     ) -> dict[str, Any]:
         """The trainer's work, from the last complete checkpoint in `place` if there is one.
 
-        Routing by layer is written down in `dynamics`, if that is given.
+        Routing by layer is written down in `dynamics`, if that is given; a temporary group is `probing`.
 
         Raises:
             DymoeError: the group begins otherwise in another process, or a frozen group changed.
@@ -282,7 +285,7 @@ class Learner:
             self.display.note(f"{stage.name}: goes on after step {done} of {steps}")
         workers = workers_for(self.recipe.training.workers, self.features is not None, processes.count)
         arguments = training_arguments(self.recipe.training, place, stage.seed, steps, processes.count, workers)
-        watch = Watch(self.folder, self.display, stage, group)
+        watch = Watch(self.folder, self.display, stage, "probe-step" if probing else "step")
         if processes.main:
             for rest in place.glob("checkpoint-*"):
                 if rest != checkpoint:
@@ -398,13 +401,6 @@ class Learner:
         count = len(result.predictions)
         scores[task.name] = {"strict": result.strict, "lenient": result.lenient, "samples": count}
         folder.write("scores.json", scores)
-
-
-def free_name(wanted: str, taken: Sequence[str]) -> str:
-    """`wanted`, with underscores behind it until no task has that name (a group is named after its task)."""
-    while wanted in taken:
-        wanted += "_"
-    return wanted
 
 
 def base_model(recipe: Recipe) -> "Lvlm":

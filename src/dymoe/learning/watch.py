@@ -16,14 +16,14 @@ class Watch(TrainerCallback):
         folder: the run.
         display: what is shown.
         stage: the stage that trains.
-        group: the group that trains; a probe's steps are told as such.
+        kind: of the lines, "step", or "probe-step" for a temporary group.
     """
 
-    def __init__(self, folder: RunFolder, display: Display, stage: Stage, group: str) -> None:
+    def __init__(self, folder: RunFolder, display: Display, stage: Stage, kind: str) -> None:
         self.folder = folder
         self.display = display
         self.stage = stage
-        self.kind = "probe-step" if group == "probe" else "step"
+        self.kind = kind
 
     def on_log(
         self,

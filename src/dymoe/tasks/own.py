@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
+from dymoe.names import safe_names
 from dymoe.tasks.base import Stream, Task
 from dymoe.tasks.index import Index, Plan, Reference, held_out, index, listed, usable
 from dymoe.tasks.lazy import Records, View
@@ -72,9 +73,7 @@ def read(path: Path) -> tuple[str, tuple[TaskFiles, ...]]:
     name = _text(path, "name", values.get("name", path.stem))
     folder = path.expanduser().parent
     tasks = []
-    for task, given in values["tasks"].items():
-        if not isinstance(task, str) or not task or "/" in task or task.startswith("."):
-            raise DymoeError(f"{path}: tasks: {task!r}: a task's name must be a text without '/' that no '.' begins")
+    for task, given in zip(safe_names(values["tasks"], f"{path}: tasks"), values["tasks"].values(), strict=True):
         if not isinstance(given, Mapping):
             raise DymoeError(f"{path}: tasks.{task}: expected the keys {', '.join(TASK_KEYS)}")
         _known(path, f"tasks.{task}.", given, TASK_KEYS)
