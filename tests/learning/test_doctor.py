@@ -1,15 +1,21 @@
 """`dymoe doctor`: each thing that can be wrong in a tree is found, named, and the exit code says so."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dymoe import DymoeError
 from dymoe.cli import main
 from dymoe.learning.doctor import check
 from dymoe.learning.findings import Checkup
+from dymoe.learning.learner import Made
 from dymoe.learning.recipe import load_recipe
+from dymoe.learning.run import run
+from dymoe.lvlm import load
+from dymoe.tasks import Stream, load_stream
 from tests.learning.tiny import save_tiny, write_recipe
 from tests.tasks import coin_tree
 
@@ -99,3 +105,20 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "recipes/coin/dymoe.yaml", "--samples", "no"]) == 2
     assert "--samples: expected a whole number" in capsys.readouterr().err
     assert main(["doctor", "--all"]) == 2
+
+
+def test_a_task_that_has_the_name_of_a_part_of_the_model_is_found_before_anything_is_trained(
+    tmp_path: Path, tiny: Path
+) -> None:
+    shipped = load_stream("pocket-coin", tasks=["ImageNet"]).tasks[0]
+    stream = Stream("mine", (replace(shipped, name="birds"), replace(shipped, name="mlp")))
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
+    with pytest.raises(DymoeError, match=r"task of stream 'mine': 'mlp': it is a part of the model's own names"):
+        run(recipe, made=Made(stream, load(str(tiny), "float32"), 0))
+    assert not (tmp_path / "r/stages/01-birds/adapter").exists()
+    tree = tmp_path / "tree"
+    coin_tree.save(tree / "train.json", coin_tree.train("VQAv2", 6, tree))
+    coin_tree.save(tree / "test.json", coin_tree.asked_records("ImageNet", 3, tree, "original"))
+    (tree / "mine.yaml").write_text("tasks:\n  mlp: {train: train.json, test: test.json}\n")
+    found = check(load_recipe(write_recipe(tmp_path / "s.yaml", tiny, stream=str(tree / "mine.yaml"), tasks=None)))
+    assert ("names", "mine") in wrong(found)

@@ -1,18 +1,22 @@
 """The loop's probe: it decides, it can be interrupted, and a run that probed in vain is the run that did not."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from dymoe import methods
+from dymoe.adapter import tensors_hash
 from dymoe.learning.folder import RunFolder
+from dymoe.learning.learner import Made
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
+from dymoe.lvlm import load
 from dymoe.methods import Probe
 from dymoe.methods.cmoe import CMoE
+from dymoe.tasks import Stream, load_stream
 from tests.learning.tiny import write_recipe
 
 SETTINGS = {"experts": 2, "rank": 2, "probe_steps": 5, "locator_epochs": 5, "locator_report": 6, "alpha": 0.2}
@@ -150,3 +154,16 @@ def test_rewinding_drops_one_kind_of_one_stage(tmp_path):
     folder.rewind_events(2, 0, "probe-step")
     assert [event["event"] for event in events(folder.path)] == ["step", "step", "stage"]
     folder.close()
+
+
+def test_tasks_may_have_the_names_of_the_probe_and_of_pefts_first_adapter(tiny_folder, tmp_path):
+    shipped = load_stream("pocket-coin", tasks=["ImageNet"]).tasks[0]
+    stream = Stream("mine", tuple(replace(shipped, name=name) for name in ("probe", "default")))
+    path = write_recipe(tmp_path / "r.yaml", tiny_folder, training={"steps_per_task": 2}, evaluation={"limit": 1})
+    folder = run(load_recipe(path), made=Made(stream, load(str(tiny_folder), "float32"), 0))
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["training"]) == ["probe", "default"]
+    assert {event["event"] for event in events(folder)} == {"step", "stage"}
+    for stage, group in (("01-probe", "probe"), ("02-default", "default")):
+        tensors = load_file(folder / "stages" / stage / "adapter/adapter_model.safetensors")
+        assert tensors_hash(sorted(tensors.items())) == results["group_hashes"][-1]["groups"][group]

@@ -703,7 +703,11 @@ def test_ones_own_json_and_parquet(tmp_path: Path) -> None:
         ("    train: plates.parquet\n", "", r"tasks\.plates\.train: it is missing"),
         ("birds/test.json", "birds/tset.json", r"tset\.json: cannot be read \(No such file"),
         ("name: mine\n", "name: [\n", r"mine\.yaml: not valid YAML"),
-        ("  birds:", "  a/b:", r"tasks: 'a/b': a task's name must be"),
+        ("  birds:", "  a/b:", r"mine\.yaml: tasks: 'a/b': it has a '/'"),
+        ("  birds:", "  0:", r"mine\.yaml: tasks: 0: expected a text"),
+        ("  birds:", "  '0':", r"mine\.yaml: tasks: '0': it has digits alone"),
+        ("  birds:", "  items:", r"mine\.yaml: tasks: 'items': it is an attribute"),
+        ("  birds:", "  Plates:", r"mine\.yaml: tasks: 'Plates': it differs from 'plates' by case"),
     ],
 )
 def test_mistakes_in_ones_own_file(old: str, new: str, message: str, tmp_path: Path) -> None:
