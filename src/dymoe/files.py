@@ -7,13 +7,18 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
+from dymoe.schema import check
+
+T = TypeVar("T")
 
 TEMPORARY = ".dymoe-tmp-"  # how the name of every unfinished file or folder begins; what has it, dymoe wrote
 
@@ -169,37 +174,71 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
+@overload
+def read_json(path: str | Path) -> Any: ...
+
+
+@overload
+def read_json(path: str | Path, kind: type[T]) -> T: ...
+
+
+def read_json(path: str | Path, kind: Any = Any) -> Any:
+    """The value of a JSON file, of the type `kind` (see `dymoe.schema.check`; any by default).
 
     Raises:
-        DymoeError: the file is missing or is not JSON; the message names it and the line.
+        DymoeError: the file is missing, is not JSON, or holds something else; the message names it and the line or key.
     """
-    return parse_json(read_bytes(path), str(path))
+    return parse_json(read_bytes(path), str(path), kind)
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The bytes of a file.
+def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+    """The bytes of a file; of a plain one alone, since a pipe or a device may never end.
+
+    Args:
+        path: the file.
+        most: the size in bytes above which it is refused.
 
     Raises:
-        DymoeError: it is missing or cannot be read.
+        DymoeError: it is missing, no plain file, too large, or cannot be read.
     """
     try:
-        return Path(path).read_bytes()
+        with open(Path(path), "rb", opener=_without_waiting) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise DymoeError(f"{path}: cannot be read (it is no plain file)")
+            if most is not None and about.st_size > most:
+                raise DymoeError(f"{path}: cannot be read (it has {about.st_size} bytes, at most {most} are read)")
+            return file.read()
     except FileNotFoundError:
         raise DymoeError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except DymoeError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise DymoeError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def parse_json(data: bytes, where: str) -> Any:
-    """The value of a JSON text; `where` is what messages call it.
+def _without_waiting(path: str, flags: int) -> int:
+    """Opening a pipe waits for somebody to write to it, unless told not to."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+@overload
+def parse_json(data: bytes, where: str) -> Any: ...
+
+
+@overload
+def parse_json(data: bytes, where: str, kind: type[T]) -> T: ...
+
+
+def parse_json(data: bytes, where: str, kind: Any = Any) -> Any:
+    """The value of a JSON text, of the type `kind`; `where` is what messages call it.
 
     Raises:
-        DymoeError: it is not JSON, nested too deeply, no UTF-8, or plainly another kind of file.
+        DymoeError: it is not JSON, has a key twice or a number that is none, is nested too deeply, no UTF-8, plainly
+            another kind of file, or another value than `kind`.
     """
     try:
-        return json.loads(data)
+        value = json.loads(data, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_float)
     except (ValueError, RecursionError) as error:
         if instead := not_itself(data):
             raise DymoeError(f"{where}: {instead}") from None
@@ -208,9 +247,28 @@ def parse_json(data: bytes, where: str) -> Any:
             reason = f"not valid JSON ({line}column {error.colno}: {error.msg})"
         elif isinstance(error, RecursionError):
             reason = "not usable JSON (nested too deeply)"
-        else:  # no UTF-8, or a number with thousands of digits
+        else:  # no UTF-8, a key that is there twice, or a number with thousands of digits
             reason = f"not usable JSON ({error})"
         raise DymoeError(f"{where}: {reason}") from error
+    return value if kind is Any else check(value, kind, where)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in values if names.count(name) > 1)
+        raise ValueError(f"the key {brief(twice)} is there twice")
+    return values
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _no_number(brief(digits))
 
 
 _POINTER = (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")

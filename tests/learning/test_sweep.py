@@ -153,7 +153,7 @@ def test_the_same_run_of_another_sweep_is_taken_over(tmp_path):
     [
         ({"recipe": ["lora.yaml"]}, "sweep.yaml: recipe: unknown key; did you mean recipes?"),
         ({"recipes": []}, "sweep.yaml: recipes: no recipe is named"),
-        ({"recipes": [3]}, "sweep.yaml: recipes: expected a list of str or a mapping of keys, got [3]"),
+        ({"recipes": [3]}, "sweep.yaml: recipes.1: expected str or a mapping of keys, got 3"),
         ({"recipes": [{"label": "x"}]}, "sweep.yaml: recipes.1: expected a recipe's file or a mapping with the key"),
         ({"recipes": [{"recipe": "lora.yaml", "lable": "x"}]}, "recipes.1.lable: unknown key; did you mean"),
         ({"recipes": ["lroa.yaml"]}, "recipes.1 (lroa): "),
@@ -164,7 +164,7 @@ def test_the_same_run_of_another_sweep_is_taken_over(tmp_path):
         ({"seeds": []}, "sweep.yaml: seeds: expected at least one value, got []"),
         ({"seeds": [0, 0]}, "sweep.yaml: seeds: expected each value once, got [0, 0]"),
         ({"seeds": [-1]}, "lora: seed: expected a whole number from 0 below 2^32, got -1"),
-        ({"orders": ["backwards"]}, "sweep.yaml: orders: expected a list of one of origin, reverse, alphabet"),
+        ({"orders": ["backwards"]}, "sweep.yaml: orders.1: expected one of origin, reverse, alphabet, got 'backwards'"),
         ({"vary": {"settings.tau": []}}, "sweep.yaml: vary.settings.tau: expected at least one value"),
         ({"vary": {"settings.tua": [1]}}, "recipes.1 (lora tua=1): settings.tua: unknown key"),
         ({"base": {"training": {"lr": "fast"}}}, "recipes.1 (lora): training.lr: expected float, got 'fast'"),

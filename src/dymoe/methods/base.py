@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,4 +202,4 @@ def require(holds: bool, key: str, expected: str, value: Any) -> None:
         DymoeError: naming `key`, what was expected and the value given.
     """
     if not holds:
-        raise DymoeError(f"{key}: expected {expected}, got {value!r}")
+        raise DymoeError(f"{key}: expected {expected}, got {brief(value)}")

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.scoring.text import Scorer, brief, contains_words, process_answer
+from dymoe.messages import brief
+from dymoe.tasks.scoring.text import Scorer, contains_words, process_answer
 
 _OPPOSITE = {"yes": "no", "no": "yes"}
 

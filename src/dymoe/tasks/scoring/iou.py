@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.scoring.text import brief
+from dymoe.messages import brief
 
 THRESHOLD = 0.5
 SLACK = 0.05

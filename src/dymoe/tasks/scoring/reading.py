@@ -13,8 +13,8 @@ from typing import Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import parse_json, read_bytes
+from dymoe.messages import brief
 from dymoe.tasks.scoring import letter
-from dymoe.tasks.scoring.text import brief
 
 ANNOTATIONS: Mapping[str, tuple[str, ...]] = {
     "ScienceQA": ("problems.json", "pid_splits.json"),

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.scoring.text import brief, contains_words, process_answer
+from dymoe.messages import brief
+from dymoe.tasks.scoring.text import contains_words, process_answer
 
 PEOPLE = 10
 

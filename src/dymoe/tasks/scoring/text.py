@@ -82,9 +82,3 @@ def contains_words(text: str, phrase: str, longest: int = 24) -> bool:
     if not wanted or len(words) > longest:
         return False
     return any(words[start : start + len(wanted)] == wanted for start in range(len(words)))
-
-
-def brief(value: object, longest: int = 80) -> str:
-    """`repr(value)`, cut where a message would become unreadable."""
-    text = repr(value)
-    return text if len(text) <= longest else f"{text[:longest]}..."
