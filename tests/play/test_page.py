@@ -7,7 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -66,11 +70,10 @@ def address(runs, room):
         patch.setitem(os.environ, "GRADIO_TEMP_DIR", str(room))
         patch.setitem(os.environ, "GRADIO_ANALYTICS_ENABLED", "False")
         patch.setattr(pictures, "MAX_BYTES", 100_000)
-        from dymoe.play.page import launch
+        from dymoe.play.serve import serve
 
-        page, where = launch(runs, "127.0.0.1", None, room)
-        yield where
-        page.close(verbose=False)
+        with serve(runs, "127.0.0.1", None, room) as where:
+            yield where
 
 
 @pytest.fixture(scope="module")
@@ -136,18 +139,183 @@ def test_a_file_too_large_is_not_taken(client, tmp_path, room):
     assert not [file for file in room.rglob("*large*") if file.is_file()]
 
 
-@pytest.mark.parametrize(
-    "file", [{"path": "http://127.0.0.1:9/a.png"}, {"path": None, "url": "data:image/png;base64,AAAA"}]
-)
-def test_nothing_is_fetched_for_a_client(address, file):
+class Elsewhere:
+    """Another server of this machine, on a port of its own: answers with one page, counts what it is asked for."""
+
+    def __init__(self, page=""):
+        self.page, self.requests = page, []
+        other = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                other.requests.append(self.path)
+                data = other.page.encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def elsewhere():
+    server = Elsewhere()
+    yield server
+    server.close()
+
+
+@cache
+def http():
     import httpx
 
-    values = ["routed", 2, "What?", {**file, "meta": {"_type": "gradio.FileData"}}, LONGEST, 1, "v_proj"]
-    call = f"{address}gradio_api/call/ask"
-    event = httpx.post(call, json={"data": values}).json()["event_id"]
-    told = httpx.get(f"{call}/{event}", timeout=60).text
-    assert "event: error" in told
-    assert "sent here as a file" in told
+    return httpx.Client(timeout=60)
+
+
+def asked(address, path, values, **headers):
+    """(status, text) of a question put by hand, until it is answered."""
+    call = f"{address}gradio_api/{path}"
+    answer = http().post(call, json={"data": values, "session_hash": "mine", "fn_index": 2}, headers=headers)
+    if "event_id" not in answer.text or not path.startswith("call/"):
+        return answer.status_code, answer.text
+    return 200, http().get(f"{call}/{answer.json()['event_id']}", headers=headers).text
+
+
+ROUTES = ("call/ask", "call/v2/ask", "run/ask", "api/ask", "queue/join", "component_server")
+REFUSED = (403, '{"detail": "a picture is read only from this page\'s own uploads"}')
+
+
+def test_a_picture_is_an_upload_and_nothing_else(address, runs, room, tmp_path, elsewhere):
+    """Another picture of the user, no file, a folder, a text: one answer, in every form and field, for every route."""
+    picture = runs.examples("routed")[0].image
+    (tmp_path / "mine.png").write_bytes(picture)
+    (tmp_path / "notes.txt").write_text("mine")
+    upload = http().post(f"{address}gradio_api/upload", files={"files": ("../../a.png", picture)}).json()[0]
+    assert Path(upload).resolve().is_relative_to(room.resolve())
+    link = Path(upload).with_name("link.png")
+    link.symlink_to(tmp_path / "mine.png")
+    beside = Path(upload).with_name("beside.png")
+    beside.write_bytes(picture)
+    places = [tmp_path / name for name in ("mine.png", "nothing.png", ".", "notes.txt")]
+    places += [link, beside, f"{upload}/../link.png", room, "/dev/zero", "/proc/self/environ", f"{elsewhere.url}a.png"]
+    meta = {"meta": {"_type": "gradio.FileData"}}
+    files = [{"path": str(place), **more} for place in places for more in ({}, meta, {**meta, "orig_name": "a.png"})]
+    files += [
+        {"path": None, "url": f"{elsewhere.url}a.png", **meta},
+        {"path": upload, "url": f"{elsewhere.url}a.png", **meta},
+    ]
+    fields = ["routed", 2, "What?", None, LONGEST, 1, "v_proj"]
+    for file in files:
+        assert asked(address, "call/ask", [*fields[:3], file, *fields[4:]]) == REFUSED, file
+    for route in ROUTES:
+        for number in range(len(fields)):
+            for value in (files[1], [files[1]], {"value": files[-3]}):
+                assert asked(address, route, [*fields[:number], value, *fields[number + 1 :]]) == REFUSED
+    for name in (*places, elsewhere.url):
+        answer = http().get(f"{address}gradio_api/file={name}")
+        assert (answer.status_code, answer.text) == REFUSED
+    assert elsewhere.requests == []
+    assert http().get(f"{address}gradio_api/file={upload}").content == picture
+    status, told = asked(address, "call/ask", [*fields[:3], {"path": upload, **meta}, *fields[4:]])
+    assert (status, "event: complete" in told) == (200, True)
+
+
+def test_another_host_or_origin_is_refused(address):
+    port = address.rstrip("/").rpartition(":")[2]
+    values = ["routed", 0, "What?", None, LONGEST, 1, "v_proj"]
+    for headers in (
+        {"Host": f"evil.example:{port}"},
+        {"Host": f"evil.example:{port}", "Origin": f"http://evil.example:{port}"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://localhost:1"},
+    ):
+        assert asked(address, "call/ask", values, **headers)[0] == 403
+        for method, path in (
+            ("GET", ""),
+            ("GET", "config"),
+            ("OPTIONS", "gradio_api/call/ask"),
+            ("POST", "gradio_api/upload"),
+        ):
+            more = {"Access-Control-Request-Method": "POST"} if method == "OPTIONS" else {}
+            answer = http().request(method, f"{address}{path}", headers={**headers, **more})
+            assert answer.status_code == 403
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+            assert "gradio" not in answer.text.lower()
+    for name in ("127.0.0.1", "localhost"):
+        headers = {"Host": f"{name}:{port}", "Origin": f"http://{name}:{port}"}
+        status, told = asked(address, "call/ask", values, **headers)
+        assert (status, "event: complete" in told) == (200, True)
+
+
+# Every way a page has of asking another address; `window.read` is what it could read.
+ATTACK = r"""<!doctype html><title>elsewhere</title><body><script>
+const target = TARGET, body = JSON.stringify({data: ["routed", 0, "HOSTILE", null, 8, 1, "v_proj"]});
+window.read = [];
+const note = (what) => (value) => window.read.push(`${what}: ${value}`);
+const text = (answer) => answer.text().then((text) => { if (!answer.ok) throw text; return text; });
+window.done = Promise.allSettled([
+  fetch(target + "config").then(text).then(note("config")),
+  fetch(target + "gradio_api/call/ask", {method: "POST", body, headers: {"Content-Type": "application/json"}})
+    .then(text).then((answer) => fetch(`${target}gradio_api/call/ask/${JSON.parse(answer).event_id}`)).then(text)
+    .then(note("json")),
+  fetch(target + "gradio_api/call/ask", {method: "POST", body, headers: {"Content-Type": "text/plain"}}).then(text)
+    .then(note("simple")),
+  fetch(target + "gradio_api/call/ask", {method: "POST", mode: "no-cors", body}),
+  new Promise((done) => { const picture = new Image(); picture.onload = () => done(note("image")("loaded"));
+    picture.onerror = done; picture.src = target + "static/img/logo.svg"; }),
+  new Promise((done) => { const script = document.createElement("script");
+    script.onload = () => done(note("script")("loaded")); script.onerror = done;
+    script.src = target + "theme.css"; document.body.append(script); }),
+  new Promise((done) => { const stream = new EventSource(target + "gradio_api/heartbeat/x");
+    stream.onopen = () => done(note("stream")("open")); stream.onerror = () => { stream.close(); done(); }; }),
+  new Promise((done) => { const frame = document.createElement("iframe"); frame.sandbox = "allow-scripts allow-forms";
+    frame.onload = done; frame.srcdoc = `<form method=post enctype="text/plain" action="${target}gradio_api/call/ask">
+      <input name='${body.slice(0, -1)},"a":"' value='"}'></form><script>document.forms[0].submit()<\/script>`;
+    document.body.append(frame); }),
+]);
+</script>"""
+
+
+@pytest.mark.parametrize("where", ["another port", "another name for the page's own address"])
+def test_a_page_elsewhere_does_not_reach_it_in_a_browser(runs, room, tmp_path, monkeypatch, where):
+    from dymoe.play.serve import serve
+    from tests.report.browser import chromium
+
+    questions = []
+    monkeypatch.setattr(runs, "ask", lambda *words: questions.append(words) or type(runs).ask(runs, *words))
+    other = Elsewhere()
+    # Stands for a name server that first leads a name to its owner's machine, then to this one.
+    switch = f"--host-resolver-rules=MAP rebound.example 127.0.0.1, MAP evil.example {other.url.split('/')[2]}"
+    with serve(runs, "127.0.0.1", None, room) as address, chromium(tmp_path / "profile", switch) as tab:
+        if where == "another port":
+            other.page = ATTACK.replace("TARGET", json.dumps(address))
+            tab.visit("http://evil.example/")
+            tab.evaluate("window.done.then(() => 0)")
+            assert tab.evaluate("window.read") == []
+        else:
+            tab.visit(address.replace("127.0.0.1", "rebound.example"))
+            assert "answers only at its own address" in tab.evaluate("document.body.textContent")
+        assert questions == []
+        # The same from the page itself: the script can ask, so it is the guard that stopped it.
+        tab.visit(address)
+        script = ATTACK.partition("<script>")[2].rpartition("</script>")[0].replace("TARGET", json.dumps(address))
+        tab.evaluate(f"(() => {{ {script} }})()")
+        tab.evaluate("window.done.then(() => 0)")
+        kinds = {line.partition(":")[0] for line in tab.evaluate("window.read")}
+        assert kinds >= {"config", "json", "image", "script", "stream"}
+    other.close()
+    assert "HOSTILE" in {words[2] for words in questions}
 
 
 def test_a_cancelled_question_makes_room_for_the_next(client):
@@ -162,11 +330,12 @@ def test_a_cancelled_question_makes_room_for_the_next(client):
 
 
 def test_a_taken_port_is_one_line(address, runs, room):
-    from dymoe.play.page import launch
+    from dymoe.play.serve import serve
 
     port = int(address.rstrip("/").rpartition(":")[2])
-    with pytest.raises(DymoeError, match=rf"play: 127.0.0.1:{port} cannot be listened on; give another --port") as told:
-        launch(runs, "127.0.0.1", port, room)
+    line = rf"play: 127.0.0.1:{port} cannot be listened on; give another --port"
+    with pytest.raises(DymoeError, match=line) as told, serve(runs, "127.0.0.1", port, room):
+        pass
     assert "\n" not in str(told.value)
 
 

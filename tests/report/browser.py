@@ -152,8 +152,8 @@ class Page:
 
 
 @contextmanager
-def chromium(profile: Path) -> Iterator[Page]:
-    """A fresh headless browser with one empty tab; ended with the block."""
+def chromium(profile: Path, *switches: str) -> Iterator[Page]:
+    """A fresh headless browser with one empty tab, with further switches; ended with the block."""
     ends = []
     for _ in range(2):
         # Above 10, so that putting them at 3 and 4 can never overwrite one with the other.
@@ -162,7 +162,7 @@ def chromium(profile: Path) -> Iterator[Page]:
         for end in pair:
             os.close(end)
     command_read, command_write, reply_read, reply_write = ends
-    arguments = [find_chromium(), *SWITCHES, f"--user-data-dir={profile}", "about:blank"]
+    arguments = [find_chromium(), *SWITCHES, *switches, f"--user-data-dir={profile}", "about:blank"]
     process = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, str(command_read), str(reply_write), *arguments],
         pass_fds=(command_read, reply_write),

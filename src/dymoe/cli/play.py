@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         print(HELP)
         return 0 if argv else 2
     options, words = parse("play", argv, ("--host", "--port"))
-    host, port = options.get("--host", "127.0.0.1"), whole("play", options, "--port")
+    host, port = options.get("--host") or "127.0.0.1", whole("play", options, "--port")
     if port is not None and port > 65535:
         raise DymoeError(f"play: --port: expected 1 to 65535, got {port}")
     require_gradio()
@@ -41,19 +41,17 @@ def main(argv: Sequence[str]) -> int:
         from dymoe.play.ask import Runs
 
         runs = Runs([Path(word) for word in words], tell=lambda text: print(text, file=sys.stderr, flush=True))
-        from dymoe.play.page import launch
+        from dymoe.play.serve import serve
 
-        page, address = launch(runs, host, port, Path(room))
         try:
-            if host not in LOOPBACK:
-                print(f"dymoe: everyone who reaches {host} can use this page", file=sys.stderr)
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads are removed then too
-            print(f"Open {address} (Ctrl+C ends)", flush=True)
-            Event().wait()
+            with serve(runs, host, port, Path(room)) as address:
+                if host not in LOOPBACK:
+                    print(f"dymoe: everyone who reaches {host} can use this page", file=sys.stderr)
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads are removed then too
+                print(f"Open {address} (Ctrl+C ends)", flush=True)
+                Event().wait()
         except KeyboardInterrupt:
             print()
-        finally:
-            page.close(verbose=False)
     return 0
 
 

@@ -4,7 +4,6 @@ Gradio serves it, without its analytics, share links, web fonts and footer: the 
 """
 
 import html
-import tempfile
 from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from fastapi import FastAPI
 
 from dymoe import pictures
 from dymoe.errors import DymoeError
 from dymoe.play import overlay
 from dymoe.play.ask import LONGEST, Asked, Runs
+from dymoe.play.guard import ONLY_UPLOADS, Uploads
 from dymoe.tasks.records import check_image
 
 TITLE = "dymoe: ask a learned run"
@@ -25,54 +26,40 @@ FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-
 ANSWER = 32  # tokens, unless asked for more
 QUESTION = 4000  # characters
 WAITING = 16  # questions in the queue
-ELSEWHERE = "a picture is sent here as a file; none is fetched from another address"
 BEFORE = "Here the routing of the tokens is drawn when a question has been answered."
 ABOUT = """Ask what the run was taught, stage by stage; with the instruction that its examples carry, the answer is the
 one that evaluation gives. Below it each patch of the picture and each word is marked with the expert group that serves
 it and with its token type."""
 
 
-async def _cached_here(self: Any, url_or_file_path: str | Path | None) -> str | None:
-    """The place in the cache of a file that was sent here.
+def _upload_field(uploads: Uploads) -> Any:
+    """Gradio's image field, which decodes nothing, fetches nothing and reads uploads alone.
 
-    Raises:
-        gr.Error: it is at another address.
+    Made without Gradio's own metaclass code, which would write a stub (.pyi) beside this file; a class all the same,
+    since Gradio makes new fields of it for each visitor.
     """
-    if "://" in str(url_or_file_path or ""):
-        raise _shown(ELSEWHERE)
-    place: str | None = await gr.Image.async_move_resource_to_block_cache(self, url_or_file_path)
-    return place
 
+    def encoded(self: Any, payload: Any) -> bytes | None:
+        """The encoded picture, checked before anything decodes it; None without one.
 
-def _encoded(self: Any, payload: Any) -> bytes | None:
-    """The encoded picture, checked before anything decodes it; None without one.
+        Raises:
+            gr.Error: it is no upload, no picture, or a larger one than is read.
+        """
+        if payload is None:
+            return None
+        file = uploads.find(payload.path)
+        if file is None:
+            raise _shown(ONLY_UPLOADS)
+        try:
+            pictures.check_size(file.stat().st_size)
+            data = file.read_bytes()
+            check_image(data)
+        except (DymoeError, OSError) as error:
+            raise _shown(_line(error).replace("'image'", "the picture", 1)) from None
+        return data
 
-    Raises:
-        gr.Error: it is no picture, a larger one than is read, or not sent as a file.
-    """
-    if payload is None:
-        return None
-    if payload.path is None:
-        raise _shown(ELSEWHERE)
-    file = Path(payload.path)
-    try:
-        pictures.check_size(file.stat().st_size)
-        data = file.read_bytes()
-        check_image(data)
-    except (DymoeError, OSError) as error:
-        raise _shown(_line(error).replace("'image'", "the picture", 1)) from None
-    return data
-
-
-# Gradio's image field, which decodes nothing and fetches nothing. Made without Gradio's own metaclass code, which would
-# write a stub (.pyi) beside this file; a class all the same, since Gradio makes new fields of it for each visitor.
-_MEMBERS = {
-    "__module__": __name__,
-    "is_template": True,
-    "preprocess": _encoded,
-    "async_move_resource_to_block_cache": _cached_here,
-}
-Upload: Any = ABCMeta.__new__(type(gr.Image), "Upload", (gr.Image,), _MEMBERS)
+    members = {"__module__": __name__, "is_template": True, "preprocess": encoded}
+    return ABCMeta.__new__(type(gr.Image), "Upload", (gr.Image,), members)
 
 
 @dataclass(frozen=True)
@@ -99,18 +86,19 @@ class Answer:
     routing: Any
 
 
-def build(runs: Runs, files: Path) -> gr.Blocks:
+def build(runs: Runs, files: Path, uploads: Uploads) -> gr.Blocks:
     """The page, not yet served.
 
     Args:
         runs: in memory.
         files: a folder for the examples' pictures.
+        uploads: what pictures are read from; told here which files there are.
     """
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# {TITLE}\n{' '.join(ABOUT.split())}")
         with gr.Row():
             with gr.Column(scale=2):
-                question = _question(runs)
+                question = _question(runs, uploads)
             with gr.Column(scale=3):
                 answer = _answer(runs)
         examples = _examples(runs, runs.names[0], files)
@@ -118,12 +106,13 @@ def build(runs: Runs, files: Path) -> gr.Blocks:
         gr.Examples(examples, fields, examples_per_page=8, label="From the run")
         _follow(runs, question, answer)
         page.queue(max_size=WAITING)
+    uploads.names = (page.upload_file_set, question.picture.keep_in_cache)
     return page
 
 
-def _question(runs: Runs) -> Question:
+def _question(runs: Runs, uploads: Uploads) -> Question:
     """The left side, from top to bottom."""
-    picture = Upload(
+    picture = _upload_field(uploads)(
         label="Picture",
         placeholder="Drop a picture here or click: PNG, JPEG or WebP; none for a question of text alone",
         sources=["upload", "clipboard"],
@@ -275,44 +264,12 @@ def _one_line(work: Callable[..., Any]) -> Callable[..., Any]:
     return told
 
 
-def launch(runs: Runs, host: str, port: int | None, room: Path) -> tuple[gr.Blocks, str]:
-    """Serve the page from a thread of its own.
-
-    Args:
-        runs: in memory.
-        host: address to listen on.
-        port: the first free one from Gradio's usual one on when None.
-        room: a folder for uploads and examples; its owner removes it.
-
-    Returns:
-        The page (`close` ends it) and its address.
-
-    Raises:
-        DymoeError: the host is none of this machine, or the port is taken.
-    """
-    files = Path(tempfile.mkdtemp(dir=room))
-    page = build(runs, files)
-    try:
-        _, local, _ = page.launch(
-            share=False,
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            inbrowser=False,
-            quiet=True,
-            max_file_size=pictures.MAX_BYTES,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            theme=gr.themes.Default(**FONTS),
-            css=overlay.STYLE,
-        )
-    except OSError as error:
-        where = f"{host}:{port}" if port else host
-        raise DymoeError(
-            f"play: {where} cannot be listened on; give another --port or --host ({_line(error)})"
-        ) from None
-    return page, local
+def mount(page: gr.Blocks) -> Any:
+    """The page as a server (ASGI), not yet guarded or listening."""
+    app = FastAPI(openapi_url=None)
+    quiet: dict[str, Any] = {"footer_links": [], "run_history": False, "enable_monitoring": False, "show_error": False}
+    off: dict[str, Any] = {"ssr_mode": False, "pwa": False, "mcp_server": False}
+    look: dict[str, Any] = {"theme": gr.themes.Default(**FONTS), "css": overlay.STYLE}
+    gr.mount_gradio_app(app, page, "/", max_file_size=pictures.MAX_BYTES, **quiet, **off, **look)
+    page.app = app.routes[-1].app  # type: ignore[attr-defined]  # whose streams `close` ends
+    return app
