@@ -180,12 +180,19 @@ def test_interrupted_twice_ends_bit_for_bit_the_same(learned, tiny_folder, tmp_p
     for stage in range(1, len(stages(whole)) + 1):
         with pytest.raises(KeyboardInterrupt):
             run(settings, resume=True, display=Quiet(stage, 3))
-    folder = run(settings, resume=True, display=Quiet())
+    same_run(run(settings, resume=True, display=Quiet()), whole)
+
+
+def same_run(folder: Path, whole: Path) -> None:
+    """Assert that two runs logged the same steps and left the same groups, answers and numbers."""
     assert steps(folder) == steps(whole)
     for one, other in zip(stages(folder), stages(whole), strict=True):
         for file in (other / "adapter").iterdir():
             assert (one / "adapter" / file.name).read_bytes() == file.read_bytes(), file
         assert (one / "scores.json").read_bytes() == (other / "scores.json").read_bytes()
+    one, other = (json.loads((place / "results.json").read_text()) for place in (folder, whole))
+    for key in ("matrix", "metrics", "group_hashes", "training", "drift", "forgetting"):
+        assert one[key] == other[key], key
 
 
 @pytest.mark.parametrize("method, companion", CASES)
