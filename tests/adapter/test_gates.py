@@ -353,5 +353,5 @@ def test_a_trained_on_linear_group_after_a_deleted_probe_is_as_if_there_had_been
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
     save_group(model, "g1", tmp_path / "g1")
-    with pytest.raises(DymoeError, match="'alone' cannot be loaded"):
+    with pytest.raises(DymoeError, match=r"'alone' holds .*dymoe_router of shape"):
         load_group(tiny_llama(), None, "alone", tmp_path / "g1")

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 
 from dymoe.adapter import DyMoEConfig, LayerRouting
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import autocast, batches, evaluated, to_device
 from dymoe.learning.folder import StageFolder
-from dymoe.learning.groups import hashes, load_group, trace_of
+from dymoe.learning.groups import WEIGHTS, hashes, load_group, read_tensors, set_group, trace_of
 from dymoe.learning.learner import base_model
 from dymoe.learning.recipe import Recipe, recorded
 from dymoe.lvlm import Collator, Lvlm, cached_features
@@ -108,8 +107,8 @@ class Learned:
         for one in self.stages[:stage]:
             newest = max(other.index for other in self.stages[:stage] if other.group == one.group)
             if self._held[one.group] != newest:
-                weights = load_file(self.stages[newest - 1].adapter / "adapter_model.safetensors")
-                set_peft_model_state_dict(self.model, weights, adapter_name=one.group)
+                file = self.stages[newest - 1].adapter / WEIGHTS
+                set_group(self.model, one.group, read_tensors(file), str(file))
                 self._held[one.group] = newest
         groups = self.groups(stage)
         tuner: Any = self.model.base_model

@@ -1,17 +1,34 @@
 """Expert groups on a model and on disk: begin, train on, freeze, save, load, hash."""
 
+import re
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
-from torch import nn
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from dymoe.adapter import DyMoEConfig, DyMoEModel, RoutingTrace, group_hash, group_tensors
+from dymoe.adapter import (
+    DyMoEConfig,
+    DyMoELayer,
+    DyMoEModel,
+    GroupHolder,
+    RoutingTrace,
+    group_hash,
+    group_tensors,
+    tensors_hash,
+)
+from dymoe.adapter.selectors import SELECTORS
 from dymoe.errors import DymoeError
-from dymoe.files import TEMPORARY, atomic_dir
+from dymoe.files import TEMPORARY, atomic_dir, reason
+from dymoe.learning import whole
+
+WEIGHTS = "adapter_model.safetensors"  # PEFT's name
 
 
 def train_group(base: nn.Module, model: PeftModel | None, name: str, config: DyMoEConfig) -> PeftModel:
@@ -70,21 +87,36 @@ def delete_group(model: PeftModel, name: str) -> PeftModel | None:
 
 
 def save_group(model: PeftModel, name: str, folder: Path) -> None:
-    """Save the group `name` as a PEFT adapter in `folder`, atomically.
+    """Save the group `name` as a PEFT adapter in `folder`, atomically, once its file was read back and is the group.
 
     Raises:
-        DymoeError: the folder cannot be written; nothing half-written is left.
+        DymoeError: the folder cannot be written, what was written is not the group, or the group has numbers that are
+            not finite; nothing half-written is left.
     """
     with atomic_dir(folder) as temporary:
-        write_group(model, name, temporary)
+        write_group(model, name, temporary, folder)
+        where = f"{folder}: expert group {name!r} is not saved: its file, read back,"
+        tensors, own = read_tensors(temporary / WEIGHTS), group_tensors(model, name)
+        check_tensors(tensors, model.peft_config[name], where, {key: tuple(value.shape) for key, value in own.items()})
+        if tensors_hash(sorted(tensors.items())) != group_hash(model, name):
+            differing = [key for key, value in own.items() if not torch.equal(value.cpu(), tensors[key])]
+            raise DymoeError(f"{where} differs in {_listed(differing)}")
 
 
-def write_group(model: PeftModel, name: str, folder: Path, **options: Any) -> None:
+def write_group(model: PeftModel, name: str, folder: Path, target: Path | None = None, **options: Any) -> None:
     """Write the group `name` into `folder` itself (PEFT would make a folder of that name inside it).
 
+    Args:
+        model: holds the group.
+        name: the group.
+        folder: where to.
+        target: what messages call the folder, where it is yet to take another one's place.
+        options: for PEFT's `save_pretrained`.
+
     Raises:
-        DymoeError: the disk is full or the folder cannot be written.
+        DymoeError: the disk is full, the folder cannot be written, or not all of the group was.
     """
+    target = target or folder
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as inner:
             # No look-up of the base model in the network: the embeddings never train.
@@ -94,20 +126,138 @@ def write_group(model: PeftModel, name: str, folder: Path, **options: Any) -> No
                 # PEFT's model card speaks of a Hub repository that does not exist.
                 if file.name != "README.md":
                     shutil.move(file, folder / file.name)
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                written = list(file.keys())
     except (OSError, SafetensorError) as error:
-        raise DymoeError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+        raise DymoeError(f"{target}: cannot be written ({reason(error, folder)})") from error
+    own = [key.rpartition(".")[0] for key in whole.named(model) if of_group(key, name)]
+    _compare_names(written, own, f"{target}: expert group {name!r} is not saved: its file, read back,")
+
+
+def of_group(parameter: str, group: str) -> bool:
+    """Whether a parameter, by its name in the model, is one of the group's."""
+    return ".dymoe_" in parameter and parameter.rpartition(".")[2] == group
 
 
 def load_group(base: nn.Module, model: PeftModel | None, name: str, folder: Path) -> PeftModel:
     """Load a saved group, frozen and active, after the groups that `model` already has.
 
     Raises:
-        DymoeError: the folder holds no group or a broken one, or it does not fit the model.
+        DymoeError: the folder holds no group or a broken one, or it does not fit the model; `base` and `model` are as
+            they were.
+    """
+    where = f"{folder}: expert group {name!r}"
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        tensors = read_tensors(folder / WEIGHTS)
+        check_tensors(tensors, config, where)
+        config.inference_mode = True
+        # PEFT's get_peft_model would put the path of `base` there.
+        told, config.base_model_name_or_path = config.base_model_name_or_path, None
+        model = train_group(base, model, name, cast(DyMoEConfig, config))
+        config.base_model_name_or_path = told
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DymoeError(f"{where} cannot be loaded ({error})") from error
+    try:
+        set_group(model, name, tensors, where)
+    except DymoeError:
+        delete_group(model, name)
+        raise
+    model.eval()
+    return model
+
+
+def set_group(model: PeftModel, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Let the group `name` of the model have these tensors.
+
+    Args:
+        model: holds the group.
+        name: the group.
+        tensors: all of the group, by the names under which PEFT saves them.
+        where: what messages call their source.
+
+    Raises:
+        DymoeError: they are not exactly the group's (see `check_tensors`); the model is as it was.
+    """
+    own = group_tensors(model, name)
+    shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    check_tensors(tensors, model.peft_config[name], where, shapes)
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        DymoeError: it is missing or no safetensors file.
     """
     try:
-        if model is None:
-            return PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=False)  # type: ignore[arg-type]
-        model.load_adapter(folder, adapter_name=name, is_trainable=False)
-        return model
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DymoeError(f"{folder}: expert group {name!r} cannot be loaded ({error})") from error
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise DymoeError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+_NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?P<kind>dymoe_\w+)")
+_HOLDERS: tuple[type[GroupHolder], ...] = (DyMoELayer, *SELECTORS.values())
+_KINDS = {kind for holder in _HOLDERS for kind in holder.adapter_layer_names}
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], config: PeftConfig, where: str, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
+    """Refuse tensors that are not those of one expert group, before anything is done with them.
+
+    Args:
+        tensors: by the names under which PEFT saves them.
+        config: the group's.
+        where: what messages call their source.
+        shapes: of the group in the model that it is for, by the same names. Without them names and shapes are compared
+            with what the config says, which knows neither all layers nor their widths.
+
+    Raises:
+        DymoeError: a tensor is no part of an expert group, is missing, has another shape or numbers that are not
+            finite.
+    """
+    if not isinstance(config, DyMoEConfig):
+        raise DymoeError(f"{where} is no expert group (peft_type {getattr(config, 'peft_type', None)!r}, not DYMOE)")
+    for name, tensor in tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None or match["kind"] not in _KINDS:
+            raise DymoeError(f"{where} holds {name!r}, which is no part of an expert group")
+        if not _fits(tuple(tensor.shape), match["kind"], match["layer"], config):
+            raise DymoeError(f"{where} holds {name} of shape {tuple(tensor.shape)}, which is not what its config makes")
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise DymoeError(f"{where} holds {name}, which has numbers that are not finite")
+    if shapes is None:
+        return
+    _compare_names(tensors, shapes, where)
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise DymoeError(f"{where} holds {name} of shape {tuple(tensors[name].shape)}, this model has {shape}")
+
+
+def _fits(shape: tuple[int, ...], kind: str, layer: str, config: DyMoEConfig) -> bool:
+    """Whether a config makes a tensor of this shape, as far as it says."""
+    experts = config.experts_in(layer)
+    if kind in ("dymoe_A", "dymoe_B"):
+        return len(shape) == 3 and shape[:2] == (experts, config.r)
+    if kind == "dymoe_router":
+        return len(shape) == 2 and (shape[0] == experts or config.gate == "linear")
+    return True
+
+
+def _compare_names(there: Iterable[str], expected: Iterable[str], where: str) -> None:
+    """Refuse a group's tensors of which some are missing or too many."""
+    missing, unknown = sorted({*expected} - {*there}), sorted({*there} - {*expected})
+    if missing:
+        raise DymoeError(f"{where} lacks {len(missing)} of {len({*expected})} tensors: {_listed(missing)}")
+    if unknown:
+        raise DymoeError(f"{where} holds tensors that the model has no place for: {_listed(unknown)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first names of many."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

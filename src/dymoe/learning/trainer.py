@@ -13,9 +13,8 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -23,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json
 from dymoe.learning import whole
-from dymoe.learning.groups import trace_of, write_group
+from dymoe.learning.groups import WEIGHTS, of_group, read_tensors, set_group, trace_of, write_group
 from dymoe.learning.order import Loader, Order
 from dymoe.learning.processes import ALONE, Processes
 from dymoe.learning.recipe import Training
@@ -31,7 +30,6 @@ from dymoe.lvlm.model import require_bitsandbytes
 from dymoe.methods import Method
 from dymoe.methods.companions import Companion
 
-WEIGHTS = "adapter_model.safetensors"
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # transformers' names
 MARKER = "complete.json"
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged-adamw": "paged_adamw_32bit"}  # transformers' names
@@ -292,7 +290,7 @@ class StageTrainer(Trainer):
             name -> tensor on the CPU in process 0; nothing in the others, which only take part.
         """
         model = self.accelerator.unwrap_model(self.model)
-        names = [name for name in whole.named(model) if ".dymoe_" in name and (every or _of_group(name, self.group))]
+        names = [name for name in whole.named(model) if ".dymoe_" in name and (every or of_group(name, self.group))]
         return whole.parameters(model, names, keep=self.processes.main)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -323,9 +321,9 @@ class StageTrainer(Trainer):
             atomic_json(folder / MARKER, sizes)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        file = Path(resume_from_checkpoint) / WEIGHTS
         target = self.accelerator.unwrap_model(model if model is not None else self.model)
-        set_peft_model_state_dict(target, weights, adapter_name=self.group)
+        set_group(target, self.group, read_tensors(file), str(file))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Transformers' optimizer; the order of its parameters is kept by name."""
@@ -384,11 +382,6 @@ class StageTrainer(Trainer):
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             vars(self.model).pop("forward", None)  # the unwrapped method, now found on the class again
         self.accelerator.free_memory()
-
-
-def _of_group(name: str, group: str) -> bool:
-    """Whether a parameter's name is that of one of the group's."""
-    return ".dymoe_" in name and name.rpartition(".")[2] == group
 
 
 def _has_own(method: Method, hook: str) -> bool:
