@@ -289,6 +289,7 @@ window.done = Promise.allSettled([
 
 @pytest.mark.parametrize("where", ["another port", "another name for the page's own address"])
 def test_a_page_elsewhere_does_not_reach_it_in_a_browser(runs, room, tmp_path, monkeypatch, where):
+    pytest.importorskip("gradio")
     from dymoe.play.serve import serve
     from tests.report.browser import chromium
 
