@@ -108,7 +108,7 @@ def test_text_alone_is_asked_too(runs):
         (("routed", -1, "x", None, 4), "stage -1"),
         (("routed", 1, " \n", None, 4), "there is no question"),
         (("routed", 1, "x", None, 0), "expected 1 to 256 tokens, got 0"),
-        (("routed", 1, "x", b"GIF89a", 4), "is not a PNG, JPEG or WebP picture"),
+        (("routed", 1, "x", b"GIF89a", 4), "is no picture that can be used: broken image of 6 bytes"),
         (("routed", 1, "x", png_header(10_000, 10_000), 4), "10000 x 10000 pixels; at most 89 million"),
         (("routed", 1, "see <image>", None, 4), "contains the special token <image>"),
     ],

@@ -14,6 +14,7 @@ from dymoe.evaluation.matrix import AccuracyMatrix
 from dymoe.learning import clock
 from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.recipe import Recipe
+from dymoe.pictures import for_browser
 
 if TYPE_CHECKING:
     from dymoe.tasks import Stream, Task
@@ -185,32 +186,10 @@ def shown_samples(tasks: "Sequence[Task]", split: str) -> list[dict[str, Any]]:
                 "answer": sample.answer,
             }
             if (image := sample.image) is not None:
-                shown = _small(image)
+                shown, record["mime"] = for_browser(image, SHOWN_BYTES, SHOWN_SIDE)
                 record["image_base64"] = base64.b64encode(shown).decode()
-                record["mime"] = _mime(shown)
             records.append(record)
     return records
-
-
-def _small(image: bytes) -> bytes:
-    """The picture as it is, or, if it is large, a JPEG of at most `SHOWN_SIDE` pixels a side."""
-    if len(image) <= SHOWN_BYTES:
-        return image
-    import io
-
-    from dymoe.lvlm.images import decode
-
-    picture = decode(image)
-    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
-
-
-def _mime(image: bytes) -> str:
-    if image.startswith(b"\x89PNG"):
-        return "image/png"
-    return "image/webp" if image.startswith(b"RIFF") else "image/jpeg"
 
 
 def data_description(stream: "Stream") -> dict[str, Any]:

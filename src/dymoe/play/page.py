@@ -55,7 +55,7 @@ def _upload_field(uploads: Uploads) -> Any:
             data = file.read_bytes()
             check_image(data)
         except (DymoeError, OSError) as error:
-            raise _shown(_line(error).replace("'image'", "the picture", 1)) from None
+            raise _shown(_line(error).replace("'image' is", "this is", 1)) from None
         return data
 
     members = {"__module__": __name__, "is_template": True, "preprocess": encoded}
@@ -220,9 +220,9 @@ def _examples(runs: Runs, name: str, files: Path) -> list[list[str | None]]:
     for number, sample in enumerate(runs.examples(name)):
         place = None
         if (data := sample.image) is not None:
-            with pictures.opened(data) as picture:
-                place = files / f"{number}.{str(picture.format).lower()}"
-            place.write_bytes(data)
+            shown, kind = pictures.for_browser(data)
+            place = files / f"{number}.{kind.removeprefix('image/')}"
+            place.write_bytes(shown)
         rows.append([None if place is None else str(place), sample.question, sample.answer])
     return rows
 

@@ -1,7 +1,6 @@
 """Token overlay: a sample's patches and words by the group that serves them and by type, before and after."""
 
 import base64
-import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from dymoe.errors import DymoeError
 from dymoe.files import read_bytes
+from dymoe.pictures import MAGIC, opened
 from dymoe.report.frames import Analysed, analysed, made, missing, routed
 from dymoe.report.parts import Choice, Keys, Sign, Table
-from dymoe.report.samples import MAGIC
 from dymoe.report.summary import Method
 from dymoe.report.tokens import TYPES, View, group_sign, served, type_sign, view_of
 
@@ -175,10 +174,8 @@ class _Pictures:
 
 
 def _shape(file: Path, data: bytes) -> float:
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with opened(data) as image:
             return image.width / image.height
-    except (OSError, ValueError, UnidentifiedImageError) as error:
+    except DymoeError as error:
         raise DymoeError(f"{file}: not a readable picture ({error}); run `dymoe analyze overlay` again") from None

