@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -259,3 +261,27 @@ def test_cached_features_work_for_llava_too(llava, mixed):
     assert torch.equal(plain["input_ids"], cached["input_ids"])
     with torch.no_grad():
         torch.testing.assert_close(llava.model(**cached).logits, llava.model(**plain).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_batch_of_huge_pictures_takes_the_memory_of_one(cached, tmp_path):
+    """Pictures of 81 million pixels, a few kB each as files: all at once they took ten gigabytes."""
+    code = f"""
+import io, resource
+from PIL import Image
+from dymoe.lvlm import Collator, ImageFeatures, load
+from dymoe.tasks import Sample
+lvlm = load("pocket")
+features = ImageFeatures(lvlm, batch_size=2) if {cached} else None
+buffers = []
+for shade in range(3):
+    buffer = io.BytesIO()
+    Image.new("L", (9000, 9000), shade).save(buffer, "PNG")
+    buffers.append(buffer.getvalue())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Collator(lvlm, features)([Sample(str(n), data, "q", "a", {{}}) for n, data in enumerate(buffers)])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(told.split()[-1]) < 1500  # MiB; one picture takes a GiB until it is scaled

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
 from dymoe.lvlm import Collator, Lvlm, cached_features, load
 from dymoe.lvlm.decoder import decoder_linears
+from dymoe.pictures import decode
 
 QUESTION = "What is it?\nAnswer with one word."
 SIZES = [(40, 24), (20, 60), None, (64, 50)]  # height, width
@@ -88,6 +90,41 @@ def test_a_row_does_not_depend_on_its_batch(loaded):
             alone = lvlm.model(**collator([item])).logits[0]
             torch.testing.assert_close(together[row, -len(alone) :], alone, atol=2e-4, rtol=1e-3)
     assert together.std() > 0.1
+
+
+def test_one_picture_is_in_memory_at_a_time_and_the_batch_is_the_processors(loaded, monkeypatch):
+    family, _, lvlm = loaded
+    alive: list[weakref.ref] = []
+    most = []
+
+    def watched(data):
+        picture = decode(data)
+        alive.append(weakref.ref(picture))
+        most.append(sum(reference() is not None for reference in alive))
+        return picture
+
+    items = [item for size, item in made(family) if size is not None]
+    collator = Collator(lvlm)
+    collator.prompts(items)  # the first batch tries out whether pictures can be joined
+    monkeypatch.setattr("dymoe.lvlm.collate.decode", watched)
+    batch = collator.prompts(items)
+    assert most == [1] * len(items)
+    if not lvlm.processor.chat_template:
+        return
+    texts = [
+        lvlm.processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        for _ in items
+    ]
+    pictures = [[decode(item.image)] for item in items]
+    whole = lvlm.processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
+    compared = set(whole) - {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+    assert {name for name in compared if "pixel" in name}
+    for name in compared:
+        assert torch.equal(batch[name], torch.as_tensor(whole[name])), name
 
 
 def test_the_picture_counts_and_an_answer_does_not_see_its_future(loaded):

@@ -13,7 +13,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dymoe.errors import DymoeError
-from dymoe.lvlm.features import ImageFeatures
+from dymoe.lvlm.features import ImageFeatures, joined, made_picture, same
 from dymoe.lvlm.images import decode
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Collator:
                 f"{type(processor).__name__}: it has no image token, so no prompt with a picture is written"
             )
         # Some processors write the answer themselves, because its tokens see less than the prompt's do.
+        self._apart: bool | None = None  # see `_one_by_one`
         self._takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
         self._eos: str = self._tokenizer.eos_token
         self._end = self._end_token()
@@ -290,17 +291,50 @@ class Collator:
             if seen and self._features is not None:
                 made, images = self._from_features(part, said, self._features)
             else:
-                pictures = [_named(sample, decode) for sample in part] if seen else None
                 ends = None if suffixes is None else [suffixes[number] for number in numbers]
-                made, images = self._process(part, said, pictures, ends)
+                made, images = self._processed(part, said, ends)
             for number, row in zip(numbers, made, strict=True):
                 rows[number] = row
         return _filled(rows), images
 
+    def _processed(
+        self, samples: "Sequence[Sample]", texts: list[str], suffixes: list[str] | None
+    ) -> tuple[list[Row], dict[str, Any]]:
+        """Rows and image inputs of samples that all have a picture, or none.
+
+        Pictures are decoded and brought to the model's size one after another, so that one alone is in memory as
+        large as it is; all at once only where the processor makes something else of several.
+        """
+        if samples[0].has_image and len(samples) > 1 and self._one_by_one():
+            ends: Sequence[str | None] = suffixes or [None] * len(samples)
+            parts = [
+                self._processed([sample], [text], None if end is None else [end])
+                for sample, text, end in zip(samples, texts, ends, strict=True)
+            ]
+            return [row for rows, _ in parts for row in rows], joined([images for _, images in parts])
+        pictures = [_named(sample, decode) for sample in samples] if samples[0].has_image else None
+        return self._process(samples, texts, pictures, suffixes)
+
+    def _one_by_one(self) -> bool:
+        """Whether two pictures processed apart and joined are what the processor makes of both; tried out once."""
+        if self._apart is None:
+            from dymoe.tasks import Sample
+
+            pair = [Sample(str(size), made_picture(*size), "What is it?", "It", {}) for size in ((40, 24), (20, 48))]
+            texts, suffixes = [self._render(sample.question, True) for sample in pair], ["It", "It"]
+            try:
+                self._apart = False
+                together = self._processed(pair, texts, suffixes if self._takes_suffix else None)
+                self._apart = True
+                self._apart = same(together, self._processed(pair, texts, suffixes if self._takes_suffix else None))
+            except (DymoeError, TypeError, ValueError, RuntimeError, IndexError):
+                self._apart = False  # whatever it is, the batch itself meets and tells it
+        return self._apart
+
     def _process(
         self, samples: "Sequence[Sample]", texts: list[str], pictures: list[Any] | None, suffixes: list[str] | None
     ) -> tuple[list[Row], dict[str, Any]]:
-        """Rows and image inputs as the model's own processor makes them."""
+        """Rows and image inputs as the model's own processor makes them of these samples together."""
         options: dict[str, Any] = {
             "padding": True,
             "padding_side": "left",

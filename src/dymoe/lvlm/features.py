@@ -4,17 +4,22 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from dymoe.errors import DymoeError
 from dymoe.lvlm.images import cores, decode
+from dymoe.pictures import opened
 
 if TYPE_CHECKING:
     from dymoe.lvlm.model import Lvlm
     from dymoe.tasks import Sample
 
+LARGE = 1 << 24  # pixels of a picture that is prepared alone: it may take a GiB until it is scaled
+_LARGE_ONES = Lock()
 _PLAIN_OUTPUT = {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}
 
 
@@ -125,8 +130,7 @@ class ImageFeatures:
             return
         made = [future.result() for _, future in batch]
         made += [made[-1]] * (self._batch_size - len(made))
-        inputs = {name: _joined([one[name] for one in made]) for name in made[0]}
-        encoded = self._encode(inputs)
+        encoded = self._encode(joined(made))
         self.as_tensor = isinstance(encoded, torch.Tensor)
         for (key, _), value in zip(batch, encoded[: len(batch)], strict=True):
             value = value.cpu().clone()
@@ -149,14 +153,46 @@ def _named_images(samples: "Iterable[Sample]") -> Iterator[tuple[str, bytes]]:
 def _prepared(lvlm: "Lvlm", name: str, image: bytes) -> dict[str, Any]:
     """The model's inputs for one picture; an error begins with `name`."""
     try:
-        picture = decode(image)
+        with opened(image) as header:
+            large = header.width * header.height > LARGE
+        with _LARGE_ONES if large else nullcontext():
+            picture = decode(image)
+            return dict(cast(Any, lvlm.processor).image_processor(images=[picture], return_tensors="pt"))
     except DymoeError as error:
         raise DymoeError(f"{name}{error}") from error
-    return dict(cast(Any, lvlm.processor).image_processor(images=[picture], return_tensors="pt"))
 
 
-def _joined(values: list[Any]) -> Any:
-    return torch.cat(values) if isinstance(values[0], torch.Tensor) else [item for value in values for item in value]
+def joined(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What an image processor made of single pictures as it would have made it of all of them.
+
+    Tensors are put one behind the other, smaller ones filled up with zeros at the end of each further dimension.
+    """
+
+    def one(values: list[Any]) -> Any:
+        if not isinstance(values[0], torch.Tensor):
+            return [item for value in values for item in value]
+        shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+        if all(list(value.shape[1:]) == shape for value in values):
+            return torch.cat(values)
+        whole = values[0].new_zeros(sum(len(value) for value in values), *shape)
+        start = 0
+        for value in values:
+            whole[(slice(start, start + len(value)), *map(slice, value.shape[1:]))] = value
+            start += len(value)
+        return whole
+
+    return {name: one([each[name] for each in made]) for name in made[0]}
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two nested values are equal, their tensors to the bit and in dtype."""
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
 
 
 def takes_features(model: Any) -> bool:
@@ -218,7 +254,7 @@ def cached_features(lvlm: "Lvlm", max_bytes: int = 4 << 30) -> ImageFeatures | N
     from dymoe.tasks import Sample
 
     tried = ImageFeatures(lvlm, batch_size=2, max_bytes=max_bytes)
-    pair = [Sample(str(size), _made_picture(*size), "What is it?", "It", {}) for size in ((40, 24), (20, 48))]
+    pair = [Sample(str(size), made_picture(*size), "What is it?", "It", {}) for size in ((40, 24), (20, 48))]
     try:
         plain, cached = Collator(lvlm).prompts(pair), Collator(lvlm, tried).prompts(pair)
     except (DymoeError, TypeError, ValueError, RuntimeError, IndexError):
@@ -233,7 +269,8 @@ def cached_features(lvlm: "Lvlm", max_bytes: int = 4 << 30) -> ImageFeatures | N
     return features
 
 
-def _made_picture(width: int, height: int) -> bytes:
+def made_picture(width: int, height: int) -> bytes:
+    """A small picture to try a processor with, as PNG."""
     import io
 
     from PIL import Image
