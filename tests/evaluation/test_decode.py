@@ -99,5 +99,5 @@ def test_a_lost_cache_is_an_error(model, prompts, monkeypatch):
         return {name: value for name, value in carried.items() if not isinstance(value, Cache)}
 
     monkeypatch.setattr(kind, "_update_model_kwargs_for_generation", renamed)
-    with pytest.raises(DymoeError, match="hands on no key/value cache"):
+    with pytest.raises(DymoeError, match="gets no key/value cache"):
         generate(model, prompts, [59], custom_generate=Greedy())

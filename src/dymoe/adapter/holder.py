@@ -7,6 +7,10 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from dymoe.libraries import require_names
+
+require_names(BaseTunerLayer, "_disable_adapters", "_active_adapter", "merged_adapters")
+
 
 class GroupHolder(nn.Module, BaseTunerLayer):
     """A module that holds one set of parameters per expert group.

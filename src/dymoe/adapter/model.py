@@ -19,9 +19,11 @@ from dymoe.adapter.layer import DyMoELayer
 from dymoe.adapter.selection import Select, Selector
 from dymoe.adapter.selectors import SELECTORS
 from dymoe.adapter.trace import RoutingTrace
-from dymoe.lvlm.decoder import check_arguments, decoder_linears
+from dymoe.libraries import require_arguments, require_names
+from dymoe.lvlm.decoder import decoder_linears
 from dymoe.names import parts_of, safe_name
 
+require_names(BaseTuner, "_pre_injection_hook", "_prepare_adapter_config", "_create_and_replace", "_replace_module")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -150,7 +152,7 @@ class DyMoEModel(BaseTuner):
             return
         if self.selector is None:
             decoder = self.model.get_decoder()  # type: ignore[operator]
-            check_arguments(decoder)
+            require_arguments(type(decoder), "forward", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
             embedding = decoder.get_input_embeddings().weight
             made = SELECTORS[config.selector](embedding.shape[1]).to(embedding.device)
             self.model.dymoe_selector = made

@@ -125,7 +125,7 @@ class Select:
         if entering is None:
             entering = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
         follows = _follows(entering.shape[1], trace.token_mask, kwargs.get("position_ids"))
-        past = key_value_cache((*args, *kwargs.values()), needed=follows)
+        past = key_value_cache(module, (*args, *kwargs.values()), needed=follows)
         if past is not None and past.get_seq_length() > 0:
             return None  # decoding goes on with what the prompt decided
         trace.selection = trace.selection_gradient = None

@@ -135,7 +135,7 @@ def _described(lvlm: Lvlm, batch: dict[str, Any]) -> list[dict[str, Any]]:
     images = image_tokens(lvlm)
     ids, parts = batch["input_ids"][0].tolist(), kinds(batch, images)[0].tolist()
     patches = parts.count(KINDS.index("image"))
-    grid = patch_grid(batch, patches, lvlm)
+    grid = patch_grid(batch, patches)
     found, seen = [], 0
     for position, (part, text) in enumerate(zip(parts, texts(lvlm, ids, images), strict=True)):
         row = column = -1
@@ -194,6 +194,6 @@ def seen_picture(lvlm: Lvlm, sample: Sample) -> Any:
     if made.ndim != 4 or made.shape[:2] != (1, 3):
         return picture
     pixels = made[0].transpose(1, 2, 0)
-    if getattr(processor, "do_normalize", False):
+    if processor.do_normalize:
         pixels = pixels * np.array(processor.image_std) + np.array(processor.image_mean)
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype("uint8"))

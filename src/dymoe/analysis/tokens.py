@@ -61,18 +61,17 @@ def texts(lvlm: Lvlm, ids: Sequence[int], images: Sequence[int]) -> list[str]:
     return found
 
 
-def patch_grid(batch: Mapping[str, Any], tokens: int, lvlm: Lvlm) -> tuple[int, int] | None:
+def patch_grid(batch: Mapping[str, Any], tokens: int) -> tuple[int, int] | None:
     """Rows and columns of one picture's patches, None where they are no plain grid.
 
     Args:
         batch: of one sample; `image_grid_thw` is read where the processor gives it.
         tokens: how many tokens the picture has.
-        lvlm: the model and its processor.
     """
     grid = batch.get("image_grid_thw")
     if isinstance(grid, Tensor) and grid.shape == (1, 3):
-        merged = getattr(getattr(lvlm.processor, "image_processor", None), "merge_size", 1)
         frames, rows, columns = (int(value) for value in grid[0])
+        merged = round((rows * columns / tokens) ** 0.5) if tokens else 0  # patches along a side of a token
         if frames == 1 and rows * columns == tokens * merged**2:
             return rows // merged, columns // merged
     side = round(tokens**0.5)

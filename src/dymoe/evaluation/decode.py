@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dymoe.errors import DymoeError
+from dymoe.libraries import untested
 from dymoe.lvlm.decoder import key_value_cache
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Greedy:
                 if not left or step == steps - 1:
                     break
                 input_ids = torch.cat([input_ids, tokens[:, None]], 1)
-                cache: Any = key_value_cache(carried.values(), needed=generation_config.use_cache)
+                cache: Any = key_value_cache(model, carried.values(), needed=generation_config.use_cache)
                 if 2 * left <= len(running) and _may_shrink(carried):
                     kept = running.nonzero().squeeze(1)
                     cache.batch_select_indices(kept)
@@ -84,11 +84,11 @@ class Greedy:
 
 
 def _may_shrink(carried: dict[str, Any]) -> bool:
-    """Whether every layer's cache is a plain one, of which rows can be taken."""
+    """Whether there is a cache and every layer's is a plain one, of which rows can be taken."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-    cache = key_value_cache(carried.values(), needed=False)
-    return isinstance(cache, DynamicCache) and all(
+    cache = next((value for value in carried.values() if isinstance(value, DynamicCache)), None)
+    return cache is not None and all(
         isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
         for layer in cache.layers
     )
@@ -99,10 +99,7 @@ def _next(model: Any, input_ids: torch.Tensor, carried: dict[str, Any], cached: 
     new = 1 if cached else input_ids.shape[1]
     inputs: dict[str, Any] = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **carried)
     if inputs["input_ids"].shape[1] != new:
-        raise DymoeError(
-            f"{type(model).__name__} of this version of transformers reads an answer's earlier tokens again beside "
-            "their cache; install the versions that dymoe was tested with (requirements.lock)"
-        )
+        raise untested(model, "reads an answer's earlier tokens again beside their cache")
     return inputs
 
 

@@ -26,12 +26,20 @@ from dymoe.learning.groups import WEIGHTS, of_group, read_tensors, set_group, tr
 from dymoe.learning.order import Loader, Order
 from dymoe.learning.processes import ALONE, Processes
 from dymoe.learning.recipe import Training
+from dymoe.libraries import require_names
 from dymoe.lvlm.model import require_bitsandbytes
 from dymoe.methods import Method
 from dymoe.methods.companions import Companion
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # transformers' names
 MARKER = "complete.json"
+# Names of transformers' Trainer that are not promised to stay: overridden, called or set here.
+require_names(
+    Trainer,
+    *("_save", "_save_checkpoint", "_load_from_checkpoint", "_prepare_for_training", "_load_scaler"),
+    *("_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler", "create_accelerator_and_postprocess"),
+    *("loss_is_scaled_for_ga",),
+)
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged-adamw": "paged_adamw_32bit"}  # transformers' names
 
 
@@ -175,7 +183,7 @@ class StageTrainer(Trainer):
     @property
     def _cut(self) -> bool:
         """Whether no process holds whole parameters."""
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        plugin = self.accelerator.state.deepspeed_plugin
         return bool(self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
 
     def _refuse(self, model: PeftModel, method: Method) -> None:

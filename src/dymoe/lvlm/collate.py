@@ -4,7 +4,6 @@ Nothing here knows a model by name. The processor writes the prompt, expands its
 what else it gives for every token (which tokens are an image's, say) goes on over the answer and the padding.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +12,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dymoe.errors import DymoeError
+from dymoe.libraries import untested
 from dymoe.lvlm.features import ImageFeatures, joined, made_picture, same
 from dymoe.lvlm.images import decode
 
@@ -67,16 +67,16 @@ class Collator:
             raise DymoeError(
                 f"{type(processor).__name__}: it has no image token, so no prompt with a picture is written"
             )
-        # Some processors write the answer themselves, because its tokens see less than the prompt's do.
         self._apart: bool | None = None  # see `_one_by_one`
-        self._takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
+        # Its processor writes the answer itself, as the argument `suffix`: the prompt's tokens see each other.
+        self._takes_suffix = model.config.model_type == "paligemma"
         self._eos: str = self._tokenizer.eos_token
         self._end = self._end_token()
         self._end_id: int = self._tokenizer.convert_tokens_to_ids(self._end)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._eos  # masked everywhere, so any token does
         self._pad: int = self._tokenizer.pad_token_id
-        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        own = model.generation_config.eos_token_id
         own = [own] if isinstance(own, int) else own or []
         self.stop_tokens: list[int] = sorted({self._tokenizer.eos_token_id, self._end_id, *own})
         marks = {self._image_token, self._eos, self._end}
@@ -101,6 +101,8 @@ class Collator:
         if self._takes_suffix:
             rows, images = self._encode(samples, texts, [sample.answer for sample in samples])
             learned = [[True] * int(row["token_type_ids"].sum()) for row in rows]
+            if not all(learned):
+                raise untested(self._processor, "marks no token of an answer that it was given as its suffix")
         else:
             endings = [self._ending(sample, text) for sample, text in zip(samples, texts, strict=True)]
             prompts, images = self._encode(samples, texts)
@@ -352,7 +354,7 @@ class Collator:
             raise DymoeError(f"sample {samples[0].id!r} and its batch: the processor refuses them ({error})") from error
         ids, mask = made.pop("input_ids"), made.pop("attention_mask").bool()
         made.pop("labels", None)
-        of_images = set(getattr(self._processor.image_processor, "model_input_names", ()))
+        of_images = set(self._processor.image_processor.model_input_names)
         columns = {"input_ids": ids}
         for name, value in list(made.items()):
             if name not in of_images and isinstance(value, torch.Tensor) and value.shape[:2] == ids.shape:

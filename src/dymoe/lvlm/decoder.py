@@ -1,16 +1,13 @@
 """What dymoe relies on in transformers' language models: their linears, their arguments, their key/value cache."""
 
-import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from dymoe.errors import DymoeError
+from dymoe.libraries import untested
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import Cache
-
-ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 
 
 def decoder_linears(model: "nn.Module") -> list[str]:
@@ -38,26 +35,12 @@ def decoder_linears(model: "nn.Module") -> list[str]:
     return found
 
 
-def check_arguments(decoder: "nn.Module") -> None:
-    """Refuse a decoder that does not take the arguments which a selector reads and passes on (`ARGUMENTS`).
-
-    Raises:
-        DymoeError: one is not among the arguments of its forward; names it and the version of transformers.
-    """
-    known = inspect.signature(decoder.forward).parameters
-    missing = [name for name in ARGUMENTS if name not in known]
-    if missing:
-        raise DymoeError(
-            f"{type(decoder).__name__} of transformers {_version()} takes no {', '.join(missing)}: a selector cannot "
-            "read its prompts; install the versions that dymoe was tested with (requirements.lock)"
-        )
-
-
-def key_value_cache(arguments: Iterable[Any], needed: bool) -> "Cache | None":
+def key_value_cache(model: "nn.Module", arguments: Iterable[Any], needed: bool) -> "Cache | None":
     """The key/value cache among the arguments of a call, known by its class, since its name changes.
 
     Args:
-        arguments: the values that are handed on.
+        model: what is called.
+        arguments: the values that are handed on to it.
         needed: whether the call goes on from a cache, so that there must be one.
 
     Raises:
@@ -67,14 +50,5 @@ def key_value_cache(arguments: Iterable[Any], needed: bool) -> "Cache | None":
 
     found = next((value for value in arguments if isinstance(value, Cache)), None)
     if needed and found is None:
-        raise DymoeError(
-            f"transformers {_version()} hands on no key/value cache while an answer is decoded: dymoe cannot tell a "
-            "prompt from its answer; install the versions that dymoe was tested with (requirements.lock)"
-        )
+        raise untested(model, "gets no key/value cache while an answer is decoded")
     return found
-
-
-def _version() -> str:
-    import transformers
-
-    return transformers.__version__
