@@ -11,6 +11,7 @@ from pathlib import Path
 import accelerate.state
 import peft.mapping
 import pytest
+import torch
 import transformers
 from accelerate.state import AcceleratorState
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -51,6 +52,8 @@ NAMES = [
     (transformers.LlavaForConditionalGeneration, "forward", ("labels", "attention_mask"), "token masks"),
     (transformers.LlamaForCausalLM, "forward", ("logits_to_keep", "use_cache"), "memory of a training step"),
     (transformers.LlamaModel, "forward", ("inputs_embeds", "position_ids"), "a selector's view of the prompt"),
+    (torch.Tensor, "_base", (), "experts added in place to what the base layer gave"),
+    (torch.Tensor, "_version", (), "a norm that is taken over from layer to layer"),
     (transformers.BaseImageProcessor, "model_input_names", (), "which inputs belong to pictures"),
 ]
 

@@ -385,6 +385,16 @@ def test_padding_changes_neither_terms_nor_statistics(batch):
     assert model.base_model.trace.summary() == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
+def test_a_mask_given_by_position_counts_as_one_given_by_name(batch):
+    model = two_groups().train()
+    model(**batch)
+    named = model.base_model.trace.summary()
+    model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
+    assert model.base_model.trace.summary() == named
+    model(batch["input_ids"], labels=batch["labels"])
+    assert model.base_model.trace.summary() != named
+
+
 def test_measured_group_weights_sum_to_one_and_count_real_tokens_only(batch):
     model = two_groups().eval()
     inputs = {k: v for k, v in batch.items() if k != "labels"}

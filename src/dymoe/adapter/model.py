@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -263,7 +264,8 @@ class _Begin:
         self.trace = trace
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.trace.begin(kwargs)
+        by_position = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
+        self.trace.begin({**by_position, **kwargs})
 
 
 class _AttachLoss:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dymoe.libraries import untested
+from dymoe.libraries import require_names, untested
 from dymoe.lvlm.decoder import key_value_cache
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ class Greedy:
     """
 
     def __init__(self, trace: "RoutingTrace | None" = None, streamer: "BaseStreamer | None" = None) -> None:
+        from transformers import GenerationMixin
+
+        require_names(GenerationMixin, "_prefill", "_update_model_kwargs_for_generation")
         self._trace = trace
         self._streamer = streamer
 
