@@ -168,6 +168,11 @@ def free_space(path: str | Path) -> tuple[Path, int]:
     return there, shutil.disk_usage(there).free
 
 
+def expand(path: str | Path) -> Path:
+    """A path whose leading ``~`` stands for a home folder; one of a user that is not there stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:

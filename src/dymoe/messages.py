@@ -1,9 +1,11 @@
 """Values and texts of others as messages show them: short, and without characters that a terminal obeys."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 60  # characters of a value in a message
+LONGEST_LINE = 1500  # of a whole message; what dymoe itself says is shorter
 # What moves a cursor, ends a line, turns the writing's direction or shows nothing; the joiners that scripts need stay.
 _OBEYED = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
@@ -21,10 +23,29 @@ def brief(value: Any, longest: int = LONGEST) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, a list that holds itself
         return f"a value of type {type(value).__name__}"
+    return shorten(text, longest)
+
+
+def shorten(text: str, longest: int = LONGEST) -> str:
+    """A text, of a long one both ends and how many characters it has."""
     if len(text) <= longest:
         return text
     end = longest // 4
     return f"{text[: longest - end - 1]} ... {text[-end + 1 :]} ({len(text)} characters)"
+
+
+def listed(names: Iterable[str], longest: int = 2 * LONGEST) -> str:
+    """As many of the names as fit, with commas between, and how many more there are.
+
+    >>> listed(["tau", "top_k", "temperature"], longest=12)
+    'tau, top_k and 1 more'
+    """
+    names = [shorten(name) for name in names]
+    count = len(names)
+    while count > 1 and len(", ".join(names[:count])) > longest:
+        count -= 1
+    more = f" and {len(names) - count} more" if count < len(names) else ""
+    return ", ".join(names[:count]) + more
 
 
 def printable(text: str) -> str:
@@ -33,5 +54,5 @@ def printable(text: str) -> str:
 
 
 def one_line(error: object) -> str:
-    """An error as the one line that a terminal shows."""
-    return printable(" ".join(str(error).split()))
+    """An error as the one line that a terminal shows, whatever names and values it repeats."""
+    return shorten(printable(" ".join(str(error).split())), LONGEST_LINE)

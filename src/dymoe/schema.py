@@ -10,7 +10,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union
 
 from dymoe.errors import DymoeError
-from dymoe.messages import brief
+from dymoe.messages import brief, shorten
 
 T = TypeVar("T")
 DEPTH = 50  # how deep values of any kind may be nested
@@ -163,8 +163,7 @@ def refuse(value: Any, kind: Any, key: str) -> NoReturn:
 
 
 def _join(key: str, name: object) -> str:
-    word = str(name) if len(str(name)) <= 60 else brief(name)
-    return f"{key}.{word}" if key else word
+    return f"{key}.{shorten(str(name))}" if key else shorten(str(name))
 
 
 def _named(key: str) -> str:

@@ -133,7 +133,7 @@ def test_a_missing_recipe_names_the_nearest(tmp_path):
         (["--settings.tua=1"], "command line: settings.tua: unknown key; did you mean settings.tau?"),
         (["--seed", "x"], "command line: seed: expected int, got 'x'"),
         (["seed", "3"], "'seed': expected --key value"),
-        (["--tasks", "[a"], "--tasks: '[a' is not a YAML value"),
+        (["--tasks", "[a"], "--tasks: '[a': not valid YAML (line 1: "),
     ],
 )
 def test_a_mistake_on_the_command_line_is_told_as_such(tmp_path, words, message):

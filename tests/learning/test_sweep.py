@@ -204,7 +204,7 @@ def test_mistakes_on_the_command_line_and_in_the_results(tmp_path, capsys):
     (tmp_path / "t.json").write_text("{}")
     tuned = write_sweep(tmp_path, tuned=True, tuning=str(tmp_path / "t.json"))
     assert main(["sweep", str(tuned)]) == 2
-    assert "holds no chosen learning rates" in capsys.readouterr().err
+    assert "chosen: is missing; expected a mapping of keys" in capsys.readouterr().err
     (tmp_path / "t.json").write_text('{"chosen": {"lora": 0.1}}')
     assert main(["sweep", str(tuned)]) == 2
     assert "has no chosen learning rate for 'dymoe'" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,13 +75,13 @@ def _numbers(command: str, text: str | None) -> list[int] | None:
     if parts is None:
         return None
     if not parts or not all(part.isascii() and part.isdigit() and int(part) >= 1 for part in parts):
-        raise DymoeError(f"{command}: --stages: expected whole numbers from 1 with commas between, got {text!r}")
+        raise DymoeError(f"{command}: --stages: expected whole numbers from 1 with commas between, got {brief(text)}")
     return [int(part) for part in parts]
 
 
 def _layer(command: str, text: str | None) -> int | None:
     if text is not None and not (text.isascii() and text.isdigit()):
-        raise DymoeError(f"{command}: --layer: expected a whole number from 0, got {text!r}")
+        raise DymoeError(f"{command}: --layer: expected a whole number from 0, got {brief(text)}")
     return None if text is None else int(text)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 
 HELP = """usage: dymoe demo [--output FOLDER] [--steps N]
 
@@ -60,7 +61,7 @@ def _options(argv: Sequence[str]) -> tuple[Path, int]:
     """The output folder and the steps per task."""
     options, words = parse("demo", argv, ("--output", "--steps"))
     if words:
-        raise DymoeError(f"demo: {words[0]!r}: expected options alone; see dymoe demo --help")
+        raise DymoeError(f"demo: {brief(words[0])}: expected options alone; see dymoe demo --help")
     return Path(options.get("--output", "runs/demo")), whole("demo", options, "--steps") or STEPS
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 
 if TYPE_CHECKING:
     from dymoe.learning.findings import Checkup, Finding
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         print(HELP)
         return 0 if argv else 2
     if argv[0].startswith("-"):
-        raise DymoeError(f"doctor: expected a recipe before {argv[0]!r}, for example recipes/coin/dymoe.yaml")
+        raise DymoeError(f"doctor: expected a recipe before {brief(argv[0])}, for example recipes/coin/dymoe.yaml")
     samples, words = _samples(argv[1:])
     from dymoe.learning.recipe import load_recipe
 

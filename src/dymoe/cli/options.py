@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 
 
 def parse(
@@ -49,5 +50,5 @@ def whole(command: str, options: dict[str, str], key: str) -> int | None:
     if value is None:
         return None
     if not (value.isascii() and value.isdigit()) or int(value) < 1:
-        raise DymoeError(f"{command}: {key}: expected a whole number of at least 1, got {value!r}")
+        raise DymoeError(f"{command}: {key}: expected a whole number of at least 1, got {brief(value)}")
     return int(value)

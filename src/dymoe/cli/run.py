@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         print(help_text())
         return 0 if argv else 2
     if argv[0].startswith("-"):
-        raise DymoeError(f"run: expected a recipe before {argv[0]!r}, for example recipes/pocket/dymoe.yaml")
+        raise DymoeError(f"run: expected a recipe before {brief(argv[0])}, for example recipes/pocket/dymoe.yaml")
     overrides = [word for word in argv[1:] if word not in ("--resume", "--dry-run")]
     recipe = load_recipe(argv[0], overrides)
     if "--dry-run" in argv[1:]:
@@ -69,7 +70,7 @@ def _dry_run(recipe: Any, overrides: Sequence[str]) -> int:
 
     output = recipe.output if any(word.partition("=")[0] == "--output" for word in overrides) else ""
     if output and not output.endswith(".json"):
-        raise DymoeError(f"run: --dry-run --output: expected a JSON file, got {output!r}")
+        raise DymoeError(f"run: --dry-run --output: expected a JSON file, got {brief(output)}")
     rows = dry_run(recipe)
     wide = None if sys.stdout.isatty() else 140
     Console(file=sys.stdout, highlight=False, width=wide).print(_table(rows))

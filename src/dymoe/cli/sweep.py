@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 
 HELP = """usage: dymoe sweep SWEEP [--dry-run] [--replace] [--KEY VALUE ...]
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     if argv[0].startswith("-"):
         raise DymoeError(
-            f"sweep: expected a sweep file before {argv[0]!r}, for example recipes/pocket/leaderboard.yaml"
+            f"sweep: expected a sweep file before {brief(argv[0])}, for example recipes/pocket/leaderboard.yaml"
         )
     from dymoe.learning.sweep import load_sweep
 

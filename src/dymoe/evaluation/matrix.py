@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -16,18 +17,18 @@ def _mean(values: Sequence[float]) -> float:
 def _cells(value: Any, what: str) -> list[Any]:
     """The items of a list, tuple or array; anything without an order of its own is refused."""
     if isinstance(value, str | bytes | Mapping | Set) or not isinstance(value, Iterable):
-        raise DymoeError(f"accuracy matrix: {what} is {value!r}; a list of numbers is needed")
+        raise DymoeError(f"accuracy matrix: {what} is {brief(value)}; a list of numbers is needed")
     try:
         return list(value)
     except TypeError:  # a 0-d array says it can be iterated and then cannot
-        raise DymoeError(f"accuracy matrix: {what} is {value!r}; a list of numbers is needed") from None
+        raise DymoeError(f"accuracy matrix: {what} is {brief(value)}; a list of numbers is needed") from None
 
 
 def _percent(value: Any, row: int, column: int) -> float:
     where = f"accuracy matrix: row {row}, column {column}"
     # numpy's numbers are Real, its bool and strings are not; Python's bool is an int and has to be named.
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise DymoeError(f"{where} is {value!r} ({type(value).__name__}); a number from 0 to 100 is needed")
+        raise DymoeError(f"{where} is {brief(value)} ({type(value).__name__}); a number from 0 to 100 is needed")
     number: Any = value
     if not 0 <= number <= 100:  # NaN too fails the comparison
         raise DymoeError(f"{where} is {number}; percent lie in 0 to 100")
@@ -94,7 +95,7 @@ class AccuracyMatrix:
             DymoeError: `divisor` is neither.
         """
         if divisor not in ("T", "T-1"):
-            raise DymoeError(f'bwt: divisor is {divisor!r}; "T" (CoIN) or "T-1" (GEM) is needed')
+            raise DymoeError(f'bwt: divisor is {brief(divisor)}; "T" (CoIN) or "T-1" (GEM) is needed')
         tasks = len(self.rows)
         if tasks == 1:
             return 0.0
@@ -146,7 +147,7 @@ def _check_names(names: Sequence[str] | None, tasks: int) -> tuple[str, ...]:
     if names is None:
         return tuple(str(i) for i in range(1, tasks + 1))
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise DymoeError(f"accuracy matrix: names are {names!r}; a list of task names is needed")
+        raise DymoeError(f"accuracy matrix: names are {brief(names)}; a list of task names is needed")
     if len(names) != tasks or len(set(names)) != tasks:
         raise DymoeError(f"accuracy matrix: {tasks} rows need {tasks} different names, got {list(names)}")
     return tuple(names)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dymoe.errors import DymoeError
+from dymoe.files import expand
 from dymoe.learning.capacity import fits, holds, known_shape, times
 from dymoe.learning.findings import Checkup, Level
 from dymoe.learning.recipe import Recipe
@@ -160,7 +161,7 @@ def _model(found: Checkup, recipe: Recipe) -> "Lvlm | None":
     try:
         if recipe.model == "pocket":
             return load("pocket", recipe.training.dtype)
-        folder = Path(recipe.model).expanduser()
+        folder = expand(recipe.model)
         if not folder.is_dir() and recipe.model_options.shape != "none":
             found.add("wrong", "model", recipe.model, "no such folder; token lengths are not checked", ASSEMBLE)
             return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from dymoe.errors import DymoeError
 from dymoe.files import read_json
@@ -23,6 +23,7 @@ from dymoe.learning.records import (
     told,
 )
 from dymoe.learning.sweep import Entry, Sweep
+from dymoe.messages import brief, shorten
 from dymoe.methods.settings import build
 
 OWN = {
@@ -68,7 +69,7 @@ class Plan:
             for row in self._entry(number, values, Path(path).parent, rates):
                 if row.label in self._rows:
                     raise DymoeError(
-                        f"{self.where}: recipes: two rows are called {row.label!r}; give one another label"
+                        f"{self.where}: recipes: two rows are called {brief(row.label)}; give one another label"
                     )
                 self._rows[row.label] = row
         # Seed by seed: what an interrupted sweep leaves is a whole table of fewer seeds.
@@ -181,22 +182,18 @@ class Plan:
             return "other data"
         name = names[0]
         more = f" and {len(names) - 1} more keys" if len(names) > 1 else ""
-        return f"{name} is {there.get(name)!r} there, {here.get(name)!r} here{more}"
+        return f"{name} is {brief(there.get(name))} there, {brief(here.get(name))} here{more}"
 
     def _rates(self) -> dict[str, float] | None:
         """The chosen learning rates by label; None if the sweep takes the recipes' own."""
         if not self.sweep.tuned:
             return None
         file = Path(self.sweep.tuning)
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise DymoeError(
                 f"{self.where}: tuning: no such file {file}; run the tuning sweep first or give --tuned false"
             )
-        found = read_json(file)
-        chosen = found.get("chosen") if isinstance(found, dict) else None
-        if not isinstance(chosen, dict):
-            raise DymoeError(f"{file}: holds no chosen learning rates; a tuning sweep's results are needed")
-        return {label: float(rate) for label, rate in chosen.items()}
+        return read_json(file, _Tuning)["chosen"]
 
     def _entry(self, number: int, values: Any, beside: Path, rates: Mapping[str, float] | None) -> "Iterator[_Row]":
         """The rows that an entry makes: one, or one for every varied value."""
@@ -206,11 +203,14 @@ class Plan:
             raise DymoeError(f"{self.where}: {where}: expected a recipe's file or a mapping with the key recipe")
         entry = build(Entry, plain, self.where, f"{where}.")
         file = beside / entry.recipe
-        if not file.is_file() and Path(entry.recipe).is_file():
+        if not os.path.isfile(file) and os.path.isfile(entry.recipe):
             file = Path(entry.recipe)
         file = Path(os.path.normpath(file))
         label = entry.label or file.stem
-        base, own = _flat(self.sweep.base), _flat(entry.set_)
+        try:
+            base, own = _flat(self.sweep.base), _flat(entry.set_)
+        except DymoeError as error:
+            raise DymoeError(f"{self.where}: {where}: {error}") from None
         tuned = self._tuned(entry, label, rates) if "training.lr" not in own else {}
         for suffix, varied, rate in self._variants(entry.vary or self.sweep.vary):
             keys = {**base, **tuned, **own, **varied}
@@ -246,7 +246,7 @@ class Plan:
         name = entry.tuned_as or label
         if name not in rates:
             raise DymoeError(
-                f"{self.where}: {label}: {self.sweep.tuning} has no chosen learning rate for {name!r}; tune it, "
+                f"{self.where}: {label}: {self.sweep.tuning} has no chosen learning rate for {brief(name)}; tune it, "
                 "name another with tuned_as, or set training.lr"
             )
         return {"training.lr": rates[name]}
@@ -256,6 +256,12 @@ class Plan:
         for key in keys:
             if key in OWN:
                 raise DymoeError(f"{self.where}: {key}: the sweep's own key {OWN[key]} decides it; set that")
+
+
+class _Tuning(TypedDict):
+    """What is read of a tuning sweep's results: the chosen learning rates by label."""
+
+    chosen: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -271,11 +277,18 @@ class _Row:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested mappings; an empty mapping stays a value."""
+    """Dotted keys of nested mappings; an empty mapping stays a value.
+
+    Raises:
+        DymoeError: a key that is there twice.
+    """
     found: dict[str, Any] = {}
     for key, value in values.items():
         inner = isinstance(value, Mapping) and value
-        found.update(_flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value})
+        for name, leaf in (_flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}).items():
+            if name in found:
+                raise DymoeError(f"{shorten(name)}: is there twice, nested and dotted")
+            found[name] = leaf
     return found
 
 

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dymoe.errors import DymoeError
+from dymoe.files import expand
 from dymoe.lvlm.options import ModelOptions
+from dymoe.messages import brief, shorten
 from dymoe.methods import Composed, Method, available, companion_settings, settings_of
 from dymoe.methods.base import require
 from dymoe.methods.settings import build, keys, nearest
 from dymoe.tasks.source import Source
+from dymoe.yamls import parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from dymoe.tasks import Stream
+
+MOST_FILES = 50  # that inherit one from another
 
 
 @dataclass
@@ -179,7 +184,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuse an unknown method, an empty choice of tasks and a negative seed."""
         if self.method not in available():
-            raise DymoeError(f"method: unknown method {self.method!r}; {nearest(self.method, available())}")
+            raise DymoeError(f"method: unknown method {brief(self.method)}; {nearest(self.method, available())}")
         require(self.tasks is None or len(self.tasks) > 0, "tasks", "at least one task", self.tasks)
         require(0 <= self.seed < 2**32, "seed", "a whole number from 0 below 2^32", self.seed)
 
@@ -254,16 +259,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         DymoeError: a missing or unreadable file, an unknown key, a wrong type or range; one line each.
     """
     path = Path(path)
-    values = read_yaml(path)
+    values = read_keys(path)
     given = parse_overrides(overrides)
     for key, value in given.items():
-        set_key(values, key, _companions(value) if key == "with" else value)
+        set_key(values, key, _companions(value, "command line") if key == "with" else value)
     where = str(path)
     if given:
         # A mistake on the command line is told as such: the file alone is checked first.
-        _check(read_yaml(path), where)
+        recipe_of(read_keys(path), where)
         where = "command line"
-    recipe = _check(values, where)
+    recipe = recipe_of(values, where)
     if not recipe.output:
         recipe.output = os.fspath(Path("runs") / f"{path.stem}-seed{recipe.seed}")
     return recipe
@@ -277,81 +282,83 @@ def parse_overrides(words: Sequence[str], cls: type = Recipe) -> dict[str, Any]:
         cls: the dataclass whose keys a message may name.
 
     Raises:
-        DymoeError: a word that is no key, a key without a value, a value that is not YAML.
+        DymoeError: a word that is no key, a key that is there twice or without a value, a value that is not YAML.
     """
-    import yaml
-
     options = [*keys(cls), "resume"]
     found: dict[str, Any] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or len(word) == 2:
-            raise DymoeError(f"command line: {word!r}: expected --key value")
+            raise DymoeError(f"command line: {brief(word)}: expected --key value")
         key, equals, text = word[2:].partition("=")
+        if key in found:
+            raise DymoeError(f"command line: --{shorten(key)}: is there twice")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 known = key in options or key.startswith(("settings.", "with."))
                 hint = "expected a value after it" if known else f"unknown key; {nearest(key, options)}"
-                raise DymoeError(f"command line: --{key}: {hint}")
+                raise DymoeError(f"command line: --{shorten(key)}: {hint}")
             text = rest.pop(0)
-        try:
-            found[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise DymoeError(f"command line: --{key}: {text!r} is not a YAML value") from None
+        found[key] = parse_yaml(text, f"command line: --{shorten(key)}: {brief(text)}")
     return found
 
 
-def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_keys(path: Path) -> dict[str, Any]:
     """The file's keys over those of the files it inherits from.
 
     Raises:
-        DymoeError: a missing or unreadable file, a circle of files; one line.
+        DymoeError: a missing or unreadable file, a circle or an endless row of files; one line.
     """
-    import yaml
+    chain: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    while True:
+        if not os.path.lexists(path):
+            raise DymoeError(f"{path}: no such recipe; {_beside(path)}")
+        values = read_yaml(path)
+        values = {} if values is None else values
+        if not isinstance(values, dict):
+            raise DymoeError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+        if os.path.realpath(path) in seen:
+            raise DymoeError(f"{path}: inherit: a recipe cannot inherit from itself")
+        seen.add(os.path.realpath(path))
+        if "with" in values:
+            values["with"] = _companions(values["with"], str(path))
+        base = values.pop("inherit", None)
+        chain.append(values)
+        if base is None:
+            break
+        if not isinstance(base, str) or not 0 < len(base) < 256:
+            raise DymoeError(f"{path}: inherit: expected the name of a recipe file, got {brief(base)}")
+        if len(chain) == MOST_FILES:
+            raise DymoeError(f"{path}: inherit: more than {MOST_FILES} recipes inherit one from another")
+        path = path.parent / base
+    merged: dict[str, Any] = {}
+    for values in reversed(chain):
+        merged = _merge(merged, values)
+    return merged
 
-    if path.resolve() in seen:
-        raise DymoeError(f"{path}: inherit: a recipe cannot inherit from itself")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DymoeError(f"{path}: no such recipe; {_beside(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DymoeError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1}: {getattr(error, 'problem', '')})" if mark else ""
-        raise DymoeError(f"{path}: not valid YAML{line}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise DymoeError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
-    if "with" in values:
-        values["with"] = _companions(values["with"])
-    base = values.pop("inherit", None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise DymoeError(f"{path}: inherit: expected the name of a recipe file, got {base!r}")
-    return _merge(read_yaml(path.parent / base, (*seen, path.resolve())), values)
 
+def _companions(value: Any, where: str) -> Any:
+    """The key ``with`` as a mapping from name to settings; a list of names has default settings.
 
-def _companions(value: Any) -> Any:
-    """The key ``with`` as a mapping from name to settings; a list of names has default settings."""
-    entries = value if isinstance(value, list) else [value]
+    Raises:
+        DymoeError: a companion that is there twice.
+    """
     found: dict[str, Any] = {}
-    for entry in entries:
-        if isinstance(entry, str):
-            found[entry] = {}
-        elif isinstance(entry, dict):
-            found.update({name: {} if settings is None else settings for name, settings in entry.items()})
-        else:
+    for entry in value if isinstance(value, list) else [value]:
+        if not isinstance(entry, str | dict):
             return value  # no list of names and no mapping: the type check says so
+        for name, settings in ({entry: None} if isinstance(entry, str) else entry).items():
+            if name in found:
+                raise DymoeError(f"{where}: with.{shorten(str(name))}: is there twice")
+            found[name] = {} if settings is None else settings
     return found
 
 
 def _beside(path: Path) -> str:
     """What stands beside a missing recipe, for the error message."""
-    files = sorted(str(file) for file in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    files = sorted(str(file) for file in path.parent.glob("*.y*ml")) if os.path.isdir(path.parent) else []
     return nearest(str(path), files or [str(file) for file in sorted(Path("recipes").glob("**/*.yaml"))])
 
 
@@ -373,8 +380,12 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _check(values: dict[str, Any], where: str) -> Recipe:
-    """The typed recipe, its method's settings checked as well."""
+def recipe_of(values: dict[str, Any], where: str) -> Recipe:
+    """The typed recipe of plain values, its method's settings checked as well; `where` is what messages call it.
+
+    Raises:
+        DymoeError: an unknown key, a wrong type or range; one line.
+    """
     recipe = build(Recipe, values, where)
     recipe.build_method(where)
     try:
@@ -399,10 +410,11 @@ def recorded(run: Path) -> Recipe:
     marker = run / "run.yaml"
     if not marker.is_file():
         raise DymoeError(f"{run}: no run.yaml here; give a run folder, as `dymoe run` makes it")
-    values = read_yaml(marker).get("recipe")
-    if not isinstance(values, dict):
+    values = read_yaml(marker)
+    recipe = values.get("recipe") if isinstance(values, dict) else None
+    if not isinstance(recipe, dict):
         raise DymoeError(f"{marker}: has no recipe; this is no run's description")
-    return _check(values, str(marker))
+    return recipe_of(recipe, str(marker))
 
 
 def require_folder(model: str) -> None:
@@ -411,8 +423,8 @@ def require_folder(model: str) -> None:
     Raises:
         DymoeError: no such folder.
     """
-    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+    if model.startswith((".", "/", "~")) and not os.path.isdir(expand(model)):
         raise DymoeError(
-            f"model: no such folder {model}; give pocket, a folder (dymoe assemble builds LLaVA-1.5, docs/models.md) "
-            "or a Hub id"
+            f"model: no such folder {shorten(model)}; give pocket, a folder (dymoe assemble builds LLaVA-1.5, "
+            "docs/models.md) or a Hub id"
         )

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from dymoe.errors import DymoeError
 from dymoe.files import read_json
 from dymoe.learning.folder import FREE
-from dymoe.learning.recipe import Recipe, read_yaml
+from dymoe.learning.recipe import Recipe
 from dymoe.tasks.source import Source
+from dymoe.yamls import read_yaml
 
 KEY = ("label", "order", "instructions", "seed")  # what names a record
 COPIED = (

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dymoe.errors import DymoeError
-from dymoe.learning.recipe import parse_overrides, read_yaml, set_key
+from dymoe.learning.recipe import parse_overrides, read_keys, set_key
+from dymoe.messages import brief
 from dymoe.methods.base import require
 from dymoe.methods.settings import build
 
@@ -120,7 +121,7 @@ def _refuse_empty(vary: Mapping[str, Sequence[Any]]) -> None:
 def is_sweep(path: Path) -> bool:
     """Whether a YAML file is a sweep (it names recipes) and not a recipe."""
     try:
-        return "recipes" in read_yaml(path)
+        return "recipes" in read_keys(path)
     except DymoeError:
         return False
 
@@ -132,7 +133,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         DymoeError: a missing or unreadable file, an unknown key, a wrong type or range; one line.
     """
     path = Path(path)
-    values = read_yaml(path)
+    values = read_keys(path)
     if not values.get("recipes"):
         raise DymoeError(f"{path}: recipes: no recipe is named; a recipe alone is learned with `dymoe run`")
     given = parse_overrides(overrides, Sweep)
@@ -147,5 +148,5 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     sweep.results = sweep.results or f"{sweep.output}.json"
     sweep.table = sweep.table or os.fspath(Path(sweep.results).with_suffix(".md"))
     if Path(sweep.table) == Path(sweep.results):
-        raise DymoeError(f"{where}: table: expected another file than results, got {sweep.table!r}")
+        raise DymoeError(f"{where}: table: expected another file than results, got {brief(sweep.table)}")
     return sweep

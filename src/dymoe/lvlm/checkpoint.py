@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import not_itself, read_json
+from dymoe.files import expand, not_itself, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def fetch(name: str, option: str, extra: Sequence[str] = ()) -> Path:
     Raises:
         DymoeError: no such folder, or the Hub does not give it.
     """
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if folder.is_dir():
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") != 1:

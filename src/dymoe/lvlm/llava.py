@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_dir, atomic_json, free_space, sha256_of
+from dymoe.files import atomic_dir, atomic_json, expand, free_space, sha256_of
 from dymoe.lvlm.checkpoint import INDEXES, Weights, fetch, weight_files
 from dymoe.lvlm.vicuna import (
     build_config,
@@ -92,7 +92,7 @@ def assemble(
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise DymoeError(f"dtype: {dtype!r} is not a floating dtype of torch; use bfloat16, float32 or float16")
-    target = Path(output).expanduser()
+    target = expand(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DymoeError(f"{target}: exists and is not an empty folder; give a new one with --output or remove it")
     language, tower = fetch(llm, "--llm", ["tokenizer.model"]), fetch(vision, "--vision")
@@ -102,7 +102,7 @@ def assemble(
     weights = {
         "llm": Weights(weight_files(language)),
         "vision": Weights(weight_files(tower)),
-        "projector": Weights((_projector_file(Path(projector).expanduser()),)),
+        "projector": Weights((_projector_file(expand(projector)),)),
     }
     parts = _plan(config, weights, language, tower)
     processor = build_processor(tokenizer, config, pixel_settings(tower))
@@ -342,7 +342,7 @@ def _manifest(
     inputs: dict[str, Any] = {}
     for kind, (name, place) in {"llm": language, "vision": tower}.items():
         files = [*weights[kind].files, *(place / file for file in settings[kind] if (place / file).exists())]
-        revision = {} if Path(name).expanduser().is_dir() else {"revision": place.name}
+        revision = {} if expand(name).is_dir() else {"revision": place.name}
         inputs[kind] = {"name": name, **revision, "files": {file.name: _fingerprint(file) for file in files}}
     (file,) = weights["projector"].files
     inputs["projector"] = {"name": str(file), "files": {file.name: _fingerprint(file)}}

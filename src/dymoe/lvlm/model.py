@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
+from dymoe.files import expand
 from dymoe.lvlm.decoder import decoder_linears
 from dymoe.lvlm.options import ModelOptions
 
@@ -111,9 +112,9 @@ def _from_transformers(
     """Any image-text model of transformers by folder or Hub id."""
     from transformers import AutoModelForImageTextToText
 
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    if name.startswith((".", "/", "~")) and not expand(name).is_dir():
         raise DymoeError(f"model {name!r}: no such folder; give 'pocket', a folder or a Hub id")
-    place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    place = str(expand(name)) if expand(name).is_dir() else name
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             place,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 
 
 @dataclass(frozen=True)
@@ -28,4 +29,4 @@ class ModelOptions:
     def __post_init__(self) -> None:
         """Refuse a length that holds nothing."""
         if self.max_length < 1:
-            raise DymoeError(f"max_length: expected 1 or more, got {self.max_length!r}")
+            raise DymoeError(f"max_length: expected 1 or more, got {brief(self.max_length)}")

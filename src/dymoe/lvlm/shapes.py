@@ -1,9 +1,9 @@
 """Models of true shapes without their weights: on the meta device for counting, with random weights for a dry run."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
+from dymoe.files import expand
 from dymoe.lvlm.decoder import decoder_linears
 from dymoe.lvlm.model import Lvlm, freeze, processor_at, require_bitsandbytes
 from dymoe.lvlm.options import ModelOptions
@@ -66,7 +66,7 @@ def config_of(name: str, options: ModelOptions) -> Any:
     """
     from transformers import AutoConfig
 
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if not folder.is_dir() and options.shape != "none":
         return published_config(options.shape)
     if name == "pocket":
@@ -155,7 +155,7 @@ def processor_of(name: str, config: Any) -> Any:
     """The model's own processor; where its folder is not there, a made one (see `random_lvlm`)."""
     from dymoe.lvlm.vicuna import build_processor
 
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if folder.is_dir() or config.model_type != "llava":
         return processor_at(str(folder) if folder.is_dir() else name)
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD

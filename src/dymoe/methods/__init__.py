@@ -3,6 +3,7 @@
 from typing import Any
 
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 from dymoe.methods.base import Method, Probe, Stage, StageData
 from dymoe.methods.cmoe import CMoE
 from dymoe.methods.companions import COMPANIONS, Companion, Composed
@@ -84,7 +85,7 @@ def companion_settings(name: str, where: str = "with") -> type[Companion]:
         DymoeError: no such companion; the nearest name is given.
     """
     if name not in COMPANIONS:
-        raise DymoeError(f"{where}: with: {name!r}: unknown companion; {nearest(name, COMPANIONS)}")
+        raise DymoeError(f"{where}: with: {brief(name)}: unknown companion; {nearest(name, COMPANIONS)}")
     return COMPANIONS[name]
 
 

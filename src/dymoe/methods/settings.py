@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from dymoe.errors import DymoeError
-from dymoe.messages import brief
+from dymoe.messages import brief, listed, shorten
 from dymoe.numbers import WORKABLE, workable
 from dymoe.schema import fit, refuse, type_name
 
 T = TypeVar("T")
-MOST_TOLD = 12  # options that a message lists
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
@@ -28,8 +27,7 @@ def nearest(name: str, options: Iterable[str]) -> str:
         close = [last[match] for match in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1)]
     if close:
         return f"did you mean {close[0]}?"
-    more = f" and {len(options) - MOST_TOLD} more" if len(options) > MOST_TOLD else ""
-    return f"there is {', '.join(options[:MOST_TOLD])}{more}" if options else "there is none"
+    return f"there is {listed(options)}" if options else "there is none"
 
 
 def keys(cls: type, prefix: str = "") -> list[str]:
@@ -93,6 +91,8 @@ def _arguments(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 def _refuse_unworkable(value: Any, key: str) -> None:
     """Refuse a number that is not finite, or so large or small that nothing can be computed with it."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise DymoeError(f"{key}: expected a whole number below 2^63 in size, got {brief(value)}")
     if isinstance(value, float) and not workable(value):
         raise DymoeError(f"{key}: expected {WORKABLE}, got {brief(value)}")
     if isinstance(value, Mapping | list | tuple):
@@ -115,7 +115,7 @@ def _refuse_unknown(cls: type, values: Any, prefix: str) -> None:
     for key, value in values.items():
         if key not in fields:
             options = {prefix + name for name in fields} | set(keys(cls, prefix))
-            word = brief(key).strip("'")
+            word = shorten(str(key))
             raise DymoeError(f"{prefix}{word}: unknown key; {nearest(f'{prefix}{word}', options)}")
         if dataclasses.is_dataclass(fields[key]):
             _refuse_unknown(typing.cast(type, fields[key]), value, f"{prefix}{key}.")

@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 from dymoe.report.summary import Stat, number
 
 REFERENCE = "lora"  # training time is told relative to this row
@@ -121,7 +122,7 @@ def published(name: str) -> dict[str, Any]:
 
     parts = json.loads(files("dymoe.report").joinpath("published.json").read_text(encoding="utf-8"))["parts"]
     if name not in parts:
-        raise DymoeError(f"published: no published numbers {name!r}; {nearest(name, parts)}")
+        raise DymoeError(f"published: no published numbers {brief(name)}; {nearest(name, parts)}")
     return dict(parts[name])
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 from dymoe.tasks.instructions import TYPES
 from dymoe.tasks.naming import unknown
 from dymoe.tasks.source import Source
@@ -60,7 +61,7 @@ class Sample:
     def label(self) -> str:
         """What messages call it: its id, and the picture's path where that is a file."""
         name = getattr(self.picture, "name", None)
-        return f"sample {self.id!r}" if name is None else f"sample {self.id!r} (image {name!r})"
+        return f"sample {brief(self.id)}" if name is None else f"sample {brief(self.id)} (image {brief(name)})"
 
     @property
     def image(self) -> bytes | None:
@@ -144,7 +145,7 @@ def task_names(name: str, order: str = "origin", tasks: Sequence[str] | None = N
     if tasks is not None and len(set(tasks)) != len(tasks):
         raise DymoeError(f"tasks: a task is named twice in {', '.join(tasks)}")
     if tasks is not None and not tasks:
-        raise DymoeError(f"tasks: none asked for; stream {name!r} has {', '.join(known)}")
+        raise DymoeError(f"tasks: none asked for; stream {brief(name)} has {', '.join(known)}")
     chosen = [task for task in known if tasks is None or task in tasks]
     if order == "reverse":
         chosen.reverse()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_dir, atomic_json, read_json
+from dymoe.files import atomic_dir, atomic_json, expand, read_json
 from dymoe.tasks.lazy import image_size
 from dymoe.tasks.llava import Record, parse, read_records, record_id
 
@@ -106,7 +106,7 @@ Reference = Callable[[Record], tuple[dict[str, Any], bool]]
 
 def cache_folder() -> Path:
     """Where indexes are kept: ``$DYMOE_CACHE/coin``, else ``~/.cache/dymoe/coin``."""
-    return Path(os.environ.get("DYMOE_CACHE") or "~/.cache/dymoe").expanduser() / "coin"
+    return expand(os.environ.get("DYMOE_CACHE") or "~/.cache/dymoe") / "coin"
 
 
 def identity(path: Path) -> dict[str, Any]:

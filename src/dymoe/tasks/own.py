@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
+from dymoe.files import expand
+from dymoe.messages import brief, shorten
 from dymoe.names import safe_names
 from dymoe.tasks.base import Stream, Task
 from dymoe.tasks.index import Index, Plan, Reference, held_out, index, listed, usable
@@ -24,6 +26,7 @@ from dymoe.tasks.lazy import Records, View
 from dymoe.tasks.llava import Record, read_box
 from dymoe.tasks.naming import unknown
 from dymoe.tasks.source import Source
+from dymoe.yamls import read_yaml
 
 KEYS = ("name", "images", "tasks")
 TASK_KEYS = ("train", "test", "validation", "images", "scorer", "max_new_tokens")
@@ -59,19 +62,12 @@ def read(path: Path) -> tuple[str, tuple[TaskFiles, ...]]:
     Raises:
         DymoeError: a missing or unreadable file, an unknown, missing or wrong key; the message names it.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DymoeError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DymoeError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    values = read_yaml(expand(path))
     if not isinstance(values, Mapping) or not isinstance(values.get("tasks"), Mapping) or not values["tasks"]:
         raise DymoeError(f"{path}: expected the keys name and tasks, tasks with one entry per task (docs/coin.md)")
     _known(path, "", values, KEYS)
     name = _text(path, "name", values.get("name", path.stem))
-    folder = path.expanduser().parent
+    folder = expand(path).parent
     tasks = []
     for task, given in zip(safe_names(values["tasks"], f"{path}: tasks"), values["tasks"].values(), strict=True):
         if not isinstance(given, Mapping):
@@ -85,18 +81,18 @@ def _task_files(path: Path, task: str, given: Mapping[str, Any], folder: Path, i
     def file(key: str) -> Path:
         if key not in given:
             raise DymoeError(f"{path}: tasks.{task}.{key}: it is missing; name a JSON, JSON lines or parquet file")
-        return folder / Path(_text(path, f"tasks.{task}.{key}", given[key])).expanduser()
+        return folder / expand(_text(path, f"tasks.{task}.{key}", given[key]))
 
     tokens = given.get("max_new_tokens", 32)
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise DymoeError(f"{path}: tasks.{task}.max_new_tokens: expected a whole number from 1, got {tokens!r}")
+        raise DymoeError(f"{path}: tasks.{task}.max_new_tokens: expected a whole number from 1, got {brief(tokens)}")
     root = _text(path, f"tasks.{task}.images", given.get("images", images))
     return TaskFiles(
         task,
         file("train"),
         file("test"),
         file("validation") if "validation" in given else None,
-        folder / Path(root).expanduser(),
+        folder / expand(root),
         _text(path, f"tasks.{task}.scorer", given.get("scorer", "exact_match")),
         tokens,
     )
@@ -105,12 +101,12 @@ def _task_files(path: Path, task: str, given: Mapping[str, Any], folder: Path, i
 def _known(path: Path, prefix: str, values: Mapping[Any, Any], keys: Sequence[str]) -> None:
     for key in values:
         if key not in keys:
-            raise DymoeError(f"{path}: {prefix}{key}: {unknown('key', key, keys)}")
+            raise DymoeError(f"{path}: {prefix}{shorten(str(key))}: {unknown('key', str(key), keys)}")
 
 
 def _text(path: Path, key: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise DymoeError(f"{path}: {key}: expected a text, got {value!r}")
+        raise DymoeError(f"{path}: {key}: expected a text, got {brief(value)}")
     return value
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 
 
 @dataclass(frozen=True)
@@ -40,4 +41,4 @@ class Source:
     def __post_init__(self) -> None:
         """Refuse a share that leaves nothing to train on."""
         if not 0 <= self.validation_share < 1:
-            raise DymoeError(f"validation_share: expected a share in [0, 1), got {self.validation_share!r}")
+            raise DymoeError(f"validation_share: expected a share in [0, 1), got {brief(self.validation_share)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dymoe.errors import DymoeError
+from dymoe.files import expand
 from dymoe.learning.travel.manifest import MANIFEST, MANIFEST_BYTES, tree
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -32,7 +33,7 @@ def place_of(text: str) -> Path | str:
         text = rest[2:] if rest.startswith("//") else rest
     if not text:
         raise DymoeError("expected a folder or a Hub repository owner/name, got an empty name")
-    path = Path(text).expanduser()
+    path = expand(text)
     if colon and kind == "file":
         return path
     if REPOSITORY.fullmatch(text) and not path.exists() and not path.parent.is_dir():

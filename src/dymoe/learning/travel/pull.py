@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_dir
+from dymoe.files import atomic_dir, expand
 from dymoe.learning.travel.manifest import MANIFEST, check_strays, check_tree, file_of, parse
 from dymoe.learning.travel.places import open_source
 
@@ -31,7 +31,7 @@ def pull(source: str | Path, folder: str | Path) -> Pulled:
         DymoeError: the source is not there or is no shared result; a file is missing, changed, a link, a pickle or
             unknown and large; a path leads out of the folder; `folder` holds something or cannot be written.
     """
-    target = Path(folder).expanduser()
+    target = expand(folder)
     if target.is_symlink() or (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
         raise DymoeError(f"{target}: is there already; give a folder that does not exist or is empty")
     place = open_source(source)

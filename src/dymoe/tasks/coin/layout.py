@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import read_json
+from dymoe.files import expand, read_json
 from dymoe.tasks import instructions
 from dymoe.tasks.lazy import what_is_there
 from dymoe.tasks.llava import parse
@@ -162,7 +162,7 @@ def find(source: Source, kind: str, tasks: Sequence[str]) -> Layout:
     """
     if source.root is None:
         raise DymoeError("data.root: stream 'coin' needs the folder that holds CoIN's files (docs/coin.md)")
-    root = Path(source.root).expanduser()
+    root = expand(source.root)
     if not root.is_dir():
         raise DymoeError(f"data.root: no such folder {root}")
     folder, replaced = _instructions(root, source, kind, tasks)
@@ -179,7 +179,7 @@ def instruction_folders(root: Path) -> list[Path]:
 def _instructions(root: Path, source: Source, kind: str, tasks: Sequence[str]) -> tuple[Path, bool]:
     """The instruction folder, and whether its original text is to be replaced."""
     if source.instructions_folder is not None:
-        name = Path(source.instructions_folder).expanduser()
+        name = expand(source.instructions_folder)
         places = [name] if name.is_absolute() else [root / below / name for below in BELOW]
         folders = [place for place in places if task_folders(place)][:1]
         if not folders:
@@ -268,7 +268,7 @@ def _peek(path: Path) -> Iterator[str]:
 
 def _images(root: Path, source: Source) -> Path:
     if source.images is not None:
-        images = Path(source.images).expanduser()
+        images = expand(source.images)
         images = images if images.is_absolute() or images.is_dir() else root / images
         if not images.is_dir():
             raise DymoeError(f"data.images: no such folder {images}")
