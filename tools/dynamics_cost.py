@@ -20,9 +20,9 @@ import torch
 from dymoe.evaluation.generate import autocast
 from dymoe.learning.dynamics import Dynamics
 from dymoe.learning.groups import trace_of, train_group
+from dymoe.learning.loss import answer_logits, next_token_loss
 from dymoe.learning.processes import ALONE
 from dymoe.learning.recipe import load_recipe
-from dymoe.learning.trainer import answer_logits, next_token_loss
 from dymoe.lvlm import Collator, cached_features, load
 from dymoe.methods import Stage
 from dymoe.tasks import load_stream

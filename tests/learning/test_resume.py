@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from dymoe.cli import main
-from dymoe.learning.trainer import last_checkpoint
 from tests.learning.tiny import write_recipe
 
 COMMAND = [sys.executable, "-c", "import sys; from dymoe.cli import main; sys.exit(main(sys.argv[1:]))"]
@@ -105,25 +104,6 @@ def test_killed_between_training_and_done_asks_only_what_is_missing(whole, tiny_
     assert outcome(run) == before
     assert (stage / "predictions" / "ImageNet.jsonl").stat().st_mtime_ns == kept
     assert not (stage / ".dymoe-tmp-abc").exists()
-
-
-def test_a_partial_checkpoint_is_passed_over(tmp_path):
-    def checkpoint(step: int) -> Path:
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "optimizer.pt").write_bytes(b"x" * 100)
-        (folder / "complete.json").write_text(json.dumps({"optimizer.pt": 100}))
-        return folder
-
-    assert last_checkpoint(tmp_path) is None
-    first, second = checkpoint(3), checkpoint(12)
-    assert last_checkpoint(tmp_path) == second
-    (second / "optimizer.pt").write_bytes(b"x" * 40)
-    assert last_checkpoint(tmp_path) == first
-    (second / "optimizer.pt").unlink()
-    assert last_checkpoint(tmp_path) == first
-    (first / "complete.json").write_text('{"optimizer.pt": 1')
-    assert last_checkpoint(tmp_path) is None
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tiny_folder, tmp_path, capsys):

@@ -14,10 +14,11 @@ from transformers import TrainingArguments
 from dymoe import methods
 from dymoe.errors import DymoeError
 from dymoe.learning.groups import train_group
+from dymoe.learning.loss import answer_logits, next_token_loss
 from dymoe.learning.order import workers_for
 from dymoe.learning.recipe import Training, load_recipe
 from dymoe.learning.run import run
-from dymoe.learning.trainer import StageTrainer, answer_logits, next_token_loss, training_arguments
+from dymoe.learning.trainer import StageTrainer, training_arguments
 from dymoe.lvlm import Collator, ImageFeatures, load
 from dymoe.methods import Stage
 from dymoe.methods.base import Method

@@ -9,7 +9,7 @@ import torch
 
 from dymoe import methods
 from dymoe.errors import DymoeError
-from dymoe.learning.trainer import answer_logits
+from dymoe.learning.loss import answer_logits
 from dymoe.methods.lwf import divergence
 from tests.methods.parameter_cases import begin, change, collate, data, make, samples, stage
 

@@ -55,7 +55,7 @@ class Data:
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> "Tensor":
         """Mean next-token loss of the batch's answers, a scalar, without any other term."""
-        from dymoe.learning.trainer import answer_logits, next_token_loss
+        from dymoe.learning.loss import answer_logits, next_token_loss
 
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         labels = batch["labels"]

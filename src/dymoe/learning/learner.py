@@ -269,17 +269,18 @@ class Learner:
         import torch
 
         from dymoe.adapter import group_hash
+        from dymoe.learning.checkpoints import last_checkpoint
         from dymoe.learning.dynamics import Dynamics, rewind
         from dymoe.learning.groups import trace_of
         from dymoe.learning.order import workers_for
-        from dymoe.learning.trainer import StageTrainer, last_checkpoint, training_arguments
+        from dymoe.learning.trainer import StageTrainer, training_arguments
         from dymoe.learning.watch import Watch
 
         assert self.model is not None
         model, processes = self.model, self.processes
         if processes.wrapped:
             processes.same(f"the beginning of expert group {group!r}", group_hash(model, group))
-        checkpoint = processes.from_main(lambda: last_checkpoint(place))
+        checkpoint = processes.from_main(lambda: last_checkpoint(place, self.display.note))
         done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
         if done:
             self.display.note(f"{stage.name}: goes on after step {done} of {steps}")
@@ -297,7 +298,8 @@ class Learner:
         if dynamics is not None:
             every = self.recipe.training.dynamics_every
             watches.append(Dynamics(dynamics, every, trace_of(model), processes))
-        trainer = StageTrainer(model, group, method, samples, self.collator, arguments, watches, processes)
+        name = f"task {stage.name!r}{' (probe)' if dynamics is None else ''}"
+        trainer = StageTrainer(model, group, method, samples, self.collator, arguments, watches, processes, name)
         if processes.rank:
             torch.manual_seed(stage.seed + 1_000_003 * processes.rank)  # dropout of its own
         started = clock.seconds()

@@ -5,14 +5,12 @@ must not depend on it: the loss, the order of the samples, the precision, and ch
 processes can go on with.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -20,9 +18,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_json
+from dymoe.files import atomic_json, read_json, reason
 from dymoe.learning import whole
+from dymoe.learning.checkpoints import mark_complete
+from dymoe.learning.divergence import Divergence
 from dymoe.learning.groups import WEIGHTS, of_group, read_tensors, set_group, trace_of, write_group
+from dymoe.learning.loss import answer_logits, next_token_loss
 from dymoe.learning.order import Loader, Order
 from dymoe.learning.processes import ALONE, Processes
 from dymoe.learning.recipe import Training
@@ -32,14 +33,16 @@ from dymoe.methods import Method
 from dymoe.methods.companions import Companion
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # transformers' names
-MARKER = "complete.json"
+SUMS = "sums.json"
 # Names of transformers' Trainer that are not promised to stay: overridden, called or set here.
 require_names(
     Trainer,
     *("_save", "_save_checkpoint", "_load_from_checkpoint", "_prepare_for_training", "_load_scaler"),
     *("_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler", "create_accelerator_and_postprocess"),
-    *("loss_is_scaled_for_ga",),
+    *("loss_is_scaled_for_ga", "_maybe_log_save_evaluate", "_load_rng_state"),
 )
+# As well, but they are there only while it trains.
+COUNTED = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged-adamw": "paged_adamw_32bit"}  # transformers' names
 
 
@@ -103,31 +106,6 @@ def training_arguments(
     return arguments
 
 
-def answer_logits(labels: Tensor) -> int:
-    """How many last positions predict an answer token in some row: the longest answer and the one before it.
-
-    Args:
-        labels: (batch, tokens), -100 where nothing is learned; answers end at the right edge.
-    """
-    learned = (labels != -100).any(0)
-    first = int(learned.int().argmax()) if bool(learned.any()) else labels.shape[1] - 1
-    return min(labels.shape[1] - first + 1, labels.shape[1])
-
-
-def next_token_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
-    """Cross entropy of the answers' tokens, a sum divided by `items`.
-
-    Args:
-        logits: (batch, k, vocabulary), of the last k positions.
-        labels: (batch, tokens >= k), -100 where nothing is learned.
-        items: learned tokens of the whole optimizer step (all micro-batches); this batch's own when None.
-    """
-    targets = labels[:, labels.shape[1] - logits.shape[1] + 1 :].reshape(-1)
-    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-    total = F.cross_entropy(flat, targets, ignore_index=-100, reduction="sum")
-    return total / ((targets != -100).sum() if items is None else items)
-
-
 class StageTrainer(Trainer):
     """Trains one expert group on one stage's samples.
 
@@ -139,6 +117,7 @@ class StageTrainer(Trainer):
         arguments: see `training_arguments`.
         callbacks: further observers.
         processes: who takes part in every step.
+        name: what learns, as messages call it; the group when None.
 
     Raises:
         DymoeError: the method or the dtype does not go with the way the launcher spreads the training.
@@ -154,6 +133,7 @@ class StageTrainer(Trainer):
         arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
         processes: Processes = ALONE,
+        name: str | None = None,
     ) -> None:
         self.processes = processes
         self.dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
@@ -172,6 +152,9 @@ class StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._terms: dict[str, Tensor] = {}
+        self._logged = 0  # the step at which `_terms` began
+        self._ended = 0  # the last step whose loss is complete
+        self._divergence = Divergence(name or group, arguments.learning_rate)
         self._names: list[str] = []
         self._refuse(model, method)
 
@@ -267,6 +250,7 @@ class StageTrainer(Trainer):
         share = (labels[:, 1:] != -100).sum() / items * world
         terms = self.method.loss_terms(self.accelerator.unwrap_model(model), inputs, outputs)
         loss = self.trace.attach(answer + sum((term * share for term in terms.values()), answer.new_zeros(())), share)
+        self._divergence.add(loss)
         self._note({"next_token": answer, **{name: term * share for name, term in terms.items()}})
         return (loss, outputs) if return_outputs else loss
 
@@ -275,14 +259,50 @@ class StageTrainer(Trainer):
             value = value.detach().float()
             self._terms[name] = self._terms[name] + value if name in self._terms else value
 
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Look whether training diverged, before anything is logged or saved.
+
+        Raises:
+            DymoeError: it did.
+        """
+        step = self.state.global_step
+        if step > self._ended:  # transformers comes here once more when an epoch ends
+            self._divergence.end_step(step, None if self.accelerator.optimizer_step_was_skipped else grad_norm)
+            self._ended = step
+        due = self.control.should_log or self.control.should_save or self.control.should_training_stop
+        if due or self.args.device.type == "cpu":
+            self._divergence.check()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the loss with its terms beside it, means over the steps since the last log and over the processes."""
         if "loss" in logs:
-            steps = max(1, self.state.global_step % self.args.logging_steps or self.args.logging_steps)
+            steps = self.state.global_step - self._logged
             values = {name: value.item() / steps for name, value in self._terms.items()}
             logs.update(self.processes.mean({**values, **self.trace.summary()}))
-            self._terms = {}
+            self._terms, self._logged = {}, self.state.global_step
         super().log(logs, start_time)
+
+    def _save_sums(self, file: Path) -> None:
+        """Write what was summed up since the last log, means over the processes; every process calls this."""
+        require_names(cast(Any, self), *COUNTED)
+        terms = self.processes.mean({name: value.item() for name, value in self._terms.items()})
+        losses = self.processes.mean({"since": self._tr_loss.item(), "before": self._total_loss_scalar})
+        if self.args.should_save:
+            atomic_json(file, {"logged": self._logged, "terms": terms, "losses": losses})
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the random numbers and, with them, the sums; transformers has set its own to zero before."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        sums, device = read_json(Path(checkpoint) / SUMS), self.args.device
+        self._terms = {name: torch.tensor(value, device=device) for name, value in sums["terms"].items()}
+        self.state.compute_steps(self.args, self.state.max_steps)  # log_steps and save_steps may be other ones now
+        self._logged = self._globalstep_last_logged = sums["logged"]
+        self._tr_loss = torch.tensor(sums["losses"]["since"], device=device)
+        self._total_loss_scalar, self._initial_global_step = sums["losses"]["before"], 0
+        self._ended = self.state.global_step
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: transformers' estimate would walk all parameters at every step."""
@@ -320,13 +340,11 @@ class StageTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise DymoeError(
-                f"{folder}: checkpoint cannot be written ({getattr(error, 'strerror', None) or error})"
-            ) from error
+            raise DymoeError(f"{folder}: checkpoint cannot be written ({reason(error, folder)})") from error
+        self._save_sums(folder / SUMS)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
-            atomic_json(folder / MARKER, sizes)
+            mark_complete(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         file = Path(resume_from_checkpoint) / WEIGHTS
@@ -428,21 +446,3 @@ class _StageCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_save = False
         return control
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint below `folder` that was written to its end, None if there is none.
-
-    A checkpoint counts only with its marker and every file at the size that the marker names, so one that a kill
-    or a full disk cut short is passed over.
-    """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
-        marker = path / MARKER
-        try:
-            sizes = json.loads(marker.read_text(encoding="utf-8"))
-            if all((path / name).stat().st_size == size for name, size in sizes.items()):
-                return path
-        except (OSError, ValueError, AttributeError):
-            continue
-    return None

@@ -167,7 +167,7 @@ class Method:
     def loss_terms(self, model: Any, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
         """Model-level terms added to the next-token loss of one batch, weights applied; name -> scalar.
 
-        `outputs.logits` are those of the last positions only (see `learning.trainer.answer_logits`); `batch` holds
+        `outputs.logits` are those of the last positions only (see `learning.loss.answer_logits`); `batch` holds
         the labels.
         """
         return {}
