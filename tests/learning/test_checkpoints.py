@@ -43,14 +43,14 @@ def learn(tiny_folder):
     task = load_stream("pocket-coin", tasks=["ImageNet"]).tasks[0]
     collator = Collator(lvlm, ImageFeatures(lvlm, batch_size=16))
 
-    def learned(folder: Path, stop: int | None = None, **training):
+    def learned(folder: Path, stop: int | None = None, steps: int = STEPS, samples=task.train[:9], **training):
         method = methods.create("dymoe", num_experts=4, rank=2, lora_dropout=0.1)
         torch.manual_seed(0)
         model = train_group(lvlm.model, None, "a", method.config(Stage(1, "a", (task,), folder / "method")))
-        defaults = {"steps_per_task": STEPS, "dtype": "float32", "batch_size": 2, "save_steps": 3}
-        arguments = training_arguments(Training(**{**defaults, **training}), folder, 0, STEPS)
+        defaults = {"steps_per_task": steps, "dtype": "float32", "batch_size": 2, "save_steps": 3}
+        arguments = training_arguments(Training(**{**defaults, **training}), folder, 0, steps)
         callbacks = [StopAt(stop)] if stop else []
-        trainer = StageTrainer(model, "a", method, task.train[:9], collator, arguments, callbacks)
+        trainer = StageTrainer(model, "a", method, samples, collator, arguments, callbacks)
         checkpoint = last_checkpoint(folder)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -177,3 +177,24 @@ def test_tensors_that_are_missing_in_a_checkpoint_are_an_error(learn, cut, tmp_p
     mark_complete(checkpoint)
     with pytest.raises(DymoeError, match=rf"checkpoint-6/adapter_model\.safetensors lacks 2 of 42 tensors: {lost[0]}"):
         learn(tmp_path / "copy")
+
+
+class Counted(list):
+    """Samples that count how often each was taken."""
+
+    def __init__(self, samples) -> None:
+        super().__init__(samples)
+        self.taken = [0] * len(self)
+
+    def __getitem__(self, place):
+        self.taken[place] += 1
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize(("epochs", "samples", "batch", "accumulation"), [(3, 5, 4, 1), (2, 9, 2, 2)])
+def test_epochs_are_passes_over_every_sample(learn, tmp_path, epochs, samples, batch, accumulation):
+    shape = {"batch_size": batch, "gradient_accumulation": accumulation}
+    counted = Counted(load_stream("pocket-coin", tasks=["ImageNet"]).tasks[0].train[:samples])
+    steps = Training(epochs=epochs, **shape).steps(samples)
+    learn(tmp_path, None, steps, counted, steps_per_task=None, epochs=epochs, save_steps=50, **shape)
+    assert counted.taken == [epochs] * samples

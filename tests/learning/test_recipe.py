@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from dymoe.cli import main
 from dymoe.errors import DymoeError
+from dymoe.learning.order import NOTHING, Order
 from dymoe.learning.recipe import Recipe, Training, load_recipe, parse_overrides
 from dymoe.learning.sweep import is_sweep
 from dymoe.methods import available
@@ -170,12 +172,27 @@ def test_a_wrong_recipe_ends_before_anything_heavy_is_imported(tmp_path):
     assert "did you mean seed?" in done.stderr
 
 
-@given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3))
-def test_the_steps_of_a_stage_are_those_that_see_every_sample(samples, batch, passes, processes, epochs):
+@given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 3), st.integers(1, 4), st.integers(1, 12))
+def test_the_steps_of_a_stage_are_whole_passes_over_every_sample(samples, batch, passes, processes, epochs):
     training = Training(epochs=epochs, batch_size=batch, gradient_accumulation=passes)
-    left, steps = samples * epochs, 0
-    while left > 0:
-        left -= batch * passes * processes
-        steps += 1
-    assert training.steps(samples, 2, processes) == steps
+    steps = training.steps(samples, 2, processes)
+    orders = [Order(samples, batch, 3, rank, processes) for rank in range(processes)]
+    seen: Counter[int] = Counter()
+    epoch = 0
+    while steps > 0:  # as the trainer does: a step takes `passes` micro-batches, the last of a pass what is left
+        for order in orders:
+            order.set_epoch(epoch)
+            batches = list(order)
+            seen.update(place for part in batches for place in part if place != NOTHING)
+        steps -= -(-len(batches) // passes)
+        epoch += 1
+    assert steps == 0
+    assert [seen[place] for place in range(samples)] == [epochs] * samples
     assert Training(steps_per_task=5, batch_size=batch).steps(samples, 2, processes) == 10
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "steps"), [(10, 5, 20), (4, 9, 12), (0.5, 9, 2), (1.5, 9, 5), (2.25, 8, 5), (0.01, 8, 1)]
+)
+def test_a_part_of_a_pass_is_rounded_up_to_whole_steps(epochs, samples, steps):
+    assert Training(epochs=epochs, batch_size=4).steps(samples) == steps

@@ -29,7 +29,8 @@ class Training:
 
     Attributes:
         steps_per_task: optimizer steps per task; exactly one of this and `epochs`.
-        epochs: passes over the task's training samples.
+        epochs: passes over the task's training samples. A pass ends with a smaller step where its samples do not fill
+            the last one; a part of a pass is rounded up to whole steps.
         batch_size: samples per device and forward pass.
         gradient_accumulation: forward passes per optimizer step and device; 1 where `samples_per_step` is given.
         samples_per_step: samples per optimizer step over all devices; the forward passes are worked out from it, so
@@ -120,7 +121,9 @@ class Training:
         """Optimizer steps of a stage that learns `tasks` tasks with `samples` samples together, on so many devices."""
         if self.steps_per_task is not None:
             return self.steps_per_task * tasks
-        return math.ceil(samples * (self.epochs or 1.0) / self.samples_of_step(processes))
+        passes, part = divmod(self.epochs or 1.0, 1)
+        size = self.samples_of_step(processes)
+        return int(passes) * math.ceil(samples / size) + math.ceil(part * samples / size)
 
 
 @dataclass

@@ -47,7 +47,7 @@ OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged-adamw": "paged_adamw_32bit"} 
 
 
 def training_arguments(
-    training: Training, folder: Path, seed: int, steps: int | None, processes: int = 1, workers: int = 0
+    training: Training, folder: Path, seed: int, steps: int, processes: int = 1, workers: int = 0
 ) -> TrainingArguments:
     """Transformers' arguments for one stage.
 
@@ -55,7 +55,7 @@ def training_arguments(
         training: the recipe's part.
         folder: where checkpoints go while the stage trains.
         seed: of dropout and the order of the samples.
-        steps: optimizer steps; None trains `training.epochs` epochs.
+        steps: optimizer steps.
         processes: how many share a step.
         workers: processes that make batches ahead, 0 for none.
 
@@ -69,8 +69,7 @@ def training_arguments(
         require_bitsandbytes("training.optimizer")
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=steps if steps is not None else -1,
-        num_train_epochs=training.epochs or 1.0,
+        max_steps=steps,
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.accumulation(processes),
         learning_rate=training.lr,
