@@ -733,7 +733,7 @@ def test_ones_own_test_records_must_be_scorable(tmp_path: Path) -> None:
 # --- checks before a run -----------------------------------------------------------------------------------
 
 
-def test_sizes_images_and_overlaps_can_be_checked(tmp_path: Path) -> None:
+def test_sizes_and_overlaps_can_be_checked(tmp_path: Path) -> None:
     root = small(tmp_path, "ScienceQA", trained=6)
     source = Source(root=str(root), validation_share=0)
     where = layout.find(source, "original", ["ScienceQA"])
@@ -742,15 +742,8 @@ def test_sizes_images_and_overlaps_can_be_checked(tmp_path: Path) -> None:
     assert (rows["train"].found, rows["train"].published, rows["train"].right) == (6, 12726, False)
     assert (rows["test with image"].found, rows["test with image"].published) == (2, 2017)
     task = load(root, "ScienceQA", validation_share=0).tasks[0]
-    assert list(check.broken_images(task.train)) == []
-    broken = root / "cl_dataset" / task.train[0].picture.name  # type: ignore[union-attr]
-    broken.write_bytes(b"x" * broken.stat().st_size)
-    assert [name for name, _ in check.broken_images(task.train)] == ["0"]
-    assert len(list(check.broken_images(task.train, count=1, seed=3))) <= 1
     assert check.overlap(task.train, task.test) == []
     assert check.overlap(task.train[:1], task.train) == [("0", "0")]
-    lengths = [len(sample.question) + len(sample.answer) for sample in check.longest(task.train, 3)]
-    assert lengths == sorted((len(s.question) + len(s.answer) for s in task.train), reverse=True)[:3]
 
 
 def test_published_sizes_are_those_of_the_paper() -> None:

@@ -11,12 +11,13 @@ from peft import PeftModel
 from dymoe.adapter import DyMoEConfig, LayerRouting
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import autocast, batches, evaluated, to_device
+from dymoe.learning import preflight
 from dymoe.learning.folder import StageFolder
 from dymoe.learning.groups import WEIGHTS, hashes, load_group, read_tensors, set_group, trace_of
 from dymoe.learning.learner import base_model
 from dymoe.learning.recipe import Recipe, recorded
 from dymoe.lvlm import Collator, Lvlm, cached_features
-from dymoe.tasks import Sample, Task, load_stream
+from dymoe.tasks import Sample, Task
 
 Observer = Callable[[LayerRouting], None]
 Tell = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -180,8 +181,7 @@ def open_run(run: "str | Path | Learned") -> Learned:
         return run
     path = Path(run)
     recipe = recorded(path)
-    names = (recipe.stream, recipe.order, recipe.instructions, recipe.tasks)
-    stream = load_stream(*names, recipe.seed, recipe.data)
+    stream = preflight.load(recipe) if recipe.data.on_bad == "skip" else recipe.load_stream()
     rounds = recipe.build_method().rounds(stream.tasks)
     if not rounds:
         raise DymoeError(f"{path}: method {recipe.method} has no experts, so there is no routing to look at")

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 HELP = """usage: dymoe doctor RECIPE [--all] [--samples N] [--json] [--KEY VALUE ...]
 
-Check what a run needs before it begins: records, pictures, sizes against the published ones, token lengths, samples
-without a loss, questions that are both learned and asked, disk, memory, time, versions; and say which of the recipes
-beside this one fit the machine. Exit code 1 if something is wrong, 0 if there are only notes.
+Check what a run needs before it begins: every sample that it takes (picture, special tokens, length, right answer),
+sizes against the published ones, questions that are both learned and asked, the model's processor, disk, memory, time,
+versions; and say which of the recipes beside this one fit the machine. What was found of samples is kept in the cache,
+also for the run. Exit code 1 if something is wrong, 0 if there are only notes.
 
   RECIPE       a YAML file, for example recipes/coin/dymoe.yaml
-  --all        look at every picture and every sample's tokens (default: 64 of each split, and the longest texts)
-  --samples N  look at N of each split
-  --json       print JSON instead of tables
+  --all        look at every sample of the files, also at those that the recipe's limits and split leave aside
+  --samples N  look at the first N of each split alone
+  --json       print JSON instead of tables; all samples that cannot be used are listed in it
   --KEY VALUE  set a key of the recipe, for example --data.root /data/coin"""
 
 
@@ -38,8 +39,10 @@ def main(argv: Sequence[str]) -> int:
 
     recipe = load_recipe(argv[0], [word for word in words if word not in ("--all", "--json")])
     from dymoe.learning.doctor import check
+    from dymoe.learning.progress import Display
 
-    found = check(recipe, argv[0], None if "--all" in words else samples, Path(argv[0]).parent)
+    ahead = Display("doctor", 0)
+    found = check(recipe, argv[0], samples, Path(argv[0]).parent, "--all" in words, ahead.inspecting)
     if "--json" in words:
         print(json.dumps(found.as_dict(), indent=1, ensure_ascii=False))
         return 1 if found.wrong else 0
@@ -53,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     return 1 if found.wrong else 0
 
 
-def _samples(words: Sequence[str]) -> tuple[int, list[str]]:
+def _samples(words: Sequence[str]) -> tuple[int | None, list[str]]:
     """The value of --samples, and the other words (the recipe's keys are known to the recipe alone)."""
     own: list[str] = []
     rest: list[str] = []
@@ -66,7 +69,7 @@ def _samples(words: Sequence[str]) -> tuple[int, list[str]]:
         own += [word] if "=" in word else [word, *given[:1]]
         del given[: 0 if "=" in word else 1]
     options, _ = parse("doctor", own, ("--samples",))
-    return whole("doctor", options, "--samples") or 64, rest
+    return whole("doctor", options, "--samples"), rest
 
 
 def tables(found: "Checkup") -> Iterator[Any]:

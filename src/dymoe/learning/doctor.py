@@ -1,7 +1,7 @@
 """Everything that can be checked before a run begins: data, lengths, disk, memory, time, versions."""
 
-import random
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,38 +9,57 @@ from dymoe.errors import DymoeError
 from dymoe.files import expand
 from dymoe.learning.capacity import fits, holds, known_shape, times
 from dymoe.learning.findings import Checkup, Level
+from dymoe.learning.preflight import WORTHLESS, inspect
 from dymoe.learning.recipe import Recipe
 from dymoe.names import parts_of, safe_names
 
 if TYPE_CHECKING:
+    from dymoe.learning.preflight import Inspection, Progress
     from dymoe.lvlm import Lvlm
-    from dymoe.tasks import Sample, Stream, Task
+    from dymoe.tasks import Stream, Task
 
+# What is checked of samples: the kinds of `dymoe.learning.preflight.Unusable`, and what mends them.
+CHECKS = {"pictures": ("picture",), "tokens": ("text",), "references": ("reference",), "answers": WORTHLESS}
+MENDS = {
+    "pictures": "fetch these files again, or data.on_bad: skip",
+    "tokens": "mend or shorten these records, model_options.max_length, or data.on_bad: skip",
+    "references": "mend these records, or data.on_bad: skip",
+    "answers": "mend the records, the task's scorer or its max_new_tokens",
+}
 ASSEMBLE = "dymoe assemble builds it (docs/models.md); or give --model FOLDER"
 
 
-def check(recipe: Recipe, path: str = "recipe", samples: int | None = 64, beside: Path | None = None) -> Checkup:
-    """Check everything; nothing is written but the data's index in the cache.
+def check(
+    recipe: Recipe,
+    path: str = "recipe",
+    samples: int | None = None,
+    beside: Path | None = None,
+    everything: bool = False,
+    progress: "Progress | None" = None,
+) -> Checkup:
+    """Check everything; nothing is written but what the cache keeps of the data.
 
     Args:
         recipe: the experiment.
         path: where it comes from, for the findings.
-        samples: pictures and token lengths looked at per task and split, drawn at random (the longest texts besides);
-            None for all.
+        samples: look at the first so many of each split; all that the run takes when None.
         beside: a folder of recipes; which of them fit this machine is told.
+        everything: look at every sample of the data, whatever the recipe's limits.
+        progress: called while samples are looked at.
     """
     found = Checkup()
     _versions(found)
     stream = _data(found, recipe)
-    if stream is not None:
-        for task in stream.tasks:
-            _pictures(found, task, samples)
-            _twice(found, task)
     lvlm = _model(found, recipe)
     lengths: dict[str, tuple[float, int]] = {}
     if stream is not None and lvlm is not None:
         _names(found, stream, lvlm)
-        lengths = {task.name: _tokens(found, recipe, lvlm, task, samples) for task in stream.tasks}
+    if stream is not None:
+        inspected = inspect(stream, recipe, lvlm, progress, samples, everything)
+        _samples(found, recipe, inspected, lvlm is not None)
+        lengths = {each.task: each.tokens for each in inspected if each.split == "train"}
+        for task in stream.tasks:
+            _twice(found, task)
     shape = known_shape(recipe, lvlm)
     holds(found, recipe, path, shape, max((longest for _, longest in lengths.values()), default=0))
     if stream is not None:
@@ -109,25 +128,6 @@ def _coin(found: Checkup, recipe: Recipe) -> None:
                 found.add("note", "ids", str(each.path), f"{each.repeated_ids} ids are there more than once")
 
 
-def _pictures(found: Checkup, task: "Task", samples: int | None) -> None:
-    """Every picture is there and can be decoded."""
-    from dymoe.lvlm.images import decode
-    from dymoe.tasks.coin.check import broken_images
-
-    looked = 0
-    broken = []
-    for split in ("train", "validation", "test"):
-        part = getattr(task, split)
-        looked += len(part) if samples is None else min(samples, len(part))
-        broken += list(broken_images(part, samples, decode=decode))
-    if broken:
-        name, why = broken[0]
-        told = f"{len(broken)} of {looked} cannot be read, the first: sample {name!r}: {why}"
-        found.add("wrong", "pictures", task.name, told, "fetch these files again")
-    else:
-        found.add("fine", "pictures", task.name, f"{looked} of {looked} looked at can be read")
-
-
 def _twice(found: Checkup, task: "Task") -> None:
     """Samples that are trained on and asked."""
     from dymoe.tasks.coin.check import overlap
@@ -144,10 +144,9 @@ def _twice(found: Checkup, task: "Task") -> None:
 
 
 def _model(found: Checkup, recipe: Recipe) -> "Lvlm | None":
-    """The model's shapes with its own processor; None where the folder is not there."""
-    from dymoe.lvlm import Lvlm, load
+    """The model's shapes with its own processor; None where the folder is not there or they do not fit."""
     from dymoe.lvlm.model import require_bitsandbytes
-    from dymoe.lvlm.shapes import config_of, meta_model, processor_of
+    from dymoe.lvlm.shapes import outline
 
     asked = {
         "model_options.load_in_4bit": recipe.model_options.load_in_4bit,
@@ -159,16 +158,14 @@ def _model(found: Checkup, recipe: Recipe) -> "Lvlm | None":
         except DymoeError as error:
             found.add("wrong", "packages", "bitsandbytes", str(error), "pip install bitsandbytes")
     try:
-        if recipe.model == "pocket":
-            return load("pocket", recipe.training.dtype)
         folder = expand(recipe.model)
         if not folder.is_dir() and recipe.model_options.shape != "none":
-            found.add("wrong", "model", recipe.model, "no such folder; token lengths are not checked", ASSEMBLE)
-            return None
-        config = config_of(recipe.model, recipe.model_options)
-        made = Lvlm(meta_model(config), processor_of(recipe.model, config))
-    except (DymoeError, OSError, ValueError) as error:
-        found.add("wrong", "model", recipe.model, str(error).splitlines()[0], ASSEMBLE)
+            raise DymoeError("no such folder")
+        made = outline(recipe.model, recipe.model_options)
+    except DymoeError as error:
+        told = f"{error}; special tokens, token lengths and max_new_tokens were not checked"
+        there = expand(recipe.model).is_dir()
+        found.add("wrong", "model", recipe.model, told, "mend this folder's files" if there else ASSEMBLE)
         return None
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         found.add("wrong", "model", recipe.model, "no safetensors in this folder", ASSEMBLE)
@@ -183,56 +180,37 @@ def _names(found: Checkup, stream: "Stream", lvlm: "Lvlm") -> None:
         found.add("wrong", "names", stream.name, str(error), "give the task another name")
 
 
-def _tokens(found: Checkup, recipe: Recipe, lvlm: "Lvlm", task: "Task", samples: int | None) -> tuple[float, int]:
-    """(mean, longest) tokens of training samples; too long ones and ones without a loss are wrong."""
-    from dymoe.lvlm import Collator
+def _samples(found: Checkup, recipe: Recipe, inspected: "Sequence[Inspection]", read: bool) -> None:
+    """What the look at every sample that the run takes says, task by task.
 
-    collator = Collator(lvlm, max_length=recipe.model_options.max_length)
-    chosen = _drawn(task.train, samples)
-    drawn = len(chosen)
-    if samples is not None:
-        chosen = [*chosen, *_longest(task.train, max(samples // 4, 1))]
-    lengths, refused, masked = [], [], []
-    for place, sample in enumerate(chosen):
-        try:
-            batch = collator([sample])
-        except DymoeError as error:
-            refused.append(str(error))
-            continue
-        if not bool((batch["labels"] != -100).any()):
-            masked.append(sample.id)
-        lengths.append((int(batch["input_ids"].shape[1]), place < drawn))
-    if refused:
-        told = f"{len(refused)} of {len(chosen)} cannot be trained on, the first: {refused[0]}"
-        found.add("wrong", "tokens", task.name, told, "shorten or leave out these records; model_options.max_length")
-    if masked:
-        told = f"{len(masked)} of {len(chosen)} have no token that is learned, the first: {masked[0]!r}"
-        found.add("wrong", "loss", task.name, told, "give these records an answer")
-    longest = max((length for length, _ in lengths), default=0)
-    typical = [length for length, random_one in lengths if random_one] or [0]
-    mean = sum(typical) / len(typical)
-    if lengths and not refused:
-        limit = recipe.model_options.max_length
-        found.add(
-            "fine", "tokens", task.name, f"mean {mean:.0f}, longest {longest} of {limit} ({len(lengths)} looked at)"
-        )
-    return mean, longest
-
-
-def _drawn(samples: "Sequence[Sample]", count: int | None) -> "list[Sample]":
-    if count is None or count >= len(samples):
-        return list(samples)
-    return [samples[place] for place in sorted(random.Random(0).sample(range(len(samples)), count))]
-
-
-def _longest(samples: "Sequence[Sample]", count: int) -> "list[Sample]":
-    """The samples with the most text."""
-    from dymoe.tasks.coin.check import longest
-    from dymoe.tasks.lazy import Records
-
-    if isinstance(samples, Records):
-        return longest(samples, count)
-    return sorted(samples, key=lambda sample: -len(sample.question) - len(sample.answer))[:count]
+    Args:
+        found: what is added to.
+        recipe: what is done with samples that cannot be used, and the longest that is taken.
+        inspected: of all splits.
+        read: whether the texts were read by the model's processor.
+    """
+    skips = recipe.data.on_bad == "skip"
+    for each in inspected:
+        found.unusable += [{"task": each.task, "split": each.split, **asdict(one)} for one in each.unusable]
+        for what, kinds in CHECKS.items():
+            bad = [one for one in each.unusable if one.kind in kinds]
+            if not bad:
+                continue
+            told = f"{len(bad)} of {each.samples} {each.split} samples, the first: {bad[0]}"
+            level: Level = "note" if skips and len(each.unusable) < each.samples else "wrong"
+            if what == "answers":
+                told += f"; accuracy reaches {each.reachable:.1f} % at most"
+                level = "wrong" if each.hopeless else "note"
+            found.add(level, what, each.task, told, "they are left out" if skips else MENDS[what])
+    for task in dict.fromkeys(each.task for each in inspected):
+        splits = [each for each in inspected if each.task == task]
+        looked = ", ".join(f"{each.samples} {each.split}" for each in splits)
+        if not any(one.kind == "picture" for each in splits for one in each.unusable):
+            found.add("fine", "pictures", task, f"all can be read ({looked} samples looked at)")
+        mean, longest = splits[0].tokens
+        if read and not any(one.kind == "text" for each in splits for one in each.unusable):
+            limit = recipe.model_options.max_length
+            found.add("fine", "tokens", task, f"mean {mean:.0f}, longest {longest} of {limit} ({looked} samples)")
 
 
 def _versions(found: Checkup) -> None:

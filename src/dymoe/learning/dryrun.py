@@ -203,6 +203,7 @@ def made_stream(recipe: Recipe, train: int, test: int) -> tuple["Stream", dict[s
 
     CoIN's samples are made (`made_task`), another stream's are its own, repeated as often as needed.
     """
+    from dymoe.learning.preflight import load
     from dymoe.tasks import Stream
 
     if recipe.stream == "coin":
@@ -212,7 +213,7 @@ def made_stream(recipe: Recipe, train: int, test: int) -> tuple["Stream", dict[s
         sizes = {name: (coin()["tasks"][name]["train"], coin()["tasks"][name]["test"]) for name in names}
         lengths = {name: Lengths(**published()["lengths"][name]) for name in names}
         return Stream("coin", tuple(made_task(name, lengths[name], train, test) for name in names)), sizes
-    stream = recipe.load_stream()
+    stream = load(recipe)
     sizes = {task.name: (len(task.train), len(task.test)) for task in stream.tasks}
     tasks = tuple(
         replace(task, train=_repeated(task.train, train), test=_repeated(task.test, test)) for task in stream.tasks

@@ -34,12 +34,14 @@ class Checkup:
         tasks: task, training records, tokens of a sample (mean, longest), estimated hours.
         fits: recipe, bytes at its peak, whether this machine holds them.
         machine: device, its bytes, versions.
+        unusable: every sample that cannot be used: task, split, position, id, file, record, kind, error.
     """
 
     findings: list[Finding] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
     fits: list[dict[str, Any]] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
+    unusable: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def wrong(self) -> int:

@@ -97,6 +97,7 @@ class Plan:
                 recipe.evaluation.split,
                 seed if instructions == "10type" else 0,
                 recipe.data,
+                (recipe.model, recipe.model_options, recipe.method) if recipe.data.on_bad == "skip" else None,
             )
         except DymoeError as error:
             raise DymoeError(f"{self.where}: {label}: {error}") from None

@@ -106,6 +106,13 @@ class Display(Bars):
         """`done` of `samples` of `task` are answered."""
         self._show(f"asking {task}", done, samples, "")
 
+    def inspecting(self, samples: str, done: int, count: int) -> None:
+        """`done` of `count` samples were looked at before the run; said only where it takes long."""
+        self._told = self._told or time.monotonic()
+        if time.monotonic() - self._told > 15:
+            self._told = time.monotonic()
+            self.note(f"looking at {samples}: {done}/{count}")
+
     def finish(self) -> None:
         """All stages are done."""
         if self._bars is not None and self._all is not None and self._now is not None:

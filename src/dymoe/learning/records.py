@@ -3,15 +3,17 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from dymoe.errors import DymoeError
 from dymoe.files import read_json
+from dymoe.learning import preflight
 from dymoe.learning.folder import FREE
 from dymoe.learning.recipe import Recipe
+from dymoe.lvlm.options import ModelOptions
 from dymoe.tasks.source import Source
 from dymoe.yamls import read_yaml
 
@@ -128,8 +130,12 @@ def data_fingerprint(
     split: Literal["test", "validation"],
     seed: int,
     source: Source,
+    reader: tuple[str, ModelOptions, str] | None = None,
 ) -> str:
-    """The fingerprint that run.yaml will hold; all that it depends on are the arguments."""
+    """The fingerprint that run.yaml will hold; all that it depends on are the arguments.
+
+    `reader` is (model, its options, method), on which depends which samples ``on_bad: skip`` leaves out.
+    """
     from dymoe.learning.recipe import Evaluation, Training
     from dymoe.learning.results import data_description
     from dymoe.learning.run import checked
@@ -142,7 +148,11 @@ def data_fingerprint(
         evaluation=Evaluation(limit=limit, split=split),
         **chosen,
     )
-    return str(data_description(checked(recipe.load_stream(), recipe))["fingerprint"])
+    if reader is None:
+        return str(data_description(checked(recipe.load_stream(), recipe))["fingerprint"])
+    model, options, method = reader
+    recipe = replace(recipe, model=model, model_options=options, method=method)
+    return str(data_description(checked(preflight.load(recipe), recipe))["fingerprint"])
 
 
 def record(cell: Cell) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dymoe.evaluation.drift import drift
 from dymoe.evaluation.matrix import AccuracyMatrix
-from dymoe.learning import clock
+from dymoe.learning import clock, preflight
 from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.recipe import Recipe
 from dymoe.pictures import for_browser
@@ -92,6 +92,8 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
     reports = [_report(stage) for stage, _ in done]
     if any(reports):
         results["reports"] = reports
+    if left_out := preflight.counts(folder.path / "skipped.jsonl"):
+        results["left_out"] = left_out
     results["machine"], results["versions"] = machine(), versions()
     from dymoe.files import atomic_json
 
@@ -174,11 +176,13 @@ def routing_over_steps(events: Path) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def shown_samples(tasks: "Sequence[Task]", split: str) -> list[dict[str, Any]]:
-    """The first samples of every task with their images, for samples.json and the report."""
+def shown_samples(tasks: "Sequence[Task]", split: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The first evaluated samples of every task with their images, for samples.json and the report."""
+    from dymoe.evaluation.generate import evaluated
+
     records = []
     for task in tasks:
-        for sample in (task.validation if split == "validation" else task.test)[:SHOWN_SAMPLES]:
+        for sample in evaluated(task, split, limit)[:SHOWN_SAMPLES]:
             record = {
                 "task": task.name,
                 "id": sample.id,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json, atomic_write
+from dymoe.learning import preflight
 from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.learner import Learner, Made
 from dymoe.learning.processes import join
@@ -43,7 +44,8 @@ def run(recipe: Recipe, resume: bool = False, display: Display | None = None, ma
     if processes.wrapped and made is not None:
         raise DymoeError("a dry run works in one process; start it without a launcher")
     method = recipe.build_method()
-    stream = checked(recipe.load_stream() if made is None else made.stream, recipe)
+    ahead = Display(f"{recipe.method} on {recipe.stream}", 0, None if processes.main else silent())
+    stream = checked(preflight.load(recipe, ahead.inspecting) if made is None else made.stream, recipe)
     rounds = method.rounds(stream.tasks)
     description = {"recipe": recipe.resolved(), "data": data_description(stream), "versions": versions()}
     description["step"] = {"samples": recipe.training.samples_of_step(processes.count)}
@@ -54,11 +56,12 @@ def run(recipe: Recipe, resume: bool = False, display: Display | None = None, ma
         if processes.main:
             folder.clear_partial()
             note_skipped(folder, stream)
-            atomic_json(folder.path / "samples.json", shown_samples(stream.tasks, recipe.evaluation.split))
+            shown_of = (recipe.evaluation.split, recipe.evaluation.limit)
+            atomic_json(folder.path / "samples.json", shown_samples(stream.tasks, *shown_of))
         shown_as = (f"{recipe.method} on {recipe.stream}", len(rounds))
         with display or Display(*shown_as, None if processes.main else silent()) as shown:
-            if stream.skipped:
-                shown.note(f"{len(stream.skipped)} records left out, see {folder.path / SKIPPED}")
+            for note in (*stream.notes, *preflight.left_out(stream.skipped, folder.path / SKIPPED)):
+                shown.note(note)
             asked = stages or [StageFolder(folder.path / "zero-shot")]
             if folder.found:
                 shown.note(found_again(folder.path, [stage.done is not None for stage in asked]))

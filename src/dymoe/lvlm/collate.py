@@ -4,6 +4,7 @@ Nothing here knows a model by name. The processor writes the prompt, expands its
 what else it gives for every token (which tokens are an image's, say) goes on over the answer and the padding.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +16,8 @@ from dymoe.errors import DymoeError
 from dymoe.libraries import untested
 from dymoe.lvlm.features import ImageFeatures, joined, made_picture, same
 from dymoe.lvlm.images import decode
+from dymoe.lvlm.rows import Row, extended, filled
+from dymoe.messages import brief
 
 if TYPE_CHECKING:
     from dymoe.lvlm.model import Lvlm
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
 IGNORE = -100  # the label of a position that is no target
 # What may stand before an answer that is tokenised apart: something that no tokenizer merges with what follows.
 _ANCHORS = (":", "\n", ".", "a")
-
-Row = dict[str, torch.Tensor]  # a value for each token by column: (tokens, ...), "input_ids" among them
 
 
 class ImageTokens(BaseModelOutputWithPooling):
@@ -79,11 +80,13 @@ class Collator:
         own = model.generation_config.eos_token_id
         own = [own] if isinstance(own, int) else own or []
         self.stop_tokens: list[int] = sorted({self._tokenizer.eos_token_id, self._end_id, *own})
-        marks = {self._image_token, self._eos, self._end}
+        marks = {self._image_token, self._eos, self._end, *self._special()}
         image = getattr(model.config, "image_token_id", None)
         if isinstance(image, int) and image < len(self._tokenizer):
             marks.add(self._tokenizer.convert_ids_to_tokens(image))
-        self._marks = sorted(marks)
+        # The longest first, so that the message names the whole token.
+        longest = sorted((mark for mark in marks if mark.strip()), key=lambda mark: (-len(mark), mark))
+        self._marks = re.compile("|".join(map(re.escape, longest)))
 
     def __call__(self, samples: "Sequence[Sample]") -> dict[str, Any]:
         """The training batch.
@@ -93,10 +96,7 @@ class Collator:
                 `max_length`, a prompt or answer that the processor cannot take.
         """
         for sample in samples:
-            if sample.turns and self._takes_suffix:
-                raise DymoeError(f"sample {sample.id!r}: it has several turns, this model's processor takes one")
-            if not sample.answer.strip():
-                raise DymoeError(f"sample {sample.id!r}: it has no answer to learn")
+            self._require_answer(sample)
         texts = [self._prompt_text(sample) for sample in samples]
         if self._takes_suffix:
             rows, images = self._encode(samples, texts, [sample.answer for sample in samples])
@@ -107,7 +107,7 @@ class Collator:
             endings = [self._ending(sample, text) for sample, text in zip(samples, texts, strict=True)]
             prompts, images = self._encode(samples, texts)
             rows = [
-                _extended(row, [token for part, _ in parts for token in part])
+                extended(row, [token for part, _ in parts for token in part])
                 for row, parts in zip(prompts, endings, strict=True)
             ]
             learned = [[answer for part, answer in parts for _ in part] for parts in endings]
@@ -156,17 +156,26 @@ class Collator:
 
     # --- text ----------------------------------------------------------------------------------------------
 
+    def _special(self) -> set[str]:
+        """The tokenizer's special tokens, which a decoded answer never shows."""
+        added = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        return added | set(self._tokenizer.all_special_tokens)
+
+    def _require_answer(self, sample: "Sample") -> None:
+        if sample.turns and self._takes_suffix:
+            raise DymoeError(f"{sample.label}: it has several turns, this model's processor takes one")
+        if not sample.answer.strip():
+            raise DymoeError(f"{sample.label}: it has no answer to learn")
+
     def _prompt_text(self, sample: "Sample") -> str:
         for field, text in (("question", sample.question), ("answer", sample.answer)):
-            for token in self._marks:
-                if token in text:
-                    raise DymoeError(f"sample {sample.id!r}: its {field} contains the special token {token}")
+            if (found := self._marks.search(text)) is not None:
+                raise DymoeError(f"{sample.label}: its {field} contains the special token {found[0]}")
         text = self._render(sample.question, sample.has_image)
         written, pictures = text.count(cast(str, self._image_token)), int(sample.has_image)
         if written != pictures:
             raise DymoeError(
-                f"sample {sample.id!r}: the chat template writes {self._image_token} {written} times for {pictures} "
-                "pictures"
+                f"{sample.label}: the chat template writes {self._image_token} {written} times for {pictures} pictures"
             )
         return text
 
@@ -186,7 +195,7 @@ class Collator:
             before = before[: before.rfind(self._end) + len(self._end)] if self._end in before else before
             whole = self._render(question, sample.has_image, None, said)
             if not answer.strip() or not whole.startswith(before):
-                raise DymoeError(f"sample {sample.id!r}: the chat template cannot go on with its later turns")
+                raise DymoeError(f"{sample.label}: the chat template cannot go on with its later turns")
             # Behind the end token, as in the whole text: a tokenizer may begin a text otherwise than a turn.
             front, both = self._tokenize([self._end, self._end + whole[len(before) :]])
             parts += [(both[len(front) :], False), (self._answer_ids(later, alone), True)]
@@ -225,8 +234,8 @@ class Collator:
         """The special token that the template writes behind an answer, else the tokenizer's end token."""
         probe = "blue"
         behind = self._render("q", False, probe).rpartition(probe)[2]
-        special = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
-        found = [(behind.find(token), -len(token), token) for token in special | {self._eos} if token in behind]
+        special = self._special() | {self._eos}
+        found = [(behind.find(token), -len(token), token) for token in special if token and token in behind]
         return min(found)[2] if found else self._eos
 
     def _answer_text(self, sample: "Sample", prompt: str) -> str:
@@ -261,7 +270,7 @@ class Collator:
             if both[: len(front)] == front and ids and self._decode(before + ids) == wanted:
                 return [*ids, self._end_id]
         raise DymoeError(
-            f"sample {sample.id!r}: its answer {sample.answer!r} cannot be tokenised apart from the prompt's end "
+            f"{sample.label}: its answer {brief(sample.answer)} cannot be tokenised apart from the prompt's end "
             f"{prompt[-20:]!r}"
         )
 
@@ -297,7 +306,7 @@ class Collator:
                 made, images = self._processed(part, said, ends)
             for number, row in zip(numbers, made, strict=True):
                 rows[number] = row
-        return _filled(rows), images
+        return filled(rows), images
 
     def _processed(
         self, samples: "Sequence[Sample]", texts: list[str], suffixes: list[str] | None
@@ -351,7 +360,7 @@ class Collator:
         try:
             made = dict(self._processor(text=texts, **options))
         except (ValueError, TypeError) as error:
-            raise DymoeError(f"sample {samples[0].id!r} and its batch: the processor refuses them ({error})") from error
+            raise DymoeError(f"{samples[0].label} and its batch: the processor refuses them ({error})") from error
         ids, mask = made.pop("input_ids"), made.pop("attention_mask").bool()
         made.pop("labels", None)
         of_images = set(self._processor.image_processor.model_input_names)
@@ -371,6 +380,12 @@ class Collator:
         bos = getattr(self._tokenizer, "bos_token", None)
         return not (bos and texts[0].startswith(bos))
 
+    def _prompt_ids(self, texts: list[str]) -> list[torch.Tensor]:
+        """The tokens of prompts whose image tokens stand there as they are."""
+        ids = self._tokenizer(texts, add_special_tokens=self._adds_special(texts), padding=False).input_ids
+        rows = [self._open_ended({"input_ids": torch.tensor(row)}, text) for row, text in zip(ids, texts, strict=True)]
+        return [row["input_ids"] for row in rows]
+
     def _open_ended(self, row: Row, text: str) -> Row:
         """The row without an end token that the tokenizer put behind the prompt by itself."""
         if int(row["input_ids"][-1]) == self._tokenizer.eos_token_id and not text.rstrip().endswith(self._eos):
@@ -389,22 +404,24 @@ class Collator:
         token = cast(str, self._image_token)
         tokens = features.of_samples(samples)
         expanded = [text.replace(token, token * len(found)) for text, found in zip(texts, tokens, strict=True)]
-        ids = self._tokenizer(expanded, add_special_tokens=self._adds_special(texts), padding=False).input_ids
-        rows = [self._open_ended({"input_ids": torch.tensor(row)}, text) for row, text in zip(ids, texts, strict=True)]
+        rows = [{"input_ids": ids} for ids in self._prompt_ids(expanded)]
         # FastVLM takes one tensor, LLaVA a list of one tensor per image: whatever the model itself makes.
         output = ImageTokens(pooler_output=cast(Any, torch.stack(tokens) if features.as_tensor else tokens))
         return rows, {"mm_encoder_outputs": {"image": output}}
 
     # --- padding -------------------------------------------------------------------------------------------
 
+    def _refuse_longer(self, sample: "Sample", length: int) -> None:
+        if length > self._max_length:
+            raise DymoeError(
+                f"{sample.label}: {length} tokens, more than max_length {self._max_length}; "
+                "shorten it or raise model_options.max_length"
+            )
+
     def _pad_left(self, samples: "Sequence[Sample]", rows: list[Row]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
         for sample, length in zip(samples, lengths, strict=True):
-            if length > self._max_length:
-                raise DymoeError(
-                    f"sample {sample.id!r}: {length} tokens, more than max_length {self._max_length}; "
-                    "shorten it or raise max_length"
-                )
+            self._refuse_longer(sample, length)
         longest = max(lengths)
         mask = torch.tensor([[0] * (longest - length) + [1] * length for length in lengths])
         batch = {"attention_mask": mask}
@@ -415,24 +432,6 @@ class Collator:
                 column[number, longest - lengths[number] :] = row[name]
             batch[name] = column
         return batch
-
-
-def _extended(row: Row, answer: list[int]) -> Row:
-    """The row with the answer; in other columns the answer's tokens are what the prompt's last token is: text."""
-    made = {name: torch.cat([value, value[-1:].expand(len(answer), *value.shape[1:])]) for name, value in row.items()}
-    return {**made, "input_ids": torch.cat([row["input_ids"], torch.tensor(answer)])}
-
-
-def _filled(rows: list[Row]) -> list[Row]:
-    """The rows with the same columns; one that only some rows have is 0 in the others."""
-    columns = {name: value for row in rows for name, value in row.items()}
-    return [
-        {
-            name: row[name] if name in row else value.new_zeros(len(row["input_ids"]), *value.shape[1:])
-            for name, value in columns.items()
-        }
-        for row in rows
-    ]
 
 
 def _named(sample: "Sample", read: Any) -> Any:

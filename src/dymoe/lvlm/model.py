@@ -33,9 +33,11 @@ def load(
 
     Raises:
         DymoeError: unknown dtype, no such folder or Hub id, not an image-text model, weights cannot be fetched, 4 bits
-            without bitsandbytes or of the pocket model.
+            without bitsandbytes or of the pocket model, a processor that does not fit the model.
     """
     import torch
+
+    from dymoe.lvlm.check import check_processor
 
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
@@ -50,7 +52,9 @@ def load(
         model, processor = pocket.assemble(kind, cache_dir)
     else:
         model, processor = _from_transformers(name, kind, cache_dir, options or ModelOptions())
-    return Lvlm(freeze(model), processor)
+    loaded = Lvlm(freeze(model), processor)
+    check_processor(loaded, name)
+    return loaded
 
 
 def freeze(model: "PreTrainedModel") -> "PreTrainedModel":

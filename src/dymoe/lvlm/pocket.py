@@ -86,6 +86,20 @@ def build_config(text_config: dict[str, Any], image_token_id: int) -> Any:
     )
 
 
+def describe(language: Path) -> "tuple[Any, LlavaProcessor]":
+    """Configuration and processor of the pocket model.
+
+    Args:
+        language: the folder of its language model.
+    """
+    import json
+
+    processor: Any = build_processor(language)
+    text_config = json.loads((language / "config.json").read_text(encoding="utf-8"))
+    text_config["pad_token_id"] = processor.tokenizer.pad_token_id
+    return build_config(text_config, processor.image_token_id), processor
+
+
 def load_projector(path: Path = PROJECTOR) -> dict[str, "torch.Tensor"]:
     """The projector's weights: linear_1.weight (576, 1280), linear_2.weight (576, 576) and their biases.
 
@@ -127,18 +141,13 @@ def assemble(
     Raises:
         DymoeError: the weights are neither cached nor can be fetched, or the projector's file is broken.
     """
-    import json
-
     import torch
     from safetensors.torch import load_file
     from transformers import FastVlmForConditionalGeneration
 
     language = assets.language_model(cache_dir, source)
     vision = assets.vision_tower(cache_dir, source)
-    processor = build_processor(language)
-    text_config = json.loads((language / "config.json").read_text(encoding="utf-8"))
-    text_config["pad_token_id"] = processor.tokenizer.pad_token_id
-    config = build_config(text_config, processor.image_token_id)
+    config, processor = describe(language)
     projector = load_projector() if projector is None else projector
     state = {f"model.multi_modal_projector.{key}": value for key, value in projector.items()}
     state |= {

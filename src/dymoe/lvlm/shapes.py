@@ -95,6 +95,32 @@ def meta_model(config: Any) -> "PreTrainedModel":
         raise DymoeError(f"{type(config).__name__}: not an image-text model of transformers") from error
 
 
+def outline(name: str, options: ModelOptions) -> Lvlm:
+    """A model on the meta device with its own processor: enough to count tokens, without any weights.
+
+    Raises:
+        DymoeError: as `config_of`; or there is no processor, or it does not fit the model.
+    """
+    from dymoe.lvlm.check import check_processor
+
+    if name == "pocket":
+        from dymoe.lvlm import assets, pocket
+
+        config, processor = pocket.describe(assets.language_model())
+    else:
+        config = config_of(name, options)
+        try:
+            processor = processor_of(name, config)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise DymoeError(f"model {name!r}: its processor cannot be loaded ({first})") from error
+        if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+            raise DymoeError(f"model {name!r}: its processor has no tokenizer and image processor")
+    made = Lvlm(meta_model(config), processor)
+    check_processor(made, name)
+    return made
+
+
 def random_lvlm(name: str, dtype: str, options: ModelOptions) -> Lvlm:
     """A model of the true shapes with random weights, on the GPU where there is one, and its processor.
 

@@ -7,7 +7,7 @@ the user's own data (`dymoe.tasks.own`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +47,7 @@ class Sample:
     text alone; `question` holds its instruction and no image token; `answer` is the training target; `reference` is
     what the task's scorer reads: "answer", and with some rules "answers" (ten texts), "choices" (texts), "bbox"
     ([x0, y0, x1, y1]); `turns` are the later (question, answer) pairs of a conversation about the same picture, which
-    are trained on with the first.
+    are trained on with the first; `source` is the file that it comes from and its record's number there, from 0.
     """
 
     id: str
@@ -56,12 +56,15 @@ class Sample:
     answer: str
     reference: Mapping[str, Any]
     turns: tuple[tuple[str, str], ...] = ()
+    source: tuple[str, int] | None = field(default=None, compare=False)
 
     @property
     def label(self) -> str:
-        """What messages call it: its id, and the picture's path where that is a file."""
+        """What messages call it: its id, and where it is known its file, record number and picture's path."""
         name = getattr(self.picture, "name", None)
-        return f"sample {brief(self.id)}" if name is None else f"sample {brief(self.id)} (image {brief(name)})"
+        told = [] if self.source is None else [f"{self.source[0]}: record {self.source[1]}"]
+        told += [] if name is None else [f"image {brief(name)}"]
+        return f"sample {brief(self.id)} ({', '.join(told)})" if told else f"sample {brief(self.id)}"
 
     @property
     def image(self) -> bytes | None:
@@ -95,12 +98,14 @@ class Stream:
     """Tasks in the order in which they are learned.
 
     `skipped` lists the records that were left out because they cannot be used (keys "file", "record" counted from 0,
-    "id", "error").
+    "id", "error", "task", "split"; file and record are None where samples come from no file of the user's); `notes` are
+    what else is to be said of the data, a line each.
     """
 
     name: str
     tasks: tuple[Task, ...]
     skipped: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,6 @@ def index(
     Raises:
         DymoeError: a file cannot be read or is no list of records, or the cache cannot be written.
     """
-    from filelock import FileLock
-
     key = {
         "format": FORMAT,
         "files": [identity(path) for path in (plan.path, *plan.extra)],
@@ -154,13 +153,7 @@ def index(
         "outside_links": plan.outside_links,
     }
     folder = cache_folder() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(folder) + ".lock")
-        lock.acquire()
-    except OSError as error:
-        raise DymoeError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    try:
+    with locked(folder):
         found = _cached(plan, folder)
         if found is None:
             with atomic_dir(folder) as place:
@@ -168,6 +161,26 @@ def index(
             found = _cached(plan, folder, fresh=True)
         assert found is not None
         return found
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep others from what is kept at `path` in the cache while the block works on it.
+
+    Raises:
+        DymoeError: the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+    except OSError as error:
+        told = f"{path}: cannot be written ({error.strerror or error}); DYMOE_CACHE names another folder for the cache"
+        raise DymoeError(told) from error
+    try:
+        yield
     finally:
         lock.release()
 
@@ -185,7 +198,26 @@ def _cached(plan: Plan, folder: Path, fresh: bool = False) -> Index | None:
     # An image that was missing may have been put in its place since: then the records are read again.
     if not fresh and any(_mended(plan, row["image"]) for row in made.bad if row["image"] is not None):
         return None
+    if not fresh and _changed(plan, table):
+        return None
     return made
+
+
+def _changed(plan: Plan, table: Path) -> bool:
+    """Whether an image is gone, or has another size than when the records were read."""
+    from dymoe.tasks.lazy import open_table
+
+    columns = open_table(table).data.select(["image", "size"]).to_pydict()
+    sizes = dict(zip(columns["image"], columns["size"], strict=True))
+    sizes.pop(None, None)
+    root = str(plan.images)
+    for name, size in sizes.items():
+        try:
+            if os.stat(os.path.join(root, name)).st_size != size:
+                return True
+        except OSError:
+            return True
+    return False
 
 
 def _mended(plan: Plan, image: str) -> bool:
@@ -345,9 +377,18 @@ def scorable(table: Path) -> Any:
     return np.flatnonzero(_held(table) >= 0)
 
 
-def listed(indexes: Sequence[Index]) -> tuple[Mapping[str, Any], ...]:
-    """The records left out, of several indexes."""
-    return tuple({key: row[key] for key in ("file", "record", "id", "error")} for found in indexes for row in found.bad)
+def listed(task: str, indexes: Mapping[str, Index]) -> list[Mapping[str, Any]]:
+    """The records left out of a task's files.
+
+    Args:
+        task: its name.
+        indexes: of its files, by split.
+    """
+    return [
+        {**{key: row[key] for key in ("file", "record", "id", "error")}, "task": task, "split": split}
+        for split, found in indexes.items()
+        for row in found.bad
+    ]
 
 
 def usable(found: Index, on_bad: str) -> Index:

@@ -116,8 +116,8 @@ class ImageFile:
             found = image_size(self.root, self.name, self.outside_links)
             if found != self.size:
                 raise DymoeError(
-                    f"image {self.name!r}: it has {found} bytes, {self.size} when the records were read; "
-                    "remove the folder 'coin' of the cache (DYMOE_CACHE) to read them again"
+                    f"image {self.name!r}: it has {found} bytes, {self.size} when the records were read; start again, "
+                    "and they are read anew"
                 )
             return image_path(self.root, self.name, self.outside_links).read_bytes()
         except OSError as error:
@@ -178,7 +178,8 @@ class View:
             task, kind, seed = self.template
             question = instructions.apply(task, instructions.strip(question), kind, row["id"], seed)
         turns = () if self.first_turn or not row["turns"] else tuple((q, a) for q, a in json.loads(row["turns"]))
-        return Sample(row["id"], picture, question, row["answer"], json.loads(row["reference"]), turns)
+        source = (str(self.source), row["record"])
+        return Sample(row["id"], picture, question, row["answer"], json.loads(row["reference"]), turns, source)
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,20 @@ class Records(Sequence[Sample]):
 
     def __hash__(self) -> int:
         return hash((self.table, self.fingerprint))
+
+    def picture_files(self) -> str:
+        """SHA-256 over where the pictures' files are, their sizes and times of change."""
+        import numpy as np
+
+        names = open_table(self.table).data.column("image").take(np.asarray(self.rows)).unique().to_pylist()
+        root, states = str(self.view.images.resolve()), []
+        for name in names:
+            try:
+                found = None if name is None else os.stat(os.path.join(root, name))
+            except OSError:
+                found = None  # its sample says why when its picture is read
+            states.append([name, None if found is None else [found.st_size, found.st_mtime_ns]])
+        return hashlib.sha256(json.dumps([root, states]).encode()).hexdigest()
 
     def _columns(self) -> Any:
         """The table without the pictures."""

@@ -142,24 +142,24 @@ def load(path: Path, names: Sequence[str], instructions: str, source: Source) ->
     return Stream(
         name,
         tuple(task for task, _ in loaded),
-        listed([each for _, found in loaded for each in found]),
+        tuple(row for task, found in loaded for row in listed(task.name, found)),
     )
 
 
-def _load(task: TaskFiles, source: Source) -> tuple[Task, list[Index]]:
+def _load(task: TaskFiles, source: Source) -> tuple[Task, dict[str, Index]]:
     def one(path: Path, test: bool) -> Index:
         plan = Plan(path, task.images, test, f"own/{task.scorer}", outside_links=source.outside_links)
         return usable(index(plan, lambda: _reference(task.scorer, test)), source.on_bad)
 
     train, test = one(task.train, False), one(task.test, True)
-    found = [train, test]
+    found = {"train": train, "test": test}
     view = View(train.path, task.images, source.outside_links)
     if task.validation is None:
         rows, held = held_out(train.table, source.validation_share, MOST_HELD_OUT)
         validation = Records(train.table, held, replace(view, first_turn=True), train.digest)
     else:
         checked = one(task.validation, True)
-        found.append(checked)
+        found["validation"] = checked
         rows = range(train.kept)
         validation = Records(checked.table, range(checked.kept), replace(view, source=checked.path), checked.digest)
     made = Task(

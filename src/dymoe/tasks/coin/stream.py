@@ -84,11 +84,12 @@ def load(names: Sequence[str], instructions: str, seed: int, source: Source) -> 
     layout = find(source, instructions, names)
     found = [indexes(layout, name, source) for name in names]
     tasks = [_task(layout, each, instructions, seed, source) for each in found]
-    skipped = [*listed([each for both in found for each in (both.train, both.test)])]
+    skipped = [row for both in found for row in listed(both.task, {"train": both.train, "test": both.test})]
     for task, both in zip(tasks, found, strict=True):
         if uncounted := both.test.kept - len(task.test):
             told = f"{uncounted} questions are not of the balanced set, which alone counts"
-            skipped.append({"file": str(both.test.path), "record": None, "id": None, "error": told})
+            whole = {"file": str(both.test.path), "record": None, "id": None, "error": told}
+            skipped.append({**whole, "task": task.name, "split": "test"})
     return Stream("coin", tuple(tasks), tuple(skipped))
 
 
