@@ -15,11 +15,13 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
+import dymoe
 from dymoe import methods
 from dymoe.adapter import group_hash
 from dymoe.learning.progress import Display
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
+from dymoe.learning.travel.push import push
 from dymoe.lvlm import load
 
 TASKS = ["ImageNet", "VQAv2"]
@@ -171,6 +173,22 @@ def test_loads_in_plain_peft_with_the_parameters_it_claims(learned, tiny_folder,
     assert held == results["stored_parameters"] == record["stored_parameters"]
     kept = load_file(stages(folder)[-1] / "adapter" / "adapter_model.safetensors")
     assert all(tensor.dtype in (torch.float32, torch.int32, torch.int64) for tensor in kept.values())
+
+
+@pytest.mark.parametrize("method, companion", CASES)
+def test_is_shared_with_a_config_that_names_its_layers(learned, tiny_folder, tmp_path, method, companion):
+    folder = learned(method, companion)
+    push(folder, tmp_path / "shared")
+    model = dymoe.load_stage(tmp_path / "shared", load(str(tiny_folder), "float32").model)
+    as_saved = load_stage(folder, tiny_folder, len(stages(folder)))
+    assert {name: group_hash(model, name) for name in model.peft_config} == {
+        name: group_hash(as_saved, name) for name in as_saved.peft_config
+    }
+    wrapped = [
+        [(layer.name, [(group, layer.experts_of(group)) for group in layer.group_configs]) for layer in one.layers()]
+        for one in (model.base_model, as_saved.base_model)
+    ]
+    assert wrapped[0] == wrapped[1]
 
 
 @pytest.mark.parametrize("method, companion", CASES)

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from dymoe.cli.options import parse
 from dymoe.errors import DymoeError
+from dymoe.messages import printable, shorten
 
 HELP = """usage: dymoe pull SOURCE FOLDER
 
-Fetch what `dymoe push` shared. The folder appears when every file's SHA-256 and every group's hash were found right;
-pickles, links, paths that lead out of the folder and large unknown files are refused.
+Fetch what `dymoe push` shared. The folder appears when every file's SHA-256 and every group's hash were found right and
+each group holds its own tensors alone; pickles, links, paths that lead out of the folder and large unknown files are
+refused.
 
   SOURCE  a folder (file:PATH or a path) or a Hub repository (owner/name or hub:owner/name)
   FOLDER  where to; it must not exist or be empty"""
@@ -28,5 +30,5 @@ def main(argv: Sequence[str]) -> int:
     print(f"stages {', '.join(done.stages)}: {done.folder}")
     print(f"SHA-256 of manifest.json: {done.manifest}")
     if done.left:
-        print(f"left behind, not in manifest.json: {', '.join(done.left)}")
+        print(f"left behind, not in manifest.json: {shorten(printable(', '.join(done.left)), 1000)}")
     return 0

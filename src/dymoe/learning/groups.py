@@ -151,13 +151,32 @@ def load_group(base: nn.Module, model: PeftModel | None, name: str, folder: Path
         config = PeftConfig.from_pretrained(str(folder))
         tensors = read_tensors(folder / WEIGHTS)
         check_tensors(tensors, config, where)
-        config.inference_mode = True
-        # PEFT's get_peft_model would put the path of `base` there.
-        told, config.base_model_name_or_path = config.base_model_name_or_path, None
-        model = train_group(base, model, name, cast(DyMoEConfig, config))
-        config.base_model_name_or_path = told
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DymoeError(f"{where} cannot be loaded ({error})") from error
+    return add_group(base, model, name, cast(DyMoEConfig, config), tensors, where)
+
+
+def add_group(
+    base: nn.Module,
+    model: PeftModel | None,
+    name: str,
+    config: DyMoEConfig,
+    tensors: Mapping[str, Tensor],
+    where: str,
+) -> PeftModel:
+    """Put a group that was read on a model, frozen and active, after the groups that `model` already has.
+
+    Raises:
+        DymoeError: it does not fit the model; `base` and `model` are as they were. The message begins with `where`.
+    """
+    config.inference_mode = True
+    # PEFT's get_peft_model would put the path of `base` there.
+    told, config.base_model_name_or_path = config.base_model_name_or_path, None
+    try:
+        model = train_group(base, model, name, config)
+    except (DymoeError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise DymoeError(f"{where} cannot be loaded ({error})") from error
+    config.base_model_name_or_path = told
     try:
         set_group(model, name, tensors, where)
     except DymoeError:

@@ -1,10 +1,11 @@
 """`load_stage`: a stage of a shared result on a base model."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dymoe.errors import DymoeError
-from dymoe.learning.travel.manifest import CONFIG, WEIGHTS, check_file, check_group, parse
+from dymoe.learning.travel.manifest import CONFIG, WEIGHTS, check_file, parse
 from dymoe.learning.travel.places import open_source
 
 if TYPE_CHECKING:
@@ -24,33 +25,57 @@ def load_stage(source: str | Path, model: "nn.Module", stage: int | None = None)
         PEFT's model in evaluation mode.
 
     Raises:
-        DymoeError: no such source or stage, something in it is not as its manifest says, or the groups do not fit the
-            model.
+        DymoeError: no such source or stage, something in it is not as its manifest says or no part of an expert group,
+            or the groups do not fit the model, which is as it was.
     """
+    import torch
     from peft import PeftModel
 
     from dymoe.adapter import DyMoELayer
-    from dymoe.learning.groups import hashes, load_group
+    from dymoe.learning.groups import add_group
+    from dymoe.learning.travel.group import read_group
 
     if isinstance(model, PeftModel) or any(isinstance(module, DyMoELayer) for module in model.modules()):
         raise DymoeError(f"load_stage: the {type(model).__name__} has adapters already; give the base model")
     place = open_source(source)
     manifest = parse(place.manifest(), place.where)
-    groups = manifest.groups(stage, place.where)
-    folders = {}
-    for group in groups:
+    groups = []
+    for group in manifest.groups(stage, place.where):
         for part in (CONFIG, WEIGHTS):
             name = f"{group.folder}/{part}"
             file = place.fetch(name)
             check_file(file, name, manifest.files[name], place.where)
-            folders[group.name] = file.parent
-        check_group(folders[group.name], group, place.where)
+        groups.append((group, *read_group(file.parent, group, place.where)))
     loaded: PeftModel | None = None
-    for group in groups:
-        loaded = load_group(model, loaded, group.name, folders[group.name])
+    with torch.device("meta"):  # on a copy without memory first, so that what does not fit changes nothing
+        form = _form(model)
+        for group, config, tensors in groups:
+            loaded = add_group(form, loaded, group.name, deepcopy(config), tensors, f"{place.where}: {group.folder}")
+    loaded = None
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for group, config, tensors in groups:
+            loaded = add_group(model, loaded, group.name, config, tensors, f"{place.where}: {group.folder}")
+    except BaseException:  # no memory left, interrupted
+        if loaded is not None:
+            loaded.base_model.unload()  # type: ignore[operator]
+        for parameter, allowed in trains:
+            parameter.requires_grad_(allowed)
+        for module, mode in modes:
+            module.training = mode
+        raise
     assert loaded is not None  # a checked stage has groups
-    found = hashes(loaded)
-    for group in groups:
-        if found[group.name] != group.hash:
-            raise DymoeError(f"{place.where}: expert group {group.name!r} does not fit this model (hash differs)")
     return loaded
+
+
+def _form(model: "nn.Module") -> "nn.Module":
+    """A copy of a model that has its layers and none of its weights."""
+    import torch
+
+    bare: dict[int, torch.Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        bare[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    for parameter in model.parameters():
+        bare[id(parameter)] = torch.nn.Parameter(bare[id(parameter)], requires_grad=parameter.requires_grad)
+    return deepcopy(model, bare)  # type: ignore[arg-type]

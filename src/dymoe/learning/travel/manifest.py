@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import parse_json, read_bytes, sha256_of
+from dymoe.files import parse_json, sha256_of
+from dymoe.messages import brief, printable
+from dymoe.names import safe_names
 
 FORMAT = "dymoe-results/1"
 MANIFEST = "manifest.json"
@@ -26,11 +28,12 @@ TEXTS = ("README.md", "recipe.yaml", "results.json", "run.yaml")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 MANIFEST_BYTES = 4 * 2**20  # no manifest of a real run comes near
+CONFIG_BYTES = 2**20
 TEXT_BYTES = 64 * 2**20
+WEIGHTS_BYTES = 2**40
 STRAY_BYTES = 2**20  # a file that the manifest does not list may have this size, and is left behind
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".th", ".t7")
 PART = r"[^/\\:*?\"<>|\x00-\x1f\x7f]+"
-FOLDER = re.compile(rf"groups/\d{{2,}}-{PART}")
 SHA = re.compile(r"[0-9a-f]{64}")
 
 
@@ -103,9 +106,15 @@ def parse(text: bytes, where: str) -> Manifest:
     values = parse_json(text, told)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise DymoeError(f"{told}: format is {found!r}, expected {FORMAT!r}; this is no result of dymoe push")
+        raise DymoeError(f"{told}: format is {brief(found)}, expected {FORMAT!r}; this is no result of dymoe push")
     files = _files(values.get("files"), told)
-    stages = tuple(_stage(number, entry, told) for number, entry in enumerate(_list(values, "stages", told), start=1))
+    rows = [_row(number, entry, told) for number, entry in enumerate(_list(values, "stages", told), start=1)]
+    names = safe_names((row["name"] for row in rows), f"{told}: stages")
+    folders = [f"groups/{number:02d}-{name}" for number, name in enumerate(names, start=1)]
+    stages = tuple(
+        (name, _groups(number, row, folders[:number], told))
+        for number, (name, row) in enumerate(zip(names, rows, strict=True), start=1)
+    )
     known: dict[str, Group] = {}
     for _, groups in stages:
         for group in groups:
@@ -136,30 +145,33 @@ def _files(values: Any, told: str) -> dict[str, File]:
         size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if not (type(size) is int and size >= 0 and isinstance(digest, str) and SHA.fullmatch(digest)):
             raise DymoeError(f"{told}: files: {name!r}: bytes (a whole number) and sha256 (64 digits) are needed")
-        if not name.endswith(WEIGHTS) and size > TEXT_BYTES:
-            raise DymoeError(f"{told}: files: {name!r}: {size} bytes are too many for this file")
+        if size > (WEIGHTS_BYTES if name.endswith(WEIGHTS) else TEXT_BYTES):
+            raise DymoeError(f"{told}: files: {name!r}: {brief(size)} bytes are too many for this file")
         files[name] = File(size, digest)
     return files
 
 
-def _stage(number: int, entry: Any, told: str) -> tuple[str, tuple[Group, ...]]:
+def _row(number: int, entry: Any, told: str) -> dict[str, Any]:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise DymoeError(f"{told}: stage {number}: an object with name and groups is needed")
+    return entry
+
+
+def _groups(number: int, entry: dict[str, Any], folders: list[str], told: str) -> tuple[Group, ...]:
     groups = []
     for row in _list(entry, "groups", f"{told}: stage {number}"):
         parts = [row.get(key) for key in ("name", "folder", "hash")] if isinstance(row, dict) else [None]
         if not all(isinstance(part, str) and part for part in parts):
-            raise DymoeError(f"{told}: stage {number}: a group needs name, folder and hash, got {row!r}")
+            raise DymoeError(f"{told}: stage {number}: a group needs name, folder and hash, got {brief(row)}")
         group = Group(*parts)  # type: ignore[arg-type]
         check_name(group.folder, told)
-        if not FOLDER.fullmatch(group.folder):
-            raise DymoeError(f"{told}: stage {number}: folder {group.folder!r}: expected groups/NN-NAME")
+        if group.folder not in folders:
+            raise DymoeError(f"{told}: stage {number}: folder {brief(group.folder)}: expected groups/NN-STAGE")
         if not SHA.fullmatch(group.hash):
-            raise DymoeError(f"{told}: stage {number}: group {group.name!r}: hash needs 64 digits")
+            raise DymoeError(f"{told}: stage {number}: group {brief(group.name)}: hash needs 64 digits")
         groups.append(group)
-    if len({group.name for group in groups}) != len(groups):
-        raise DymoeError(f"{told}: stage {number}: two groups of one name")
-    return entry["name"], tuple(groups)
+    safe_names((group.name for group in groups), f"{told}: stage {number}: groups")
+    return tuple(groups)
 
 
 def check_name(name: str, told: str) -> None:
@@ -185,10 +197,11 @@ def check_strays(names: Mapping[str, int], listed: Iterable[str], where: str) ->
     known = {*listed, MANIFEST}
     strays = sorted(name for name in names if name not in known)
     for name in strays:
+        told = printable(name)
         if name.lower().endswith(PICKLES):
-            raise DymoeError(f"{where}: {name}: a pickle can run code when it is read; a shared result has none")
+            raise DymoeError(f"{where}: {told}: a pickle can run code when it is read; a shared result has none")
         if names[name] > STRAY_BYTES:
-            raise DymoeError(f"{where}: {name}: an unknown file of {names[name]} bytes that {MANIFEST} does not list")
+            raise DymoeError(f"{where}: {told}: an unknown file of {names[name]} bytes that {MANIFEST} does not list")
     return [name for name in strays if name != ".gitattributes"]
 
 
@@ -206,14 +219,15 @@ def tree(root: Path, where: str) -> dict[str, int]:
                 folders[:] = [name for name in folders if name not in (".git", ".cache")]
             for name in (*folders, *files):
                 path = Path(place) / name
-                told, mode = path.relative_to(root).as_posix(), path.lstat().st_mode
+                inside, mode = path.relative_to(root).as_posix(), path.lstat().st_mode
+                told = printable(inside)
                 if stat.S_ISLNK(mode):
                     raise DymoeError(f"{where}: {told}: is a link; a shared result has plain files alone")
                 if stat.S_ISREG(mode):
                     # The header's length, with which safetensors files begin, may look like a pickle's first bytes.
                     if not name.endswith(".safetensors") and pickled(path):
                         raise DymoeError(f"{where}: {told}: begins like a pickle, which can run code when it is read")
-                    found[told] = path.stat().st_size
+                    found[inside] = path.stat().st_size
                 elif not stat.S_ISDIR(mode):
                     raise DymoeError(f"{where}: {told}: is no plain file")
     except OSError as error:
@@ -255,43 +269,6 @@ def check_file(path: Path, name: str, expected: File, where: str) -> None:
         raise DymoeError(f"{where}: {name}: cannot be read ({error.strerror or error})") from error
 
 
-def check_group(folder: Path, group: Group, where: str) -> None:
-    """Check that a folder holds an expert group with this hash, and nothing that would import code when loaded.
-
-    Raises:
-        DymoeError: the config is of another PEFT method or names a library other than transformers, the weights
-            cannot be read or are not those that the hash was made of.
-    """
-    told = f"{where}: {group.folder}/{CONFIG}"
-    config = parse_json(read_bytes(folder / CONFIG), told)
-    if not isinstance(config, dict) or config.get("peft_type") != "DYMOE":
-        raise DymoeError(f"{told}: is not the config of an expert group (peft_type DYMOE)")
-    mapping = config.get("auto_mapping")
-    library = mapping.get("parent_library") if isinstance(mapping, dict) else "transformers."
-    # PEFT's AutoPeftModel imports what is named here.
-    if not isinstance(library, str) or not library.startswith("transformers."):
-        raise DymoeError(f"{told}: auto_mapping names {library!r}, which is no module of transformers")
-    if stored_hash(folder / WEIGHTS, f"{where}: {group.folder}/{WEIGHTS}") != group.hash:
-        raise DymoeError(f"{where}: {group.folder}: expert group {group.name!r} is not the one saved (hash differs)")
-
-
-def stored_hash(file: Path, where: str) -> str:
-    """`dymoe.group_hash` of a saved group, without a model: PEFT's keys are the names that go into the hash.
-
-    Raises:
-        DymoeError: the file is no safetensors file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    from dymoe.adapter import tensors_hash
-
-    try:
-        with safe_open(file, "pt") as tensors:
-            return tensors_hash((name, tensors.get_tensor(name)) for name in sorted(tensors.keys()))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DymoeError(f"{where}: cannot be read as safetensors ({error})") from None
-
-
 def check_tree(root: Path, where: str) -> Manifest:
     """Check a whole shared result: exactly the files that its manifest lists, each as it says, every group's hash.
 
@@ -308,6 +285,8 @@ def check_tree(root: Path, where: str) -> Manifest:
         raise DymoeError(f"{where}: {strange[0]}: {MANIFEST} does not list it")
     for name, expected in manifest.files.items():
         check_file(root / name, name, expected, where)
+    from dymoe.learning.travel.group import read_group
+
     for group in {group.folder: group for _, groups in manifest.stages for group in groups}.values():
-        check_group(root / group.folder, group, where)
+        read_group(root / group.folder, group, where)
     return manifest

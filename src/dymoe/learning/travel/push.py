@@ -1,6 +1,5 @@
 """`push`: a run's groups, recipe, numbers and card into a folder or a Hub repository, all or nothing."""
 
-import json
 import re
 import shutil
 import tempfile
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_dir, read_json
+from dymoe.files import atomic_dir, json_text, read_json
 from dymoe.learning.folder import StageFolder
 from dymoe.learning.travel.card import Shared, card
 from dymoe.learning.travel.manifest import (
@@ -25,6 +24,7 @@ from dymoe.learning.travel.manifest import (
 )
 from dymoe.learning.travel.paths import base_kind, base_name, without_paths
 from dymoe.learning.travel.places import place_of, upload
+from dymoe.yamls import dump_yaml, read_yaml
 
 LOCAL = ("root", "images", "instructions_folder")  # of a recipe's `data`: where things are on one machine
 
@@ -117,15 +117,15 @@ def _collect(run: Path, new: Path, stage: int | None, licence: str | None, name:
     stages = _groups(run, done, new, base)
     shared = {**without_paths(first_stages(results, len(done), f"{run}/results.json")), "base": base_name(base)}
     clean = {**_clean(recipe), "model": base_name(base)}
-    _write_yaml(new / "run.yaml", {**without_paths(description), "recipe": clean})
-    _write_yaml(new / "recipe.yaml", clean)
-    _write(new / "results.json", json.dumps(shared, indent=1, ensure_ascii=False) + "\n")
+    _write(new / "run.yaml", dump_yaml({**without_paths(description), "recipe": clean}))
+    _write(new / "recipe.yaml", dump_yaml(clean))
+    _write(new / "results.json", json_text(shared, run / "results.json", indent=1) + "\n")
     _write(new / "README.md", card(Shared(shared, clean, stages, base, licence, name)))
     folders = {group.folder for _, groups in stages for group in groups}
     files = [*TEXTS, *(f"{folder}/{part}" for folder in folders for part in (CONFIG, WEIGHTS))]
     manifest = Manifest(base_name(base), tuple(stages), {name: file_of(new / name) for name in files})
     facts = {key: shared.get(key) for key in ("method", "stream", "tasks", "seed", "versions")}
-    _write(new / MANIFEST, json.dumps(manifest.to_json(**facts), indent=1, ensure_ascii=False) + "\n")
+    _write(new / MANIFEST, json_text(manifest.to_json(**facts), where, indent=1) + "\n")
     check_tree(new, where)
     size = sum(file.size for file in manifest.files.values())
     return Pushed(where, len(stages), size, file_of(new / MANIFEST).sha256)
@@ -135,19 +135,15 @@ def _description(run: Path) -> dict[str, Any]:
     """run.yaml of the run.
 
     Raises:
-        DymoeError: it is not there or is no run's.
+        DymoeError: it is not there, is no run's, or has numbers that are not finite.
     """
-    import yaml
-
     file = run / "run.yaml"
     if not file.is_file():
         raise DymoeError(f"{run}: no run.yaml here; give a run folder as dymoe run writes it")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DymoeError(f"{file}: cannot be read ({error})") from None
+    values = read_yaml(file)
     if not isinstance(values, dict) or not isinstance(values.get("recipe"), dict):
         raise DymoeError(f"{file}: expected a mapping with the key recipe; this is no run's description")
+    json_text(values, file)
     return values
 
 
@@ -174,8 +170,14 @@ def _groups(
     run: Path, done: list[tuple[str, StageFolder]], new: Path, base: str
 ) -> list[tuple[str, tuple[Group, ...]]]:
     """Copy every stage's group to groups/NN-NAME; a stage's groups are those up to it, each as it was last trained."""
+    from safetensors import SafetensorError, safe_open
+
+    from dymoe.learning.travel.group import layers_of, plain_config
+
     stages: list[tuple[str, tuple[Group, ...]]] = []
     now: dict[str, Group] = {}
+    configs: dict[Path, Path] = {}
+    layers: set[str] = set()
     for number, (name, stage) in enumerate(done, start=1):
         record = stage.done or {}
         try:
@@ -189,12 +191,18 @@ def _groups(
             if not (stage.adapter / part).is_file():
                 raise DymoeError(f"{stage.adapter / part}: no such file")
         shutil.copyfile(stage.adapter / WEIGHTS, folder / WEIGHTS)
-        config = read_json(stage.adapter / CONFIG)
-        # What PEFT wrote here is a folder of this machine, or the word None.
-        config["base_model_name_or_path"] = base if base_kind(base) == "hub" else None
-        _write(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        try:
+            with safe_open(folder / WEIGHTS, "pt") as tensors:
+                layers |= layers_of(tensors.keys())
+        except SafetensorError as error:
+            raise DymoeError(f"{stage.adapter / WEIGHTS}: cannot be read as safetensors ({error})") from None
+        configs[folder / CONFIG] = stage.adapter / CONFIG
         now[group.name] = group
         stages.append((name, tuple(now.values())))
+    hub = base if base_kind(base) == "hub" else None
+    for file, own in configs.items():
+        config = plain_config(read_json(own, dict[str, Any]), layers, hub, own)
+        _write(file, json_text(config, own, indent=2) + "\n")
     return stages
 
 
@@ -246,12 +254,6 @@ def _clean(recipe: dict[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("data"), dict):
         values["data"] = {key: value for key, value in values["data"].items() if key not in LOCAL}
     return values
-
-
-def _write_yaml(file: Path, values: dict[str, Any]) -> None:
-    import yaml
-
-    _write(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _write(file: Path, text: str) -> None:
