@@ -6,6 +6,7 @@ The sender is one who makes every hash anew, so that only the content tells.
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,9 @@ NAN = torch.tensor([[[1.0] * 32, [float("nan")] * 32]] * 2)
         (lambda t: t.update({f"{LAYER}.lora_A": torch.zeros(2, 2, 32)}), "no part of an expert group"),
         (lambda t: t.update({f"{LAYER}.dymoe_A.birds": torch.zeros(2, 2, 32)}), "no part of an expert group"),
         (lambda t: t.update({"weight": torch.zeros(1)}), "no part of an expert group"),
+        (lambda t: t.update({"\x1b[31m" + "x" * 10_000: torch.zeros(1)}), "no part of an expert group"),
+        (lambda t: t.update({f"{LAYER}{'.x' * 10_000}.dymoe_A": torch.zeros(2, 2, 32)}), "no place for"),
+        (lambda t: t.update({f"{LAYER}{'.x' * 10_000}.dymoe_A": torch.zeros(2, 32)}), "of shape (2, 32)"),
         (lambda t: t.update({"base_model.model.lm_head.dymoe_A": torch.zeros(2, 2, 32)}), "lm_head.dymoe_A"),
         (lambda t: t.update({"base_model.model.dymoe_selector.dymoe_key": torch.zeros(32)}), "dymoe_selector"),
         (lambda t: t.pop(f"{LAYER}.dymoe_A"), f"lacks 1 of 42 tensors: {LAYER}.dymoe_A"),
@@ -365,3 +369,38 @@ def test_plain_peft_after_a_pull(shared, tmp_path):
     model.load_adapter(str(tmp_path / "pulled"), subfolder="groups/02-signs", adapter_name="signs")
     ours = dymoe.load_stage(shared, tiny_llama())
     assert {name: group_hash(model, name) for name in NAMES} == {name: group_hash(ours, name) for name in NAMES}
+
+
+def test_much_of_everything_is_no_long_wait(copy, capsys):
+    """As many layers, stages and groups as are read at all: seconds at most, not a product of their numbers."""
+    layers = [f"layers.{number}.q_proj" for number in range(4096)]
+    config = {"peft_type": "DYMOE", "num_experts": 2, "r": 1, "gate": "uniform", "guidance": "none"}
+    config |= {"target_modules": layers, "expert_pattern": dict.fromkeys(layers, 1)}
+    (copy / "groups/02-signs" / CONFIG).write_text(json.dumps(config))
+    one = torch.zeros(1, 1, 1)
+    tensors = {f"base_model.model.{layer}.dymoe_{kind}": one.clone() for layer in layers for kind in "AB"}
+    save_file(tensors, copy / "groups/02-signs" / WEIGHTS)
+    seal(copy)
+    begun = time.process_time()
+    pull(copy, copy.parent / "pulled")
+    shutil.rmtree(copy.parent / "pulled")
+    config["target_modules"] = [*layers, "one.more"]
+    (copy / "groups/02-signs" / CONFIG).write_text(json.dumps({**config, "expert_pattern": {}}))
+    refused(copy, capsys, "expected 1 to 4096 different names")
+    values = json.loads((copy / MANIFEST).read_text())
+    for count, groups in ((257, 1), (256, 256), (20_000, 1), (1, 20_000)):
+        rows = [{"name": f"g{n}", "folder": f"groups/{n + 1:02d}-s{n}", "hash": "0" * 64} for n in range(groups)]
+        stages = [{"name": f"s{number}", "groups": rows if count < 256 else rows[:1]} for number in range(count)]
+        (copy / MANIFEST).write_text(json.dumps({**values, "stages": stages})[: 2**22])
+        with pytest.raises(DymoeError):
+            load_stage(copy, tiny_llama())
+    assert time.process_time() - begun < 20  # one of them alone would take minutes
+
+
+def test_a_long_name_of_a_file_is_cut_in_the_message(copy):
+    values = json.loads((copy / MANIFEST).read_text())
+    values["files"]["x" * 10**6] = values["files"]["README.md"]
+    (copy / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(DymoeError) as error:
+        load_stage(copy, tiny_llama())
+    assert len(str(error.value)) < 1000

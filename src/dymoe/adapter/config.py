@@ -44,7 +44,7 @@ class DyMoEConfig(PeftConfig):
         rsr_start: share of a task's steps before the regularization starts to rise.
         compute: "stacked" (two matrix products for the bank), "reference" (a loop over experts), "triton" (kernels
             for GPUs) or "auto" (triton on a GPU that has it, else stacked).
-        expert_pattern: experts in layers whose name ends with (or as a regular expression fits) a key, in place of
+        expert_pattern: experts in layers whose name is, ends with or as a regular expression fits a key, in place of
             num_experts; 0 leaves a layer without new experts. The scale stays that of num_experts.
         selector: what weighs whole groups for a whole sample before the gates do: "none" or a name of
             `adapter.selectors.SELECTORS`.
@@ -118,6 +118,8 @@ class DyMoEConfig(PeftConfig):
 
     def experts_in(self, layer: str) -> int:
         """Experts that the group adds to the layer of this name."""
+        if layer in self.expert_pattern:
+            return self.expert_pattern[layer]
         for key, count in self.expert_pattern.items():
             if layer == key or layer.endswith(f".{key}") or re.fullmatch(key, layer):
                 return count

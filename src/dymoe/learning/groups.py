@@ -27,6 +27,7 @@ from dymoe.adapter.selectors import SELECTORS
 from dymoe.errors import DymoeError
 from dymoe.files import TEMPORARY, atomic_dir, reason
 from dymoe.learning import whole
+from dymoe.messages import brief, printable, shorten
 
 WEIGHTS = "adapter_model.safetensors"  # PEFT's name
 
@@ -218,6 +219,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise DymoeError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
+SHOWN = 200  # characters of a tensor's name in a message
 _NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?P<kind>dymoe_\w+)")
 _HOLDERS: tuple[type[GroupHolder], ...] = (DyMoELayer, *SELECTORS.values())
 _KINDS = {kind for holder in _HOLDERS for kind in holder.adapter_layer_names}
@@ -242,19 +244,22 @@ def check_tensors(
     if not isinstance(config, DyMoEConfig):
         raise DymoeError(f"{where} is no expert group (peft_type {getattr(config, 'peft_type', None)!r}, not DYMOE)")
     for name, tensor in tensors.items():
-        match = _NAME.fullmatch(name)
+        match, told = _NAME.fullmatch(name), shorten(printable(name), SHOWN)
         if match is None or match["kind"] not in _KINDS:
-            raise DymoeError(f"{where} holds {name!r}, which is no part of an expert group")
+            raise DymoeError(f"{where} holds {told!r}, which is no part of an expert group")
         if not _fits(tuple(tensor.shape), match["kind"], match["layer"], config):
-            raise DymoeError(f"{where} holds {name} of shape {tuple(tensor.shape)}, which is not what its config makes")
+            raise DymoeError(
+                f"{where} holds {told} of shape {brief(tuple(tensor.shape))}, which is not what its config makes"
+            )
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise DymoeError(f"{where} holds {name}, which has numbers that are not finite")
+            raise DymoeError(f"{where} holds {told}, which has numbers that are not finite")
     if shapes is None:
         return
     _compare_names(tensors, shapes, where)
     for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            raise DymoeError(f"{where} holds {name} of shape {tuple(tensors[name].shape)}, this model has {shape}")
+        if (other := tuple(tensors[name].shape)) != shape:
+            told = shorten(printable(name), SHOWN)
+            raise DymoeError(f"{where} holds {told} of shape {brief(other)}, this model has {shape}")
 
 
 def _fits(shape: tuple[int, ...], kind: str, layer: str, config: DyMoEConfig) -> bool:
@@ -278,5 +283,5 @@ def _compare_names(there: Iterable[str], expected: Iterable[str], where: str) ->
 
 def _listed(names: Iterable[str]) -> str:
     """The first names of many."""
-    names = list(names)
+    names = [shorten(printable(name), SHOWN) for name in names]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

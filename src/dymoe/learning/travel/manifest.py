@@ -29,6 +29,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 MANIFEST_BYTES = 4 * 2**20  # no manifest of a real run comes near
 CONFIG_BYTES = 2**20
+STAGES = 256
 TEXT_BYTES = 64 * 2**20
 WEIGHTS_BYTES = 2**40
 STRAY_BYTES = 2**20  # a file that the manifest does not list may have this size, and is left behind
@@ -108,7 +109,10 @@ def parse(text: bytes, where: str) -> Manifest:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise DymoeError(f"{told}: format is {brief(found)}, expected {FORMAT!r}; this is no result of dymoe push")
     files = _files(values.get("files"), told)
-    rows = [_row(number, entry, told) for number, entry in enumerate(_list(values, "stages", told), start=1)]
+    entries = _list(values, "stages", told)
+    if len(entries) > STAGES:
+        raise DymoeError(f"{told}: 'stages': {len(entries)} stages, at most {STAGES} are read")
+    rows = [_row(number, entry, told) for number, entry in enumerate(entries, start=1)]
     names = safe_names((row["name"] for row in rows), f"{told}: stages")
     folders = [f"groups/{number:02d}-{name}" for number, name in enumerate(names, start=1)]
     stages = tuple(
@@ -120,11 +124,12 @@ def parse(text: bytes, where: str) -> Manifest:
         for group in groups:
             if known.setdefault(group.folder, group) != group:
                 raise DymoeError(f"{told}: {group.folder!r} is two different groups")
+    safe_names(dict.fromkeys(group.name for group in known.values()), f"{told}: groups")
     expected = {*TEXTS, *(f"{folder}/{name}" for folder in known for name in (CONFIG, WEIGHTS))}
     if missing := sorted(expected - set(files)):
-        raise DymoeError(f"{told}: files: {missing[0]!r} is not listed")
+        raise DymoeError(f"{told}: files: {brief(missing[0])} is not listed")
     if strange := sorted(set(files) - expected):
-        raise DymoeError(f"{told}: files: {strange[0]!r} does not belong to a shared result")
+        raise DymoeError(f"{told}: files: {brief(strange[0])} does not belong to a shared result")
     base = values.get("base")
     return Manifest(base if isinstance(base, str) else "", stages, files)
 
@@ -144,9 +149,9 @@ def _files(values: Any, told: str) -> dict[str, File]:
         check_name(name, told)
         size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if not (type(size) is int and size >= 0 and isinstance(digest, str) and SHA.fullmatch(digest)):
-            raise DymoeError(f"{told}: files: {name!r}: bytes (a whole number) and sha256 (64 digits) are needed")
+            raise DymoeError(f"{told}: files: {brief(name)}: bytes (a whole number) and sha256 (64 digits) are needed")
         if size > (WEIGHTS_BYTES if name.endswith(WEIGHTS) else TEXT_BYTES):
-            raise DymoeError(f"{told}: files: {name!r}: {brief(size)} bytes are too many for this file")
+            raise DymoeError(f"{told}: files: {brief(name)}: {brief(size)} bytes are too many for this file")
         files[name] = File(size, digest)
     return files
 
@@ -170,7 +175,8 @@ def _groups(number: int, entry: dict[str, Any], folders: list[str], told: str) -
         if not SHA.fullmatch(group.hash):
             raise DymoeError(f"{told}: stage {number}: group {brief(group.name)}: hash needs 64 digits")
         groups.append(group)
-    safe_names((group.name for group in groups), f"{told}: stage {number}: groups")
+    if len({group.name for group in groups}) != len(groups):
+        raise DymoeError(f"{told}: stage {number}: two groups of one name")
     return tuple(groups)
 
 
@@ -181,11 +187,11 @@ def check_name(name: str, told: str) -> None:
         DymoeError: an absolute path, a ``..``, a backslash, a drive, an empty part or a control character.
     """
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):
-        raise DymoeError(f"{told}: {name!r} is an absolute path; only paths inside the folder are taken")
+        raise DymoeError(f"{told}: {brief(name)} is an absolute path; only paths inside the folder are taken")
     if any(part in ("", ".", "..") for part in name.split("/")):
-        raise DymoeError(f"{told}: {name!r} leads out of the folder; only plain paths inside it are taken")
+        raise DymoeError(f"{told}: {brief(name)} leads out of the folder; only plain paths inside it are taken")
     if not re.fullmatch(rf"{PART}(/{PART})*", name):
-        raise DymoeError(f"{told}: {name!r} has a character that no path may have here")
+        raise DymoeError(f"{told}: {brief(name)} has a character that no path may have here")
 
 
 def check_strays(names: Mapping[str, int], listed: Iterable[str], where: str) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dymoe.errors import DymoeError
-from dymoe.files import expand
+from dymoe.files import expand, read_bytes
 from dymoe.learning.travel.manifest import MANIFEST, MANIFEST_BYTES, tree
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -85,11 +85,7 @@ class FolderSource:
 
     def manifest(self) -> bytes:
         """The manifest's bytes, no more of them than a manifest may have."""
-        try:
-            with self.fetch(MANIFEST).open("rb") as file:
-                return file.read(MANIFEST_BYTES + 1)
-        except OSError as error:
-            raise DymoeError(f"{self.where}: {MANIFEST}: cannot be read ({error.strerror or error})") from error
+        return read_bytes(self.fetch(MANIFEST), MANIFEST_BYTES)
 
     def names(self) -> dict[str, int]:
         """Every file below the folder; links are refused."""
@@ -141,7 +137,7 @@ class HubSource:
         """The manifest's bytes."""
         if self.sizes[MANIFEST] > MANIFEST_BYTES:
             raise DymoeError(f"{self.where}: {MANIFEST}: larger than {MANIFEST_BYTES} bytes")
-        return self.fetch(MANIFEST).read_bytes()
+        return read_bytes(self.fetch(MANIFEST), MANIFEST_BYTES)
 
     def names(self) -> dict[str, int]:
         """Every file of the repository with its size as the Hub states it."""
