@@ -22,7 +22,7 @@ from dymoe.files import parse_json, read_bytes
 from dymoe.learning.groups import check_tensors, read_tensors
 from dymoe.learning.travel.manifest import CONFIG, CONFIG_BYTES, WEIGHTS, Group
 from dymoe.learning.travel.places import REPOSITORY
-from dymoe.messages import brief
+from dymoe.messages import brief, shorten
 from dymoe.schema import Range, fit
 
 MOST = 1024  # experts of a layer, and rank of each
@@ -68,7 +68,7 @@ def plain_config(values: Mapping[str, Any], layers: Iterable[str], base: str | N
     try:
         config = DyMoEConfig(**values)
     except (TypeError, ValueError) as error:
-        raise DymoeError(f"{where}: is not the config of an expert group ({error})") from None
+        raise DymoeError(f"{where}: is not the config of an expert group ({shorten(str(error), 300)})") from None
     targets = sorted(layer for layer in layers if check_target_module_exists(config, layer))
     experts = {layer: config.experts_in(layer) for layer in targets}
     same = set(experts.values()) <= {config.num_experts}
@@ -120,7 +120,7 @@ def check_config(data: bytes, where: str) -> DyMoEConfig:
         _check_names(values)
         return DyMoEConfig(**values)
     except (DymoeError, TypeError, ValueError) as error:
-        raise DymoeError(f"{where}: {error}") from None
+        raise DymoeError(f"{where}: {shorten(str(error), 300)}") from None
 
 
 def _check_names(values: Mapping[str, Any]) -> None:
