@@ -28,6 +28,6 @@ def with_group(model: Any, task: int, **choices: Any) -> Any:
     """The model with the group of one more task, counted from 1; `choices` are fields of `DyMoEConfig`."""
     config = DyMoEConfig(lora_dropout=0.0, **choices)
     if task == 1:
-        return get_peft_model(model, config, adapter_name="1")
-    model.add_adapter(str(task), config)
+        return get_peft_model(model, config, adapter_name="task-1")
+    model.add_adapter(f"task-{task}", config)
     return model

@@ -37,9 +37,9 @@ class Host(nn.Module):
 def test_counted_operations_are_those_that_torch_counts(counts, tasks):
     host = Host(24, 40).requires_grad_(False)
     config = {"lora_dropout": 0.0, "guidance": "none", "target_modules": ["q_proj"]}
-    model = get_peft_model(host, DyMoEConfig(**config), adapter_name="1")
+    model = get_peft_model(host, DyMoEConfig(**config), adapter_name="task-1")
     for task in range(2, tasks + 1):
-        model.add_adapter(str(task), DyMoEConfig(**config))
+        model.add_adapter(f"task-{task}", DyMoEConfig(**config))
     x = torch.randn(2, 25, 24, requires_grad=True)
     model.train()(x).sum().backward()  # packs the frozen groups
     # torch counts addmm, not its in-place form.
