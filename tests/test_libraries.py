@@ -10,10 +10,13 @@ from pathlib import Path
 
 import accelerate.state
 import peft.mapping
+import peft.tuners.tuners_utils
 import pytest
 import torch
 import transformers
+import transformers.trainer
 from accelerate.state import AcceleratorState
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainingArguments
 from transformers.quantizers import quantizer_bnb_4bit
@@ -24,6 +27,7 @@ from dymoe.libraries import require_arguments, require_names
 # (class, method or attribute, arguments, what breaks)
 NAMES = [
     (BaseTuner, "_pre_injection_hook", ("model", "config", "adapter_name"), "the trace of a wrapped model"),
+    (BaseTuner, "_post_injection_hook", ("model", "config", "adapter_name"), "the loss terms"),
     (BaseTuner, "_prepare_adapter_config", ("peft_config", "model_config"), "default targets"),
     (BaseTuner, "_create_and_replace", ("peft_config", "adapter_name", "target", "target_name", "parent"), "wrapping"),
     (BaseTuner, "_replace_module", ("parent", "child_name", "new_module", "child"), "wrapping"),
@@ -68,6 +72,11 @@ def test_a_name_is_there(owner, name, arguments, use):
 
 # (object whose source is read, what must stand in it, what breaks)
 READ = [
+    (PeftModel.forward, "self._enable_peft_forward_hooks(", "refusing adapter_names"),
+    (PeftModel, "self.base_model._enable_peft_forward_hooks(", "refusing adapter_names"),
+    (peft.tuners.tuners_utils, 'linear_names = ("Linear",)', "all-linear for a second group"),
+    (transformers.trainer, "DEFAULT_CALLBACKS +", "the best checkpoint of a plain Trainer"),
+    (Trainer._load_from_checkpoint, "active_adapters[0]", "resume of a plain Trainer"),
     (Trainer.training_step, "self.loss_is_scaled_for_ga", "accumulation: the loss would be divided twice"),
     (Trainer, "self._save_checkpoint(", "complete checkpoints"),
     (Trainer, "self._prepare_for_training(", "resume"),

@@ -1,5 +1,6 @@
 """The config of one expert group (one PEFT adapter)."""
 
+import enum
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,14 @@ from peft import PeftConfig
 from dymoe.numbers import WORKABLE, workable
 from dymoe.routing import MASKS
 
-PEFT_TYPE = "DYMOE"
+
+class PeftType(str, enum.Enum):  # noqa: UP042 - as PEFT's own, whose text names the class
+    """PEFT's enum of methods cannot be extended; where it reads a method's `value` it finds this one."""
+
+    DYMOE = "DYMOE"
+
+
+PEFT_TYPE = PeftType.DYMOE
 GATES = ("cosine", "uniform", "linear")
 COMPUTE = ("stacked", "reference", "triton", "auto")
 

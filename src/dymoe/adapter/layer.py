@@ -167,6 +167,10 @@ class DyMoELayer(GroupHolder):
 
     # ---- frozen groups, packed ----------------------------------------------------------------------------------
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packs.clear()  # `assign=True` puts other parameters in the place of those packed
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Any, recurse: bool = True) -> DyMoELayer:
         self._packs.clear()
         return cast(DyMoELayer, super()._apply(fn, recurse))
@@ -400,3 +404,7 @@ class DyMoELayer(GroupHolder):
     def __repr__(self) -> str:
         groups = ", ".join(f"{g}: {c.num_experts} x r{c.r}" for g, c in self.group_configs.items())
         return f"dymoe.{type(self).__name__}({self.in_features} -> {self.out_features}; {groups or 'no groups'})"
+
+
+class DyMoELinear(DyMoELayer):
+    """A wrapped linear under a name that PEFT knows: "all-linear" takes layers whose class says "Linear"."""

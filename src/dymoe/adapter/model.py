@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dymoe.adapter.callback import register_callback
 from dymoe.adapter.config import DyMoEConfig
 from dymoe.adapter.holder import GroupHolder
-from dymoe.adapter.layer import DyMoELayer
+from dymoe.adapter.layer import DyMoELayer, DyMoELinear
 from dymoe.adapter.selection import Select, Selector
 from dymoe.adapter.selectors import SELECTORS
 from dymoe.adapter.trace import RoutingTrace
+from dymoe.errors import DymoeError
 from dymoe.libraries import require_arguments, require_names
 from dymoe.lvlm.decoder import decoder_linears
 from dymoe.names import parts_of, safe_name
@@ -54,8 +57,8 @@ class DyMoEModel(BaseTuner):
     """PEFT's tuner for the method DYMOE.
 
     Adding a group (an adapter) freezes the earlier ones and leaves all of them active, so that the router's softmax
-    runs over all groups and only the new one trains. `set_adapter` with several names routes over those alone: stage t
-    of a run is the first t groups.
+    runs over all groups and only the new one trains. Stage t of a run is the first t groups: `set_adapter` with a name
+    goes back to the stage that this group ended, with a list of names it routes over those alone.
 
     Attributes:
         trace: the model's routing trace, shared by all wrapped layers.
@@ -66,6 +69,13 @@ class DyMoEModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own class attribute
     trace: RoutingTrace
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if any(isinstance(module, GroupHolder) for module in model.modules()):
+            raise DymoeError(
+                "the model has expert groups already; add the next one by `add_adapter` of what `get_peft_model` gave"
+            )
+        super().__init__(model, *args, **kwargs)
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.trace = RoutingTrace()
         self.peft_config = GroupConfigs(self.peft_config)
@@ -74,7 +84,7 @@ class DyMoEModel(BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # On the model itself, so that `generate` and direct calls pass here too.
         self._hooks.append(model.register_forward_pre_hook(_Begin(self.trace), with_kwargs=True))
-        self._hooks.append(model.register_forward_hook(_AttachLoss(self.trace)))
+        self._hooks.append(model.register_forward_hook(_AttachLoss(self.trace), with_kwargs=True))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, DyMoEConfig)
@@ -101,7 +111,7 @@ class DyMoEModel(BaseTuner):
                 f"{current_key}: a {type(target).__name__} cannot hold experts; target_modules may only name linears "
                 "(modules with in_features and out_features)"
             )
-        layer = DyMoELayer(target, current_key, self.trace)
+        layer = DyMoELinear(target, current_key, self.trace)
         layer.add_group(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
@@ -111,8 +121,8 @@ class DyMoEModel(BaseTuner):
         Raises:
             ValueError: name, config or model do not allow the group; the model is as it was.
         """
-        earlier = [name for name in self.active_adapters if name != adapter_name]
-        training = next((holder.training_group for holder in self.holders()), None)
+        earlier = [name for name in self.stage if name != adapter_name]
+        training = self.training_group
         trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
         config = self.peft_config[adapter_name]
         try:
@@ -202,12 +212,71 @@ class DyMoEModel(BaseTuner):
                     f"{values[other]!r}: all groups of a bank share one {key}"
                 )
 
+    @property
+    def training_group(self) -> str | None:
+        """The group that trains, or None."""
+        return next((layer.training_group for layer in self.model.modules() if isinstance(layer, DyMoELayer)), None)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active groups, first the one that trains: a Trainer, which knows a single adapter, takes the first."""
+        training = self.training_group
+        return sorted(self.stage, key=lambda name: name != training)
+
+    @property
+    def stage(self) -> list[str]:
+        """The active groups in the order of their columns."""
+        return [self.active_adapter] if isinstance(self.active_adapter, str) else list(self.active_adapter)
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Route over these groups alone (see `DyMoELayer.set_adapter`); frozen groups stay frozen."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        """Choose the groups to route over; frozen groups stay frozen.
+
+        Args:
+            adapter_name: a list routes over these groups alone, in this order; a single name over the stage that this
+                group ended, the group and all those added before it.
+            inference_mode: freeze the training group too.
+
+        Raises:
+            DymoeError: there is no such group; nothing changed.
+        """
+        known = list(self.peft_config)
+        names = list(dict.fromkeys([adapter_name] if isinstance(adapter_name, str) else adapter_name))
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise DymoeError(f"set_adapter: no expert group {missing[0]!r}; there are {', '.join(known) or 'none'}")
+        if isinstance(adapter_name, str):
+            names = known[: known.index(adapter_name) + 1]
+        super().set_adapter(names, inference_mode=inference_mode)
         if self.selector is not None:  # PEFT tells the wrapped layers alone
-            self.selector.set_adapter(adapter_name, inference_mode=inference_mode)
+            self.selector.set_adapter(names, inference_mode=inference_mode)
         self._count_layers()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """PEFT's switch: the last named group becomes the training group, or stops being it."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.set_training_group(self.training_group)  # the trace learns of it
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook around forward and generate: refuse what it would drop without a word.
+
+        Raises:
+            DymoeError: an adapter is named for each sample.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise DymoeError(
+                "adapter_names: samples of one batch cannot route over groups of their own; choose the groups for the "
+                "whole batch by model.base_model.set_adapter([...])"
+            )
+        yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible: groups are not added up.
+
+        Raises:
+            DymoeError: always.
+        """
+        raise DymoeError("add_weighted_adapter: expert groups cannot be combined into one, tokens are routed over them")
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget a group on purpose, in the layers and in the selector; the others stay active."""
@@ -229,6 +298,7 @@ class DyMoEModel(BaseTuner):
         for holder in self.holders():
             holder.set_training_group(group)
         if group is not None:
+            register_callback()
             config = self.peft_config[group]
             assert isinstance(config, DyMoEConfig)
             self.trace.rsr_start = config.rsr_start
@@ -274,10 +344,19 @@ class _AttachLoss:
     def __init__(self, trace: RoutingTrace) -> None:
         self.trace = trace
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        loss = getattr(output, "loss", None)
-        if module.training and isinstance(loss, Tensor):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not module.training:
+            return output
+        if isinstance(output, tuple):  # return_dict=False
+            if kwargs.get("labels") is not None:
+                return (self.trace.attach(output[0]), *output[1:])
+            self.trace.follow(output[0])
+            return output
+        loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
+        if isinstance(loss, Tensor):
             output["loss"] = self.trace.attach(loss)
+        elif isinstance(logits, Tensor):
+            self.trace.follow(logits)
         return output
 
 

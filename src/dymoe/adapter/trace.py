@@ -10,6 +10,7 @@ right under both kinds of gradient checkpointing, gradient accumulation and loss
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,11 @@ from dymoe.adapter.ops.fused import inverse_norm
 from dymoe.routing import rsr_scale
 
 TERMS = ("load_balance", "exclusivity", "specialization")
+UNKNOWN_WEIGHT = (
+    "dymoe: the loss is not the model's own, so the routing terms weigh 1 in every backward pass, whatever the loss is "
+    "divided or multiplied by (gradient accumulation, float16, several processes); give the model its labels, or call "
+    "model.base_model.trace.attach(loss, share) on the loss"
+)
 STATISTICS = ("share_new", "share_ambiguous", "share_old", "new_group_weight", "entropy")
 
 
@@ -80,6 +86,11 @@ class RoutingTrace:
         self.rsr_active = True
         self.collect = True
         self.num_layers = 1
+        self._progress: float | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Leave everything that belongs to one forward pass, or to whoever watches it."""
         self.token_mask: Tensor | None = None
         self.prompt_mask: Tensor | None = None
         self.labels: Tensor | None = None
@@ -88,12 +99,21 @@ class RoutingTrace:
         self.selection_gradient: SelectionGradient | None = None
         self.upstream: Tensor = torch.ones(())
         self.observers: list[Callable[[LayerRouting], None]] = []
-        self._progress: float | None = None
         self._share: Tensor | float = 1.0
+        self._items: Tensor | int | None = None
+        self._attached: list[bool] = []
         self._inverse: tuple[weakref.ref[Tensor], int, Tensor] | None = None
         self._totals: dict[str, Tensor] = {}
         self._terms: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles of a model take over: nothing of the pass that the original is in."""
+        copy = RoutingTrace.__new__(RoutingTrace)
+        vars(copy).update(vars(self))
+        copy._forget()
+        # A tensor made here would be gone before another process has opened its memory.
+        return {**vars(copy), "upstream": self.upstream}
 
     @property
     def progress(self) -> float | None:
@@ -132,6 +152,7 @@ class RoutingTrace:
         self._share = (labels[..., 1:] != -100).sum() / items if labels is not None and items is not None else 1.0
         device = next((value.device for value in kwargs.values() if isinstance(value, Tensor)), None)
         self.upstream = torch.ones((), device=device)
+        self._items, self._attached = items, []
         self._totals, self._terms, self._statistics = {}, {}, {}
         self._inverse = None
 
@@ -218,8 +239,37 @@ class RoutingTrace:
         """
         if not self._totals:
             return loss
+        self._attached.append(True)
         total = torch.stack([value.to(loss.device) for value in self._totals.values()]).sum()
         return _Attach.apply(loss, total, self.upstream, self._share if share is None else share)
+
+    def follow(self, logits: Tensor) -> None:
+        """Weigh the terms of a pass whose loss somebody computes from these logits and never attaches.
+
+        A loss over the items of a whole batch has the share of this micro-batch's items, and those are the tokens whose
+        logits get a gradient. Where the number of the batch's items is not known, or the loss is scaled by what cannot
+        be seen from here, the terms weigh 1 a backward pass and one warning says so.
+
+        Args:
+            logits: (..., tokens, vocabulary).
+        """
+        if not self._totals or not logits.requires_grad or torch.compiler.is_compiling():
+            return
+        upstream, items, attached = self.upstream, self._items, self._attached
+        half = torch.is_autocast_enabled(logits.device.type) and (
+            torch.get_autocast_dtype(logits.device.type) == torch.float16
+        )
+        many = torch.distributed.is_available() and torch.distributed.is_initialized()
+
+        def weigh(gradient: Tensor) -> None:
+            if attached:
+                return
+            if items is not None:
+                upstream.data.copy_((gradient != 0).any(-1).sum() / items)
+            if items is None or half or (many and torch.distributed.get_world_size() > 1):
+                warnings.warn(UNKNOWN_WEIGHT, stacklevel=1)
+
+        logits.register_hook(weigh)
 
     def by_layer(self) -> dict[str, dict[str, float]]:
         """Return the loss terms and token statistics of every wrapped layer in the last training forward."""

@@ -113,7 +113,7 @@ class Learned:
                 self._held[one.group] = newest
         groups = self.groups(stage)
         tuner: Any = self.model.base_model
-        if tuple(tuner.active_adapters) != groups:
+        if tuple(tuner.stage) != groups:
             tuner.set_adapter(list(groups))
         return groups
 

@@ -110,8 +110,7 @@ def token_routing(
     if number not in layers:
         raise DymoeError(f"layer {number}: the experts sit in layers {layers[0]} to {layers[-1]}")
     tokens = _described(lvlm, batch)
-    active = list(cast(Any, peft_model.base_model).active_adapters)
-    newest = cast(DyMoEConfig, peft_model.peft_config[active[-1]])
+    newest = cast(DyMoEConfig, peft_model.peft_config[cast(Any, peft_model.base_model).stage[-1]])
     rows: list[dict[str, Any]] = []
 
     def note(routing: LayerRouting) -> None:

@@ -57,6 +57,10 @@ def load(
     return loaded
 
 
+def _contiguous(module: "torch.nn.Module", args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].contiguous(), *args[1:])
+
+
 def freeze(model: "PreTrainedModel") -> "PreTrainedModel":
     """The model in evaluation mode, without gradients, its output embedding handed contiguous states.
 
@@ -67,7 +71,7 @@ def freeze(model: "PreTrainedModel") -> "PreTrainedModel":
     model.eval()
     head = model.get_output_embeddings()
     if head is not None:
-        head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+        head.register_forward_pre_hook(_contiguous)
     return model
 
 
