@@ -414,6 +414,10 @@ def _processor(lvlm: "Lvlm") -> str:
     with tempfile.TemporaryDirectory(prefix="dymoe-") as place:
         lvlm.processor.save_pretrained(place)
         for file in sorted(path for path in Path(place).rglob("*") if path.is_file()):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+            data = file.read_bytes()
+            if file.name == "tokenizer.json":  # how its last call padded and cut is stored in it too
+                values = read_json(file)
+                data = json.dumps({**values, "padding": None, "truncation": None}).encode()
+            digest.update(file.name.encode() + b"\0" + data)
     digest.update(str(getattr(lvlm.model.config, "image_token_id", None)).encode())
     return digest.hexdigest()
