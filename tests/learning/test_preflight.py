@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning import preflight
 from dymoe.learning.doctor import check
 from dymoe.learning.recipe import Recipe, load_recipe
-from dymoe.lvlm import Collator, Lvlm
+from dymoe.lvlm import Collator, Lvlm, load
 from dymoe.lvlm.options import ModelOptions
 from dymoe.lvlm.shapes import outline
 from dymoe.tasks import Stream
 from tests.learning import own_data
 from tests.learning.tiny import write_recipe
+from tests.lvlm.families import FAMILIES
 
 SPLITS = ("train", "validation", "test")
 BAD = 2  # the record that is made unusable
@@ -254,3 +256,54 @@ def test_the_doctor_finds_the_same_and_lists_all_of_it(tmp_path: Path, tiny_fold
     wrong = {finding.what: finding.found for finding in found.findings if finding.level == "wrong"}
     assert set(wrong) == {"pictures", "model"}
     assert "special tokens, token lengths and max_new_tokens were not checked" in wrong["model"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("patch_size", None, "patch_size: it is missing, config.json has 14 (vision_config.patch_size)"),
+        ("patch_size", 7, "patch_size: it is 7, config.json has 14 (vision_config.patch_size)"),
+        ("vision_feature_select_strategy", None, "vision_feature_select_strategy: it is missing, config.json has"),
+        ("num_additional_image_tokens", 0, "num_additional_image_tokens: it is 0, 1 would be right"),
+    ],
+)
+def test_a_processor_that_does_not_fit_is_the_models_fault(
+    key: str, value: Any, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    next(family for family in FAMILIES if family.name == "llava").save(folder)
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    path = made(tmp_path, folder)
+    capsys.readouterr()
+    assert main(["run", str(path)]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"dymoe: model '{folder}': processor_config.json: {told}")
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(DymoeError, match=r"processor_config\.json: "):
+        load(str(folder), "float32")
+    found = [finding for finding in check(load_recipe(path)).findings if finding.level == "wrong"]
+    assert [finding.what for finding in found] == ["model"]
+    assert told in found[0].found
+
+
+@pytest.mark.parametrize("method", ["dymoe", "cmoe"])
+def test_tasks_without_pictures_and_mixed_ones(method: str, tmp_path: Path, tiny_folder: Path) -> None:
+    path = made(tmp_path, tiny_folder, method=method)
+    few = {"rank": 2, "top_k": 2, **({"experts": 2, "locator_epochs": 1} if method == "cmoe" else {"num_experts": 2})}
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "settings": few}))
+    own_data.write_task(tmp_path, "sums")
+    own_data.write_task(tmp_path, "mixed")
+    for split in SPLITS:
+        sums, mixed = own_data.read(tmp_path, "sums", split), own_data.read(tmp_path, "mixed", split)
+        for record in (*sums, *mixed[::2]):
+            del record["image"]
+        for name, records in (("sums", sums), ("mixed", mixed)):
+            for record in records:
+                if "conversations" in record and "image" not in record:
+                    own_data.ask(record, question="How much is one and one?")
+            own_data.save(tmp_path, name, split, records)
+    own_data.write_stream(tmp_path, {name: {"max_new_tokens": 8} for name in ("sums", "colours", "mixed")})
+    assert main(["run", str(path)]) == 0
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert (results["samples"], "left_out" in results) == ({"sums": 4, "colours": 4, "mixed": 4}, False)
