@@ -20,6 +20,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainingArguments
 from transformers.quantizers import quantizer_bnb_4bit
+from transformers.utils import output_capturing
 
 from dymoe.errors import DymoeError
 from dymoe.libraries import require_arguments, require_names
@@ -75,6 +76,7 @@ READ = [
     (PeftModel.forward, "self._enable_peft_forward_hooks(", "refusing adapter_names"),
     (PeftModel, "self.base_model._enable_peft_forward_hooks(", "refusing adapter_names"),
     (peft.tuners.tuners_utils, 'linear_names = ("Linear",)', "all-linear for a second group"),
+    (output_capturing, '"_output_capturing_hooks_installed", True', "pickling a model that saw a picture"),
     (transformers.trainer, "DEFAULT_CALLBACKS +", "the best checkpoint of a plain Trainer"),
     (Trainer._load_from_checkpoint, "active_adapters[0]", "resume of a plain Trainer"),
     (Trainer.training_step, "self.loss_is_scaled_for_ga", "accumulation: the loss would be divided twice"),

@@ -16,7 +16,9 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from dymoe import DymoeError, group_hash
+from dymoe.lvlm import Collator, load
 from dymoe.names import safe_name
+from dymoe.tasks import load_stream
 
 from .conftest import padded_batch, randomise, small, tiny_llama
 
@@ -401,6 +403,18 @@ def test_a_copy_made_after_a_step_goes_on_by_itself(batch, way, selector):
         other.add_adapter("cars", small(selector=selector))
         assert other.base_model.training_group == "cars"
         assert "cars" not in model.peft_config
+
+
+def test_a_model_that_saw_a_picture_is_pickled_and_sees_the_next(tiny_folder):
+    lvlm = load(str(tiny_folder), "float32")
+    assert pickle.loads(pickle.dumps(lvlm.model)).config.model_type == lvlm.model.config.model_type
+    sample = load_stream("pocket-coin", tasks=["ImageNet"]).tasks[0].train[0]
+    model = get_peft_model(lvlm.model, small(), adapter_name="birds")
+    batch = Collator(lvlm)([sample])
+    loss = model(**batch).loss
+    for other in (pickle.loads(pickle.dumps(model)), pickle.loads(pickle.dumps(lvlm)).model):
+        assert torch.equal(other(**batch).loss, loss)
+    assert torch.equal(model(**batch).loss, loss)
 
 
 def loss_in_another_process(model, queue):

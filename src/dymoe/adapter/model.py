@@ -24,7 +24,7 @@ from dymoe.adapter.selectors import SELECTORS
 from dymoe.adapter.trace import RoutingTrace
 from dymoe.errors import DymoeError
 from dymoe.libraries import require_arguments, require_names
-from dymoe.lvlm.decoder import decoder_linears
+from dymoe.lvlm.decoder import decoder_linears, drop_capture_hooks
 from dymoe.names import parts_of, safe_name
 
 require_names(BaseTuner, "_pre_injection_hook", "_prepare_adapter_config", "_create_and_replace", "_replace_module")
@@ -75,6 +75,10 @@ class DyMoEModel(BaseTuner):
                 "the model has expert groups already; add the next one by `add_adapter` of what `get_peft_model` gave"
             )
         super().__init__(model, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        drop_capture_hooks(self.model)
+        return vars(self)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.trace = RoutingTrace()

@@ -52,3 +52,16 @@ def key_value_cache(model: "nn.Module", arguments: Iterable[Any], needed: bool) 
     if needed and found is None:
         raise untested(model, "gets no key/value cache while an answer is decoded")
     return found
+
+
+def drop_capture_hooks(model: "nn.Module") -> None:
+    """Take away the local functions by which transformers notes what layers give, since they cannot be pickled.
+
+    It hangs them on the layers at the first forward pass that needs them, for example with a picture, and hangs them
+    there again at the next.
+    """
+    for module in model.modules():
+        vars(module).pop("_output_capturing_hooks_installed", None)
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                del module._forward_hooks[key]

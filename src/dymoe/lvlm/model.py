@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import expand
-from dymoe.lvlm.decoder import decoder_linears
+from dymoe.lvlm.decoder import decoder_linears, drop_capture_hooks
 from dymoe.lvlm.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -20,6 +20,10 @@ class Lvlm:
 
     model: "PreTrainedModel"
     processor: "ProcessorMixin"
+
+    def __getstate__(self) -> dict[str, Any]:
+        drop_capture_hooks(self.model)
+        return vars(self)
 
 
 def load(
@@ -54,6 +58,7 @@ def load(
         model, processor = _from_transformers(name, kind, cache_dir, options or ModelOptions())
     loaded = Lvlm(freeze(model), processor)
     check_processor(loaded, name)
+    drop_capture_hooks(loaded.model)  # the model as it was read
     return loaded
 
 
