@@ -196,6 +196,18 @@ def read_json(path: str | Path, kind: Any = Any) -> Any:
     return parse_json(read_bytes(path), str(path), kind)
 
 
+def read_json_lines(path: str | Path, kind: type[T]) -> Iterator[T]:
+    """The values of a file of JSON lines, each of the type `kind`.
+
+    Raises:
+        DymoeError: as `read_json`, naming the line.
+    """
+    # Lines end with a newline and nothing else: a text may hold other characters that count as line ends.
+    data = read_bytes(path)
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else (), start=1):
+        yield parse_json(line, f"{path}: line {number}", kind)
+
+
 def read_bytes(path: str | Path, most: int | None = None) -> bytes:
     """The bytes of a file; of a plain one alone, since a pipe or a device may never end.
 

@@ -108,11 +108,12 @@ def test_correlation():
 
 def test_forgetting_stands_beside_the_drift_of_the_last_finished_stage(frame, tmp_path):
     matrix = [[50.0], [40.0, 30.0], [20.0, 30.0, 10.0]]
-    atomic_json(tmp_path / "results.json", {"matrix": matrix, "tasks": TASKS})
+    results = {"name": "r", "method": "dymoe", "stream": "s", "seed": 0, "tasks": TASKS}
+    atomic_json(tmp_path / "results.json", {**results, "matrix": matrix})
     found = drift_and_forgetting(tmp_path, frame)
     assert list(found["task"]) == TASKS[:2]
     assert list(found["forgetting"]) == [30.0, 0.0]
-    atomic_json(tmp_path / "results.json", {"matrix": matrix[:2], "tasks": TASKS})
+    atomic_json(tmp_path / "results.json", {**results, "matrix": matrix[:2]})
     found = drift_and_forgetting(tmp_path, frame)  # the third stage has trained and is not evaluated yet
     assert found[["task", "stage", "forgetting"]].to_numpy().tolist() == [["ScienceQA", 2, 10.0]]
     assert drift_and_forgetting(tmp_path / "nothing", frame).empty

@@ -66,6 +66,7 @@ def test_lists(capsys):
 def results(**changes):
     matrix = [[60.0], [40.0, 70.0]]
     found = {
+        "name": "run",
         "method": "lora",
         "stream": "pocket-coin",
         "seed": 0,

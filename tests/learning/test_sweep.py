@@ -17,9 +17,10 @@ import yaml
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.cells import _Job, _stop, last_line, stage_of
+from dymoe.learning.formats import read_results
 from dymoe.learning.plan import Plan
 from dymoe.learning.recipe import load_recipe
-from dymoe.learning.records import choose, read_results
+from dymoe.learning.records import choose
 from dymoe.learning.sweep import is_sweep, load_sweep
 from tests.learning.test_resume import COMMAND
 from tests.learning.tiny import write_recipe
@@ -117,7 +118,9 @@ def test_a_tuning_sweep_and_what_follows_from_it(tmp_path):
 
 def record_of(cell, **changes):
     names = {"label": cell.label, "order": cell.order, "instructions": cell.instructions, "seed": cell.seed}
-    return {**names, "fingerprint": cell.fingerprint, "recipe": dict(cell.recipe), "metrics": {"MFN": 1.0}, **changes}
+    about = {key: cell.recipe[key] for key in ("method", "stream")}
+    about |= {"tasks": ["ImageNet"], "trainable_parameters": 1, "stored_parameters": 1, "metrics": {"MFN": 1.0}}
+    return {**names, **about, "fingerprint": cell.fingerprint, "recipe": dict(cell.recipe), **changes}
 
 
 def test_records_that_hold_and_records_that_do_not(tmp_path):
@@ -194,7 +197,7 @@ def test_mistakes_on_the_command_line_and_in_the_results(tmp_path, capsys):
         ([str(path), "--job", "2"], "command line: job: unknown key; did you mean jobs?"),
         ([str(path), "--jobs"], "command line: --jobs: expected a value after it"),
         (["--jobs", "2"], "sweep: expected a sweep file before '--jobs'"),
-        ([str(path), "--results", str(path.with_name("other.json"))], "other.json: is not a sweep's results"),
+        ([str(path), "--results", str(path.with_name("other.json"))], "other.json: rows.1.method: is missing"),
     ):
         path.with_name("other.json").write_text('{"rows": [{"label": "x"}]}')
         assert main(["sweep", *words]) == 2

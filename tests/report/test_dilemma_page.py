@@ -27,6 +27,8 @@ def record(pair: tuple[str, str], seed: int, strategy: str) -> dict[str, Any]:
     matrix = [[60.0 + seed], [60.0 - 2 * place, 10.0 + 3 * place]]
     weights = {pair[0]: [0, 0.02 * place], pair[1]: [0]}
     names = {**dict.fromkeys(KEYS, f"{pair}{seed}{strategy}"), "seed": seed, "tasks": list(pair), "metrics": {}}
+    names |= {"method": "dymoe", "stream": "s", "trainable_parameters": 1, "stored_parameters": 1}
+    names |= {"recipe": {"training": {"lr": 1e-3}}}
     return {**names, "settings": {"guidance": STRATEGIES[strategy]}, "matrix": matrix, "drift": weights}
 
 
@@ -102,7 +104,7 @@ def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DymoeError, match=r"study\.json: holds no finished runs yet"):
         write_dilemma(results(tmp_path, []), tmp_path / "out.html")
     with pytest.raises(DymoeError, match=r"study\.json: .*not a record of the token's dilemma"):
-        write_dilemma(results(tmp_path, [{**records()[0], "tasks": ["A"]}]), tmp_path / "out.html")
+        write_dilemma(results(tmp_path, [{**records()[0], "tasks": ["A"], "matrix": [[5.0]]}]), tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
 
 

@@ -312,39 +312,51 @@ SAMPLE = {"task": "scienceqa", "id": "1", "question": "q", "answer": "a"}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda run: (run / "results.json").unlink(), r"results\.json: no such file; a run folder"),
-        (shutil.rmtree, r"results\.json: no such file"),
+        (lambda run: (run / "results.json").unlink(), "no results.json here; give a run folder"),
+        (shutil.rmtree, "no results.json here; give a run folder"),
         (text("results.json", '{"name": '), r"results\.json: not valid JSON \(column 10: "),
-        (text("results.json", "[]"), r"results\.json: holds a list; an object"),
-        (drop("matrix"), r'results\.json: "matrix" is missing'),
-        (drop("seed"), r'results\.json: "seed" is missing; a int'),
-        (edit("seed", True), r'results\.json: "seed" is True'),
-        (edit("tasks", []), r'results\.json: "tasks" is \[\]'),
-        (edit("tasks", ["a", "a"]), r'results\.json: "tasks" is .*different task names'),
-        (edit("tasks", [1]), r'results\.json: "tasks" is \[1\]; a list of strings'),
+        (text("results.json", "[]"), r"results\.json: the file: expected a mapping of keys, got \[\]"),
+        (drop("matrix"), "matrix: the run has finished no stage yet"),
+        (drop("seed"), r"results\.json: seed: is missing; expected a whole number from 0"),
+        (edit("seed", True), r"results\.json: seed: expected a whole number from 0, got True"),
+        (edit("tasks", []), r"results\.json: tasks: expected different names, got \[\]"),
+        (edit("tasks", ["a", "a"]), r"results\.json: tasks: expected different names, got \['a', 'a'\]"),
+        (edit("tasks", [1]), r"results\.json: tasks.1: expected str, got 1"),
         (edit("matrix", []), "has finished no stage yet"),
-        (edit("matrix", [[1]] * 2), r'results\.json: "matrix": accuracy matrix: row 2 has 1 columns'),
+        (edit("matrix", [[1]] * 2), r"results\.json: matrix.2: expected 2 accuracies, got \[1.0\]"),
         (edit("matrix", [[1], [2, float("nan")]]), "NaN is no number of JSON"),
-        (edit("matrix", [[1] * t for t in range(1, 6)]), '"matrix" has 5 rows for 3 tasks'),
-        (edit("joint", [1]), '"joint" is .*one percentage for each of the 3 tasks'),
-        (edit("format_drift", {"a": "b"}), '"format_drift" is'),
-        (edit("group_hashes", [{"stage": 1}]), '"group_hashes" holds'),
-        (edit("group_hashes", 5), '"group_hashes" holds 5'),
+        (edit("matrix", [[1] * t for t in range(1, 6)]), "matrix: expected a row for each of the 3 tasks, got 5"),
+        (edit("joint", [1]), r"joint: expected 3 accuracies, got \[1.0\]"),
+        (edit("format_drift", {"a": "b"}), "format_drift.a: expected float, got 'b'"),
+        (edit("group_hashes", [{"stage": 1}]), "group_hashes.1.groups: is missing; expected a mapping of keys"),
+        (edit("group_hashes", 5), "group_hashes: expected a list of a mapping of keys or nothing, got 5"),
         (text(f"{STAGE}/routing.json", "{"), r"01-scienceqa/routing\.json: not valid JSON"),
         (
             text(f"{STAGE}/routing.json", '{"groups": ["a"], "tasks": {"x": {"weight": [-0.4]}}}'),
-            "task 'x'.*not below 0",
+            r"routing\.json: tasks.x.weight.1: expected a number from -1e-06, got -0.4",
         ),
-        (text(f"{STAGE}/routing.json", '{"groups": ["a"], "tasks": {"x": []}}'), r"routing\.json: task 'x'"),
-        (text("samples.json", "{}"), r"samples\.json: holds a dict"),
-        (text("samples.json", "[3]"), r"samples\.json: sample 1 is 3"),
-        (text("samples.json", json.dumps([SAMPLE, SAMPLE | {"id": 4}])), r'sample 2: "id" is 4'),
-        (text("samples.json", json.dumps([SAMPLE | {"task": "x"}])), r'sample 1: "task" is .x.; one of'),
-        (text("samples.json", json.dumps([SAMPLE | {"image_base64": "aa", "mime": "image/svg+xml"}])), '"mime" is'),
+        (
+            text(f"{STAGE}/routing.json", '{"groups": ["a"], "tasks": {"x": []}}'),
+            r"tasks.x: expected a mapping of keys, got \[\]",
+        ),
+        (text("samples.json", "{}"), r"samples\.json: the file: expected a list of a mapping of keys, got {}"),
+        (text("samples.json", "[3]"), r"samples\.json: 1: expected a mapping of keys, got 3"),
+        (text("samples.json", json.dumps([SAMPLE, SAMPLE | {"id": 4}])), r"samples\.json: 2.id: expected str, got 4"),
+        (
+            text("samples.json", json.dumps([SAMPLE | {"task": "x"}])),
+            "1.task: expected one of scienceqa",
+        ),
+        (
+            text("samples.json", json.dumps([SAMPLE | {"image_base64": "aa", "mime": "image/svg+xml"}])),
+            "mime: expected one",
+        ),
         (text("samples.json", json.dumps([SAMPLE | {"image_base64": "%", "mime": "image/png"}])), "no base64"),
         (text("samples.json", json.dumps([SAMPLE | {"image_base64": "aaaa", "mime": "image/png"}])), "no image/png"),
-        (text(f"{STAGE}/predictions/scienceqa.jsonl", '{"id": 1}\n'), r"scienceqa\.jsonl: line 1 is no prediction"),
-        (text(f"{STAGE}/predictions/scienceqa.jsonl", "{\n"), "line 1 is no prediction"),
+        (
+            text(f"{STAGE}/predictions/scienceqa.jsonl", '{"id": 1}\n'),
+            "line 1: prediction: is missing",
+        ),
+        (text(f"{STAGE}/predictions/scienceqa.jsonl", "{\n"), "line 1: not valid JSON"),
     ],
 )
 def test_a_broken_run_folder_is_refused(tmp_path: Path, change: Callable[[Path], None], message: str) -> None:
@@ -360,11 +372,11 @@ def test_a_broken_run_folder_is_refused(tmp_path: Path, change: Callable[[Path],
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", tasks=THREE)
     other = make_run(tmp_path / "b", "lora", tasks=THREE[::-1])
-    with pytest.raises(DymoeError, match=r'b/results\.json: "tasks" is .*a/results\.json has .*same order'):
+    with pytest.raises(DymoeError, match=r"b/results\.json: tasks is .*a/results\.json has .*same order"):
         write_report([run, other], tmp_path / "r.html")
     edit("tasks", list(THREE))(other)
     edit("stream", "coin")(other)
-    with pytest.raises(DymoeError, match=r"\"stream\" is 'coin'"):
+    with pytest.raises(DymoeError, match=r"stream is 'coin'"):
         write_report([run, other], tmp_path / "r.html")
     with pytest.raises(DymoeError, match="more than once"):
         write_report([run, tmp_path / "x" / ".." / "a"], tmp_path / "r.html")
@@ -437,6 +449,7 @@ def record(label: str, seed: int, matrix: list[list[float]], **more: object) -> 
     """A sweep's record with just these numbers."""
     names = {"label": label, "order": "origin", "instructions": "original", "seed": seed, "fingerprint": label}
     about = {"method": "dymoe", "stream": "s", "base": "b", "tasks": list(THREE), "matrix": matrix, "metrics": {}}
+    about |= {"trainable_parameters": 1, "stored_parameters": 1, "recipe": {"training": {"lr": 1e-3}}}
     return {**names, **about, "settings": {"tau": len(label)}, **more}
 
 
@@ -483,9 +496,9 @@ def test_results_that_make_no_page_are_refused(tmp_path: Path) -> None:
 
     whole = record("a", 0, [[80], [70, 80], [60, 70, 80]])
     refused(r"r\.json: holds no finished run yet")
-    refused(r"r\.json: is not a sweep's results", {"label": "a"})
-    refused(r'r\.json: a, seed 0: "matrix"', {**whole, "matrix": [[80], [70]]})
+    refused(r"r\.json: rows.1.method: is missing; expected str", {"label": "a"})
+    refused(r"r\.json: rows.1: matrix.2: expected 2 accuracies", {**whole, "matrix": [[80], [70]]})
     turned = record("a", 0, [[80]], order="reverse", tasks=[*reversed(THREE)])
-    refused(r'r\.json: a, reverse, seed 0: "tasks" is .* only runs of one stream', whole, turned)
+    refused(r"r\.json: a, reverse, seed 0: tasks is .* only runs of one stream", whole, turned)
     with pytest.raises(DymoeError, match=r"none\.json: no such file"):
         write_report([tmp_path / "none.json"], tmp_path / "out.html")

@@ -17,7 +17,7 @@ from dymoe.analysis.tokens import KINDS, image_tokens, kinds
 from dymoe.errors import DymoeError
 from dymoe.evaluation.drift import drift as drift_of
 from dymoe.evaluation.matrix import AccuracyMatrix
-from dymoe.files import read_json
+from dymoe.learning.formats import run_results
 
 if TYPE_CHECKING:
     from dymoe.tasks import Task
@@ -188,8 +188,7 @@ def drift_and_forgetting(run: str | Path, frame: pd.DataFrame) -> pd.DataFrame:
         DymoeError: results.json is broken.
     """
     columns = ["task", "stage", "drift", "changed", "forgetting"]
-    file = Path(run) / "results.json"
-    results = read_json(file) if file.is_file() else {}
+    results: Any = run_results(run) if (Path(run) / "results.json").is_file() else {}
     matrix, names = results.get("matrix") or [], results.get("tasks") or []
     drifts = drift_by_task(frame)
     known = drifts[drifts["stage"] <= len(matrix)]

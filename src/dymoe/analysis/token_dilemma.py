@@ -10,7 +10,7 @@ import pandas as pd
 from dymoe.analysis.storage import COLUMNS
 from dymoe.errors import DymoeError
 from dymoe.evaluation import AccuracyMatrix
-from dymoe.learning.records import read_results
+from dymoe.learning.formats import read_results
 from dymoe.learning.sweep import Sweep, is_sweep, load_sweep
 
 GUIDANCE = "settings.guidance"
@@ -88,7 +88,7 @@ def dilemma(source: str | Path | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         tasks: list[str] = record.get("tasks") or []
         matrix: list[list[float]] = record.get("matrix") or []
         mask = (record.get("settings") or {}).get("guidance")
-        if len(tasks) != 2 or len(matrix) != 2 or mask not in named:
+        if len(tasks) != 2 or len(matrix) != 2 or not isinstance(mask, str) or mask not in named:
             raise DymoeError(
                 f"{record.get('label')}, seed {record.get('seed')}: not a record of the token's dilemma (two tasks, "
                 f"settings.guidance one of {', '.join(named)})"
@@ -115,8 +115,8 @@ def dilemma(source: str | Path | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def is_dilemma(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a sweep's records are of two tasks each, learned under several strategies."""
-    masks = {(row.get("settings") or {}).get("guidance") for row in rows if len(row.get("tasks") or ()) == 2}
-    return len(masks & {*STRATEGIES.values()}) > 1
+    masks = [(row.get("settings") or {}).get("guidance") for row in rows if len(row.get("tasks") or ()) == 2]
+    return sum(mask in masks for mask in STRATEGIES.values()) > 1
 
 
 def complete(frame: pd.DataFrame) -> pd.DataFrame:

@@ -195,7 +195,7 @@ def _dilemma(words: Sequence[str]) -> int:
     from dymoe.analysis.token_dilemma import dilemma_sweep
     from dymoe.cli.sweep import FLAGS, learn
     from dymoe.files import atomic_write
-    from dymoe.learning.records import read_results
+    from dymoe.learning.formats import read_results
     from dymoe.report.dilemma import write_dilemma
 
     overrides = [word for word in words[1:] if word not in FLAGS]

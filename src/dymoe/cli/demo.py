@@ -1,7 +1,7 @@
 """`dymoe demo`: three pocket tasks, IncMoELoRA and DyMoE, what each forgot."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,13 @@ def main(argv: Sequence[str]) -> int:
         print("dymoe: interrupted; go on with: dymoe demo", *argv, file=sys.stderr)
         return 130
     from dymoe.cli.show import show
-    from dymoe.files import read_json
+    from dymoe.learning.formats import run_results
     from dymoe.report import write_report
 
     for run in runs:
         show(run)
     print(METRICS)
-    print(sentence(*(read_json(run / "results.json") for run in runs)))
+    print(sentence(*(run_results(run) for run in runs)))
     page = write_report(runs, output / "report.html")
     print(f"Report: {page}")
     return 0
@@ -81,7 +81,7 @@ def _run(method: str, output: Path, steps: int) -> Path:
     return run(recipe, resume=True)
 
 
-def sentence(first: dict[str, Any], second: dict[str, Any]) -> str:
+def sentence(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """What the two results show, computed from their matrices.
 
     Args:

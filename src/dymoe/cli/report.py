@@ -43,6 +43,6 @@ def main(argv: Sequence[str]) -> int:
 def _of_dilemma(file: Path) -> bool:
     """Whether the results are those of the token's dilemma."""
     from dymoe.analysis import is_dilemma
-    from dymoe.learning.records import read_results
+    from dymoe.learning.formats import read_results
 
     return is_dilemma(read_results(file)["rows"])

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dymoe.errors import DymoeError
+if TYPE_CHECKING:
+    from dymoe.learning.formats import Results
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,15 +22,13 @@ def show(path: Path) -> None:
     """Print the matrix and the metrics of the run in `path`.
 
     Raises:
-        DymoeError: the folder holds no results.
+        DymoeError: the folder holds no results, or broken ones.
     """
     from rich.console import Console
 
-    from dymoe.files import read_json
+    from dymoe.learning.formats import run_results
 
-    if not (path / "results.json").is_file():
-        raise DymoeError(f"{path}: no results.json here; give a run folder with at least one finished stage")
-    results = read_json(path / "results.json")
+    results = run_results(path)
     console = Console(highlight=False)
     # Not as the table's own title, which would be broken to the table's width.
     console.print(title(results), markup=False, soft_wrap=True, style="italic")
@@ -37,12 +36,12 @@ def show(path: Path) -> None:
     console.print(metrics_line(results), markup=False, soft_wrap=True)
 
 
-def title(results: dict[str, Any]) -> str:
+def title(results: "Results") -> str:
     """What the table shows, of which run."""
     return f"{results['method']} on {results['stream']}, seed {results['seed']} (accuracy in percent)"
 
 
-def matrix_table(results: dict[str, Any]) -> Any:
+def matrix_table(results: "Results") -> Any:
     """The accuracy matrix as a rich table: a row per stage, a column per task, percent."""
     from rich.markup import escape
     from rich.table import Table
@@ -52,18 +51,17 @@ def matrix_table(results: dict[str, Any]) -> Any:
     table.add_column("after")
     for task in tasks:
         table.add_column(escape(task), justify="right")
-    if results.get("zero_shot"):
-        table.add_row("no task", *(f"{value:.1f}" for value in results["zero_shot"]))
-    if results.get("joint"):
-        table.add_row("all at once", *(f"{value:.1f}" for value in results["joint"]))
-    for number, row in enumerate(results["matrix"]):
+    for label, accuracies in (("no task", results.get("zero_shot")), ("all at once", results.get("joint"))):
+        if accuracies:
+            table.add_row(label, *(f"{value:.1f}" for value in accuracies))
+    for number, row in enumerate(results.get("matrix", [])):
         cells = [f"{value:.1f}" for value in row]
         cells[number] = f"[bold]{cells[number]}[/bold]"
         table.add_row(escape(tasks[number]), *cells, *[""] * (len(tasks) - len(row)))
     return table
 
 
-def metrics_line(results: dict[str, Any]) -> str:
+def metrics_line(results: "Results") -> str:
     """The metrics in one line, those there are."""
     told = [f"{name} {value:.2f}" for name, value in results.get("metrics", {}).items()]
     drift = results.get("format_drift") or {}

@@ -49,8 +49,8 @@ def learn(sweep: Any, path: str, argv: Sequence[str], command: str) -> int:
         argv: of its words `FLAGS` are read.
         command: what goes on with it.
     """
+    from dymoe.learning.formats import read_results
     from dymoe.learning.plan import Plan
-    from dymoe.learning.records import read_results
 
     if sweep.published:
         from dymoe.report.leaderboard import published

@@ -1,7 +1,6 @@
 """A sweep at work: each cell learned by `dymoe run` in a process of its own, several at a time."""
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskID, TimeElapsedColumn
 
 from dymoe.errors import DymoeError
+from dymoe.files import parse_json
+from dymoe.learning.formats import Event
 from dymoe.learning.progress import Bars
 from dymoe.learning.records import Cell, record
 
@@ -81,7 +82,7 @@ def _outcome(cell: Cell, code: int, finished: Callable[[dict[str, Any]], None]) 
         return last_line(cell.log) or end
     try:
         made = record(cell)
-    except (DymoeError, KeyError, TypeError) as error:
+    except DymoeError as error:
         return f"{cell.folder}: its results cannot be read ({error})"
     finished(made)
     return None
@@ -208,9 +209,11 @@ def stage_of(folder: Path) -> str:
     """Where a run is, from the end of its events.jsonl."""
     for line in reversed(_tail(folder / "events.jsonl").splitlines()):
         try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
+            event = parse_json(line.encode(), "events.jsonl", Event)
+        except DymoeError:
             continue  # being written, or cut by looking at the end alone
+        if "stage" not in event or "task" not in event:
+            continue
         if event["event"] == "stage":
             return f"task {event['stage']} {event['task']} done"
         return f"task {event['stage']} {event['task']}, {event['event']} {event.get('step', '')}".rstrip()

@@ -11,15 +11,14 @@ from typing import Any, TypedDict
 
 from dymoe.errors import DymoeError
 from dymoe.files import read_json
+from dymoe.learning.formats import KEY, read_results
 from dymoe.learning.recipe import Recipe, load_recipe
 from dymoe.learning.records import (
-    KEY,
     Cell,
     comparable,
     data_fingerprint,
     fingerprint,
     names_of,
-    read_results,
     told,
 )
 from dymoe.learning.sweep import Entry, Sweep

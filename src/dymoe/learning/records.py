@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dymoe.errors import DymoeError
-from dymoe.files import read_json
 from dymoe.learning import preflight
 from dymoe.learning.folder import FREE
+from dymoe.learning.formats import KEY, Description, run_results
 from dymoe.learning.recipe import Recipe
 from dymoe.lvlm.options import ModelOptions
+from dymoe.schema import check
 from dymoe.tasks.source import Source
 from dymoe.yamls import read_yaml
 
-KEY = ("label", "order", "instructions", "seed")  # what names a record
 COPIED = (
     "method",
     "settings",
@@ -108,7 +108,8 @@ def comparable(resolved: Mapping[str, Any]) -> dict[str, Any]:
         *path, last = key.split(".")
         inner = values
         for part in path:
-            inner = inner.get(part, {})
+            following = inner.get(part)
+            inner = following if isinstance(following, dict) else {}
         inner.pop(last, None)
     return values
 
@@ -161,12 +162,12 @@ def record(cell: Cell) -> dict[str, Any]:
     Raises:
         DymoeError: the folder holds no results, or those of another recipe or other data.
     """
-    results = read_json(cell.folder / "results.json")
-    run = read_yaml(cell.folder / "run.yaml")
+    results = run_results(cell.folder)
+    run = check(read_yaml(cell.folder / "run.yaml"), Description, str(cell.folder / "run.yaml"))
     made = fingerprint(comparable(run["recipe"]), run["data"]["fingerprint"])
     if made != cell.fingerprint:
         raise DymoeError(f"{cell.folder}: the run is not the one planned (fingerprint differs); remove the folder")
-    kept = {name: results[name] for name in COPIED if name in results}
+    kept = {name: value for name, value in results.items() if name in COPIED}
     return {**names_of(cell), "fingerprint": cell.fingerprint, **kept, "recipe": dict(cell.recipe)}
 
 
@@ -174,23 +175,6 @@ def names_of(cell: Cell) -> dict[str, Any]:
     """What a record says about its place in the sweep."""
     names = {**dict(zip(KEY, cell.key, strict=True)), "file": cell.file.as_posix()}
     return names if cell.rate is None else {**names, "of": cell.of, "rate": cell.rate}
-
-
-def read_results(path: str | Path) -> dict[str, Any]:
-    """A sweep's results; without rows if the file is not there yet.
-
-    Raises:
-        DymoeError: the file is no sweep's results.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return {"about": {}, "rows": []}
-    found = read_json(path)
-    rows = found.get("rows") if isinstance(found, dict) else None
-    names = (*KEY, "fingerprint", "metrics")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and {*names} <= {*row} for row in rows):
-        raise DymoeError(f"{path}: is not a sweep's results (rows with {', '.join(names)}); give another --results")
-    return {**found, "about": found.get("about") or {}}
 
 
 def choose(rows: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) -> dict[str, float]:

@@ -39,7 +39,7 @@ def write_dilemma(results: Path, out: Path) -> Path:
         DymoeError: there is no such file, it holds no runs of the token's dilemma, or `out` cannot be written.
     """
     from dymoe.analysis import dilemma
-    from dymoe.learning.records import read_results
+    from dymoe.learning.formats import read_results
 
     if not results.is_file():
         raise DymoeError(f"{results}: no such results; `dymoe analyze dilemma` writes them")

@@ -1,9 +1,11 @@
 """Reads run folders and sweeps' results for the report; nothing is shown that was not checked here first."""
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from dymoe.errors import DymoeError
 from dymoe.evaluation.drift import ROUNDING, drift
 from dymoe.evaluation.matrix import AccuracyMatrix
 from dymoe.files import read_json
-from dymoe.learning.records import KEY, read_results, told
+from dymoe.learning.formats import KEY, RoutingWeights, read_results, run_results
+from dymoe.learning.records import told
+from dymoe.messages import brief, shorten
 
 STAGE_FOLDER = re.compile(r"(\d+)-.+")
 
@@ -99,8 +103,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         ):
             if here != there:
                 raise DymoeError(
-                    f'{_where(run)}: "{key}" is {here!r}, but {_where(first)} has {there!r}; only runs of one stream '
-                    "with the same tasks in the same order can be compared"
+                    f"{_where(run)}: {key} is {brief(here)}, but {_where(first)} has {brief(there)}; only runs of one "
+                    "stream with the same tasks in the same order can be compared"
                 )
     return runs
 
@@ -116,7 +120,7 @@ def read_sweep(file: Path) -> list[Run]:
     Raises:
         DymoeError: no such file, no sweep's results, no record yet, or a broken one; the message names it.
     """
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise DymoeError(f"{file}: no such file; a run folder, or the results of `dymoe sweep`, is needed")
     rows = read_results(file)["rows"]
     if not rows:
@@ -124,10 +128,9 @@ def read_sweep(file: Path) -> list[Run]:
     runs = []
     for row in rows:
         name = told([row[key] for key in KEY])
-        recipe = row.get("recipe") or {}
-        steps = (recipe.get("training") or {}).get("steps_per_task")
+        steps = row["recipe"]["training"].get("steps_per_task")
         data = {**row, "name": name, **({} if steps is None else {"steps_per_task": steps})}
-        runs.append(replace(_run(file, f"{file}: {name}", data, {}), label=str(row["label"])))
+        runs.append(replace(_run(file, f"{file}: {name}", data, {}), label=row["label"]))
     return runs
 
 
@@ -137,38 +140,31 @@ def read_run(path: Path) -> Run:
     Raises:
         DymoeError: results.json or a stage's routing.json is missing or broken; the message names the file.
     """
-    file = path / "results.json"
-    if not file.is_file():
-        raise DymoeError(
-            f"{file}: no such file; a run folder as `dymoe run` writes it is needed (results.json is "
-            "written when the first stage is done)"
-        )
-    data = read_json(file)
-    if not isinstance(data, dict):
-        raise DymoeError(f"{file}: holds a {type(data).__name__}; an object with the run's results is needed")
+    results = run_results(path)
     routing = {n: _routing(f) for n, folder in stage_folders(path) if (f := folder / "routing.json").exists()}
-    return _run(path, str(file), data, routing)
+    return _run(path, str(path / "results.json"), results, routing)
 
 
 def _run(path: Path, file: str, data: Mapping[str, Any], routing: Mapping[int, Routing]) -> Run:
-    """A run from its results; `file` is where they stand, for messages."""
-    tasks = _strings(file, data, "tasks")
-    if len(set(tasks)) != len(tasks) or not tasks:
-        raise DymoeError(f'{file}: "tasks" is {list(tasks)}; different task names are needed')
-    level = _level(file, data, len(tasks))
+    """A run from its checked results; `file` is where they stand, for messages."""
+    # A run that learns may have a zero-shot row beside its matrix.
+    level = data.get("zero_shot" if data.get("joint") is None and not data.get("matrix") else "joint")
+    if level is None and not data.get("matrix"):
+        raise DymoeError(f"{file}: matrix: the run has finished no stage yet, so nothing can be shown")
     known = {"tasks", "matrix", "lenient_matrix", "metrics", "forgetting", "format_drift", "group_hashes"}
+    hashes = sorted(((entry["stage"], entry["groups"]) for entry in data.get("group_hashes") or []), key=itemgetter(0))
     return Run(
         path=path,
-        name=_field(file, data, "name", str),
-        method=_field(file, data, "method", str),
-        stream=_field(file, data, "stream", str),
-        tasks=tasks,
-        seed=_field(file, data, "seed", int),
-        base=_field(file, data, "base", str),
-        rows=() if level else _rows(file, data, tasks),
-        level=level,
-        format_drift=_points(file, data, "format_drift"),
-        group_hashes=_hashes(file, data),
+        name=data["name"],
+        method=data["method"],
+        stream=data["stream"],
+        tasks=tuple(data["tasks"]),
+        seed=data["seed"],
+        base=data.get("base", ""),
+        rows=() if level else tuple(map(tuple, data["matrix"])),
+        level=tuple(level) if level else None,
+        format_drift=data.get("format_drift") or {},
+        group_hashes=tuple(hashes),
         routing=routing,
         facts={key: value for key, value in data.items() if key not in known},
     )
@@ -186,85 +182,11 @@ def stage_folders(path: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted(found)
 
 
-def _field(file: Path | str, data: Mapping[str, Any], key: str, kind: type) -> Any:
-    if key not in data:
-        raise DymoeError(f'{file}: "{key}" is missing; a {kind.__name__} is needed')
-    value = data[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise DymoeError(f'{file}: "{key}" is {value!r}; a {kind.__name__} is needed')
-    return value
-
-
-def _strings(file: Path | str, data: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    values = _field(file, data, key, list)
-    if not all(isinstance(value, str) for value in values):
-        raise DymoeError(f'{file}: "{key}" is {values!r}; a list of strings is needed')
-    return tuple(values)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value read from JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _rows(file: Path | str, data: Mapping[str, Any], tasks: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
-    rows = _field(file, data, "matrix", list)
-    if not rows:
-        raise DymoeError(f'{file}: "matrix" is empty; the run has finished no stage yet, so nothing can be shown')
-    if len(rows) > len(tasks):
-        raise DymoeError(f'{file}: "matrix" has {len(rows)} rows for {len(tasks)} tasks; one for each task at most')
-    try:
-        return AccuracyMatrix(rows).rows
-    except DymoeError as error:
-        raise DymoeError(f'{file}: "matrix": {error}') from error
-
-
-def _level(file: Path | str, data: Mapping[str, Any], tasks: int) -> tuple[float, ...] | None:
-    """The one row over all tasks of a run without stages; a run that learns may have a zero-shot row beside it."""
-    key = "zero_shot" if data.get("joint") is None and not data.get("matrix") else "joint"
-    row = data.get(key)
-    if row is None:
-        return None
-    if not (isinstance(row, list) and len(row) == tasks and all(is_number(v) and 0 <= v <= 100 for v in row)):
-        raise DymoeError(f'{file}: "{key}" is {row!r}; one percentage for each of the {tasks} tasks is needed')
-    return tuple(float(value) for value in row)
-
-
-def _points(file: Path | str, data: Mapping[str, Any], key: str) -> dict[str, float]:
-    points = data.get(key) or {}
-    if not (isinstance(points, dict) and all(is_number(value) for value in points.values())):
-        raise DymoeError(f'{file}: "{key}" is {points!r}; percentage points by task name are needed')
-    return {task: float(value) for task, value in points.items()}
-
-
-def _hashes(file: Path | str, data: Mapping[str, Any]) -> tuple[tuple[int, Mapping[str, str]], ...]:
-    entries = data.get("group_hashes") or []
-    for entry in entries if isinstance(entries, list) else [entries]:
-        good = isinstance(entry, dict) and is_number(entry.get("stage")) and isinstance(entry.get("groups"), dict)
-        if not good or not all(isinstance(value, str) for value in entry["groups"].values()):
-            raise DymoeError(
-                f'{file}: "group_hashes" holds {entry!r}; '
-                'a list of {"stage": number, "groups": {name: hash}} is needed'
-            )
-    return tuple(sorted(((int(e["stage"]), e["groups"]) for e in entries), key=lambda entry: entry[0]))
-
-
 def _routing(file: Path) -> Routing:
-    data = read_json(file)
-    if not isinstance(data, dict):
-        raise DymoeError(f'{file}: holds a {type(data).__name__}; an object with "groups" and "tasks" is needed')
-    groups = _strings(file, data, "groups")
-    weights = {}
-    for task, entry in _field(file, data, "tasks", dict).items():
-        weight = entry.get("weight") if isinstance(entry, dict) else None
-        if not (
-            isinstance(weight, list)
-            and len(weight) == len(groups)
-            and all(is_number(value) and value >= -1e-6 for value in weight)
-        ):
-            raise DymoeError(
-                f'{file}: task {task!r}: "weight" is {weight!r}; one weight for each of the '
-                f"{len(groups)} groups, not below 0, is needed"
-            )
-        weights[task] = tuple(float(value) for value in weight)
-    return Routing(groups, weights)
+    data = read_json(file, RoutingWeights)
+    for task, row in data["tasks"].items():
+        if len(row["weight"]) != len(data["groups"]):
+            count = len(data["groups"])
+            where = f"{file}: tasks.{shorten(task)}.weight"
+            raise DymoeError(f"{where}: expected one weight for each of {count} groups, got {brief(row['weight'])}")
+    return Routing(tuple(data["groups"]), {task: tuple(row["weight"]) for task, row in data["tasks"].items()})

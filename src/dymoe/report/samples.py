@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import read_json
+from dymoe.files import read_json, read_json_lines
+from dymoe.learning.formats import Scored, ShownSample
+from dymoe.messages import brief, listed
 from dymoe.pictures import MAGIC
-from dymoe.report.runs import Run, is_number, stage_folders
+from dymoe.report.runs import Run, stage_folders
 from dymoe.report.summary import Method
 from dymoe.report.words import ranked
 
@@ -236,33 +237,26 @@ def _questions(run: Run) -> Iterator[Question]:
     file = run.path / "samples.json"
     if not file.exists():
         return
-    records = read_json(file)
-    if not isinstance(records, list):
-        raise DymoeError(f"{file}: holds a {type(records).__name__}; a list of samples is needed")
-    for position, record in enumerate(records, start=1):
-        where = f"{file}: sample {position}"
-        if not isinstance(record, dict):
-            raise DymoeError(f"{where} is {record!r}; an object is needed")
-        for key in ("task", "id", "question", "answer"):
-            if not isinstance(record.get(key), str):
-                raise DymoeError(f'{where}: "{key}" is {record.get(key)!r}; a string is needed')
+    for position, record in enumerate(read_json(file, list[ShownSample]), start=1):
         if record["task"] not in run.tasks:
-            raise DymoeError(f'{where}: "task" is {record["task"]!r}; one of {list(run.tasks)} is needed')
-        image = _data_uri(where, record.get("image_base64"), record.get("mime"))
+            raise DymoeError(
+                f"{file}: {position}.task: expected one of {listed(run.tasks)}, got {brief(record['task'])}"
+            )
+        image = _data_uri(f"{file}: {position}", record.get("image_base64"), record.get("mime"))
         yield Question(record["task"], record["id"], record["question"], record["answer"], image)
 
 
-def _data_uri(where: str, encoded: Any, mime: Any) -> str | None:
+def _data_uri(where: str, encoded: str | None, mime: str | None) -> str | None:
     if encoded is None:
         return None
     if mime not in MAGIC:
-        raise DymoeError(f'{where}: "mime" is {mime!r}; one of {", ".join(MAGIC)} is needed')
+        raise DymoeError(f"{where}.mime: expected one of {', '.join(MAGIC)}, got {brief(mime)}")
     try:
         image = base64.b64decode(encoded, validate=True)
     except (binascii.Error, TypeError, ValueError):
-        raise DymoeError(f'{where}: "image_base64" is no base64 text') from None
+        raise DymoeError(f"{where}.image_base64: is no base64 text") from None
     if not image.startswith(MAGIC[mime]):
-        raise DymoeError(f'{where}: "image_base64" is no {mime} image')
+        raise DymoeError(f"{where}.image_base64: is no {mime} image")
     return f"data:{mime};base64,{encoded}"
 
 
@@ -285,17 +279,6 @@ def _answers(run: Run, wanted: set[tuple[str, str]]) -> dict[tuple[int, str, str
 
 
 def _predictions(file: Path) -> Iterator[tuple[str, Answer]]:
-    with file.open(encoding="utf-8") as lines:
-        for position, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                id_, text = record["id"], record["prediction"]
-                score, lenient = record["score"], record.get("lenient", record["score"])
-            except (ValueError, KeyError, TypeError, AttributeError):
-                record = None
-            if record is None or not (isinstance(text, str) and is_number(score) and is_number(lenient)):
-                raise DymoeError(
-                    f'{file}: line {position} is no prediction; an object with "id", "prediction" (text), '
-                    '"score" and "lenient" (numbers) is needed'
-                )
-            yield str(id_), Answer(text, score >= 0.5, lenient >= 0.5)
+    for record in read_json_lines(file, Scored):
+        score, lenient = record["score"], record.get("lenient", record["score"])
+        yield str(record["id"]), Answer(record["prediction"], score >= 0.5, lenient >= 0.5)

@@ -1,0 +1,215 @@
+"""What the JSON files of a run and of a sweep hold, typed, and the one reader of each.
+
+Keys that are not named here pass unchecked: later versions write more of them.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from dymoe.errors import DymoeError
+from dymoe.files import read_json
+from dymoe.messages import brief
+from dymoe.schema import Count, Percent, Range
+
+Accuracies = list[Percent]
+Seconds = Annotated[float, Range(0)]
+KEY = ("label", "order", "instructions", "seed")  # what names a record of a sweep
+
+
+class Hashes(TypedDict):
+    """Hashes of the expert groups after a stage, and of the older ones before it."""
+
+    stage: Count
+    groups: dict[str, str]
+    before: NotRequired[dict[str, str]]
+
+
+Facts = TypedDict(
+    "Facts",
+    {
+        "method": str,
+        "stream": str,
+        "tasks": list[str],
+        "seed": Count,
+        "base": NotRequired[str],
+        "split": NotRequired[str],
+        "settings": NotRequired[dict[str, Any] | None],
+        "with": NotRequired[dict[str, dict[str, Any]] | list[str] | None],
+        "steps_per_task": NotRequired[Count | None],
+        "samples": NotRequired[dict[str, Count]],
+        "matrix": NotRequired[list[Accuracies]],
+        "lenient_matrix": NotRequired[list[Accuracies]],
+        "joint": NotRequired[Accuracies | None],
+        "lenient_joint": NotRequired[Accuracies | None],
+        "zero_shot": NotRequired[Accuracies | None],
+        "forgetting": NotRequired[dict[str, float] | None],
+        "format_drift": NotRequired[dict[str, float] | None],
+        "drift": NotRequired[dict[str, list[float]] | None],
+        "training": NotRequired[dict[str, dict[str, list[float]]]],
+        "group_hashes": NotRequired[list[Hashes] | None],
+        "steps": NotRequired[list[Count]],
+        "resumed_at": NotRequired[list[Count]],
+        "seconds": NotRequired[dict[str, list[Seconds] | Seconds] | None],
+        "machine": NotRequired[dict[str, Any] | None],
+        "versions": NotRequired[dict[str, Any] | None],
+    },
+)
+Facts.__doc__ = "What results.json of a run and a sweep's record of it have in common."
+
+
+class Results(Facts):
+    """results.json of a run."""
+
+    name: str
+    order: NotRequired[str]
+    instructions: NotRequired[str]
+    metrics: NotRequired[dict[str, float]]
+    trainable_parameters: NotRequired[Count]
+    stored_parameters: NotRequired[Count]
+
+
+class _Training(TypedDict):
+    lr: float
+    steps_per_task: NotRequired[Count | None]
+
+
+class _Recipe(TypedDict):
+    training: _Training
+
+
+class Record(Facts):
+    """One run in a sweep's results."""
+
+    label: str
+    order: str
+    instructions: str
+    fingerprint: str
+    metrics: dict[str, float]
+    trainable_parameters: Count
+    stored_parameters: Count
+    recipe: _Recipe
+    of: NotRequired[str]
+    rate: NotRequired[float]
+
+
+class About(TypedDict, total=False):
+    """What a sweep's results say about themselves."""
+
+    title: str
+    command: str
+    published: str
+    seeds: list[Count]
+    budget: dict[str, Any]
+    machine: dict[str, Any] | None
+    versions: dict[str, Any] | None
+
+
+class SweepResults(TypedDict):
+    """The results of a sweep: its records, and the chosen rates by label of a tuning sweep."""
+
+    about: NotRequired[About | None]
+    rows: list[Record]
+    chosen: NotRequired[dict[str, float]]
+
+
+class Event(TypedDict):
+    """One line of events.jsonl."""
+
+    event: str
+    stage: NotRequired[Count]
+    task: NotRequired[str]
+    step: NotRequired[Count]
+
+
+class Description(TypedDict):
+    """What is read of run.yaml where a run is compared with a plan."""
+
+    recipe: dict[str, Any]
+    data: "DataDescription"
+
+
+class DataDescription(TypedDict):
+    """The data of a run."""
+
+    fingerprint: str
+
+
+class Weights(TypedDict):
+    """Mean routing weight of each group on one task's tokens."""
+
+    weight: list[Annotated[float, Range(-1e-6)]]
+
+
+class RoutingWeights(TypedDict):
+    """routing.json of a stage: weights by task, in the order of the groups."""
+
+    groups: list[str]
+    tasks: dict[str, Weights]
+
+
+class ShownSample(TypedDict):
+    """One entry of samples.json."""
+
+    task: str
+    id: str
+    question: str
+    answer: str
+    image_base64: NotRequired[str | None]
+    mime: NotRequired[str | None]
+
+
+class Scored(TypedDict):
+    """One line of a stage's predictions."""
+
+    id: str | int
+    prediction: str
+    score: float
+    lenient: NotRequired[float]
+
+
+def run_results(run: str | Path) -> Results:
+    """results.json of a run folder, its accuracies checked against its tasks.
+
+    Raises:
+        DymoeError: the folder has no results yet, or broken ones; the message names file and key.
+    """
+    file = Path(run) / "results.json"
+    if not os.path.lexists(file):
+        raise DymoeError(f"{run}: no results.json here; give a run folder with at least one finished stage")
+    found = read_json(file, Results)
+    _consistent(found, str(file))
+    return found
+
+
+def read_results(file: str | Path) -> dict[str, Any]:
+    """A sweep's results (`SweepResults`); without rows if the file is not there yet.
+
+    Raises:
+        DymoeError: the file is no sweep's results, or a record's accuracies do not fit its tasks.
+    """
+    if not os.path.lexists(file):
+        return {"about": {}, "rows": []}
+    found = read_json(file, SweepResults)
+    for number, row in enumerate(found["rows"], start=1):
+        _consistent(row, f"{file}: rows.{number}")
+    return {**found, "about": found.get("about") or {}}
+
+
+def _consistent(values: Mapping[str, Any], where: str) -> None:
+    """Refuse tasks that are there twice, a matrix that is no triangle, accuracies of another number of tasks."""
+    tasks = values["tasks"]
+    if not tasks or len(set(tasks)) != len(tasks):
+        raise DymoeError(f"{where}: tasks: expected different names, got {brief(tasks)}")
+    for key in ("matrix", "lenient_matrix"):
+        rows = values.get(key) or []
+        if len(rows) > len(tasks):
+            raise DymoeError(f"{where}: {key}: expected a row for each of the {len(tasks)} tasks, got {len(rows)}")
+        for number, row in enumerate(rows, start=1):
+            if len(row) != number:
+                raise DymoeError(f"{where}: {key}.{number}: expected {number} accuracies, got {brief(row)}")
+    for key in ("joint", "lenient_joint", "zero_shot"):
+        row = values.get(key)
+        if row is not None and len(row) != len(tasks):
+            raise DymoeError(f"{where}: {key}: expected {len(tasks)} accuracies, got {brief(row)}")
