@@ -255,7 +255,7 @@ def parse_json(data: bytes, where: str, kind: Any = Any) -> Any:
             another kind of file, or another value than `kind`.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_float)
+        value = json.loads(data, object_pairs_hook=unique_keys, parse_constant=_no_number, parse_float=_float)
     except (ValueError, RecursionError) as error:
         if instead := not_itself(data):
             raise DymoeError(f"{where}: {instead}") from None
@@ -270,7 +270,12 @@ def parse_json(data: bytes, where: str, kind: Any = Any) -> Any:
     return value if kind is Any else check(value, kind, where)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for `json`'s `object_pairs_hook`.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]

@@ -20,7 +20,8 @@ from dymoe.tasks.coin import check, layout, stream
 from dymoe.tasks.coin.layout import published
 from dymoe.tasks.index import Plan, cache_folder, index, split, stable_hash
 from dymoe.tasks.lazy import ImageFile, Joined, Records, View, image_path, image_size, joined
-from dymoe.tasks.llava import parse, read_box, read_records
+from dymoe.tasks.llava import parse, read_box
+from dymoe.tasks.recordfile import read_records
 from dymoe.tasks.scoring import scorer
 from tests.tasks import coin_tree as tree
 
@@ -409,7 +410,7 @@ BAD: list[tuple[Any, str]] = [
     ({"id": 1, "text": "<image>\n", "answer": "a"}, "'text': it is empty"),
     ({"id": 1, "text": 5, "answer": "a"}, "'text': expected a text, found int"),
     ({"id": 1, "text": "q", "answer": " "}, "'answer': it is empty"),
-    ({"id": 1, "text": "q", "answer": {}}, "'answer': expected a text, found dict"),
+    ({"id": 1, "text": "q", "answer": {}}, "'answer': expected a text, a number or a box of four numbers, found {}"),
     ({"id": 1, "text": "q", "answer_bbox": "[1,2,3]"}, "expected a box"),
     ({"id": 1, "text": "q", "answer_bbox": "[1,2,3,nan]"}, "expected a box"),
     ({"id": 1, "text": "q", "answer": "a", "image": 7}, "'image': expected one path"),

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.scoring import lenient, names, scorer
+from dymoe.tasks.scoring import lenient, names, right_answer, scorer
 from dymoe.tasks.scoring.iou import iou
 from dymoe.tasks.scoring.text import contains_words, process_answer, same_answer
 
@@ -164,7 +164,8 @@ def test_soft_accuracy_lenient_takes_the_answer_out_of_a_sentence() -> None:
 @pytest.mark.parametrize(
     ("reference", "message"),
     [({}, "must be a list of 10 texts"), ({"answers": ["a"] * 3}, "must hold 10 texts, it holds 3"),
-     ({"answers": [1] * 10}, "must be a list of 10 texts")],
+     ({"answers": [1] * 9 + [None]}, "must be a list of 10 texts"),
+     ({"answers": [float("nan")] * 10}, "must be a list of 10 texts")],
 )  # fmt: skip
 def test_soft_accuracy_refuses_references(reference: dict[str, object], message: str) -> None:
     with pytest.raises(DymoeError, match=message):
@@ -300,10 +301,32 @@ def test_exact_match_oracle(answer: str, prediction: str) -> None:
         assert scorer("exact_match")(answer.swapcase(), {"answer": answer}) == 1
 
 
-@pytest.mark.parametrize("answer", [None, "", "  ", 3])
+@pytest.mark.parametrize("answer", [None, "", "  ", True, float("nan"), float("inf"), [3]])
 def test_exact_match_refuses_references(answer: object) -> None:
     with pytest.raises(DymoeError, match="'answer' must be a text that is not empty"):
         scorer("exact_match")("a", {"answer": answer})
+
+
+def test_a_number_is_read_as_the_text_that_is_learned_in_its_place() -> None:
+    for rule in ("exact_match", "corrected/vqav2", "corrected/imagenet", "coin/vqav2", "coin/ocrvqa"):
+        assert scorer(rule)("3", {"answer": 3}) == 1
+        assert scorer(rule)("3", {"answer": 3, "answers": None}) == 1, "a column without a value is no value"
+        assert right_answer(rule)({"answer": 2.5}) == "2.5"
+    assert scorer("soft_accuracy")("3", {"answers": [3] * 10}) == 1
+    assert scorer("letter")("B", {"answer": 1.0, "choices": [10, 20]}) == 1
+    assert right_answer("letter")({"answer": 1, "choices": None}) == "B"
+    assert scorer("iou")("[0,0,1,1]", {"answer_bbox": None, "bbox": [0, 0, 1, 1], "size": None}) == 1
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_a_rule_wants_said_is_right(name: str) -> None:
+    if name.endswith("grounding") or name == "iou":
+        reference: dict[str, object] = {"answer": "[0.10,0.20,0.50,0.60]", "bbox": [0.1, 0.2, 0.5, 0.6]}
+        reference |= {"answer_bbox": "[0.10,0.20,0.50,0.60]", "size": [9, 9]}
+    else:
+        index = name == "letter" or name.endswith("scienceqa")
+        reference = {"answer": 1 if index else "owl", "choices": ["hen", "owl"], "answers": ["owl"] * 10}
+    assert scorer(name)(right_answer(name)(reference), reference) > 0
 
 
 # --- boxes -------------------------------------------------------------------------------------------------

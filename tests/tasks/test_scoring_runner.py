@@ -193,14 +193,18 @@ def test_ids_of_no_question_are_refused(run: Run) -> None:
     [
         ([], r"merge\.jsonl: no predictions"),
         (["{"], r"merge\.jsonl: line 1: not valid JSON"),
-        ([line(1, "x"), "", line(2, "y")], r"line 2: is empty"),
+        ([line(1, "x"), "", "{"], r"line 3: not valid JSON"),
         (["[1]"], "line 1: must be a JSON object"),
         ([line(1, "x"), line(2, None)], r"line 2 \(question_id '2'\): 'text' must be a text, not None"),
         ([line(1, ["x"])], "'text' must be a text, not "),
-        ([line(None, "x")], "'question_id' must be a number or a text, not None"),
-        ([line(True, "x")], "'question_id' must be a number or a text, not True"),
-        (["[" * 10**5], "line 1: not usable JSON"),
-        (["9" * 5000], "line 1: not usable JSON"),
+        ([line(None, "x")], "line 1: neither 'id' nor 'question_id' is a text or a whole number"),
+        ([line(True, "x")], "line 1: neither 'id' nor 'question_id' is a text or a whole number"),
+        ([line(1.5, "x")], "line 1: neither 'id' nor 'question_id' is a text or a whole number"),
+        ([line(float("nan"), "x")], "line 1: neither 'id' nor 'question_id' is a text or a whole number"),
+        ([line(1, float("nan"))], "'text' must be a text, not nan"),
+        (['{"question_id": 1, "text": "x", "text": "y"}'], "line 1: not valid JSON .the key 'text' is there twice"),
+        (["[" * 10**5], "line 1: not valid JSON"),
+        (["9" * 5000], "line 1: not valid JSON"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(run: Run, lines: list[str], message: str) -> None:
@@ -212,12 +216,13 @@ def test_a_line_that_cannot_be_used_is_named(run: Run, lines: list[str], message
 @pytest.mark.parametrize(
     ("references", "message"),
     [
-        ([], "must be a JSON list of test records that is not empty"),
-        ({"a": 1}, "must be a JSON list"),
-        ([3], "record number 1: must be a JSON object, not 3"),
-        ([{"answer": "x"}], "record number 1: 'question_id' must be a number or a text, not None"),
-        ([VQA[0], {**VQA[1], "question_id": "1"}], "record number 2: question_id '1' is there twice"),
-        ([{"question_id": 1, "answer": 2}], "record '1': reference: 'answer' must be a text"),
+        ([], r"test\.json: it holds no records"),
+        ({"a": 1}, "expected a JSON list"),
+        ([3], "record 0: expected an object with keys, found int"),
+        ([{"answer": "x"}], "record 0: neither 'id' nor 'question_id' is a text or a whole number"),
+        ([VQA[0], {**VQA[1], "question_id": "1"}], "'1' is there 1 times, in .* 2 times; which answer belongs"),
+        ([{"question_id": 1, "answer": [2]}], "record '1': reference: 'answer' must be a text"),
+        ([{"question_id": 1, "answer": float("nan")}], "record 0: 'answer': nan stands for a missing value"),
     ],
 )
 def test_a_reference_that_cannot_be_used_is_named(run: Run, references: object, message: str) -> None:

@@ -11,16 +11,17 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_dir, atomic_json, expand, read_json
 from dymoe.tasks.lazy import image_size
-from dymoe.tasks.llava import Record, parse, read_records, record_id
+from dymoe.tasks.llava import Names, Record, parse, record_id
+from dymoe.tasks.recordfile import read_records
 
-FORMAT = 1  # of the index; another number makes all of them anew
+FORMAT = 2  # of the index; another number makes all of them anew
 HEAD = 1 << 20  # bytes of a file that its identity covers
 CHUNK = 1000  # records written together
 SCHEMA = {
@@ -129,7 +130,7 @@ def index(
     plan: Plan,
     reference: Callable[[], Reference],
     text_only: bool = True,
-    image_name: Callable[[str], str] = str,
+    rewrite: Callable[[Record], Record] = lambda record: record,
 ) -> Index:
     """The index of a file, made if the cache has none of this state of the file.
 
@@ -138,7 +139,8 @@ def index(
         reference: makes the function that gives a record's reference; called only if the index has to be made, so
             that annotation files are not read for nothing.
         text_only: whether a record without an image can be used.
-        image_name: makes the path below the image root from what a record says; it depends on `plan` alone.
+        rewrite: makes of a record the one that is used (another path of its image, another form of its answer); it
+            depends on `plan` alone.
 
     Raises:
         DymoeError: a file cannot be read or is no list of records, or the cache cannot be written.
@@ -157,7 +159,7 @@ def index(
         found = _cached(plan, folder)
         if found is None:
             with atomic_dir(folder) as place:
-                _write(plan, reference(), text_only, image_name, place, key)
+                _write(plan, reference(), text_only, rewrite, place, key)
             found = _cached(plan, folder, fresh=True)
         assert found is not None
         return found
@@ -232,7 +234,7 @@ def _write(
     plan: Plan,
     reference: Reference,
     text_only: bool,
-    image_name: Callable[[str], str],
+    rewrite: Callable[[Record], Record],
     place: Path,
     key: Mapping[str, Any],
 ) -> None:
@@ -244,6 +246,7 @@ def _write(
     digest = hashlib.sha256()
     counts: Counter[str] = Counter()
     ids: Counter[str] = Counter()
+    names = Names()
     bad: list[dict[str, Any]] = []
     table = place / "records.arrow"
     writer = ArrowWriter(path=str(table), features=Features({name: Value(kind) for name, kind in SCHEMA.items()}))
@@ -253,13 +256,12 @@ def _write(
             counts["records"] += 1
             wrong_image = None
             try:
-                record = parse(value, plan.test)
+                record = rewrite(parse(value, plan.test))
                 if not record.has_image and not text_only:
                     raise DymoeError("'image' is missing; a question of this task needs its picture")
                 size = len(record.data or b"")
                 if record.image is not None:
-                    wrong_image = image_name(record.image)
-                    record = replace(record, image=wrong_image)
+                    wrong_image = record.image
                     size = image_size(plan.images, wrong_image, plan.outside_links)
                     wrong_image = None
                 told, scorable = reference(record)
@@ -272,7 +274,7 @@ def _write(
             counts["with_image"] += record.has_image
             counts["repeated_ids"] += ids[record.id] == 2
             counts["without_instruction"] += instructions.strip(record.question) == record.question
-            row = _row(record, number, ids[record.id], size, told, scorable)
+            row = _row(record, number, names.name(record.id), size, told, scorable)
             picture = None if record.data is None else hashlib.sha256(record.data).hexdigest()
             seen = [row[name] for name in SCHEMA if name not in ("data", "record")]
             digest.update(json.dumps([*seen, picture]).encode())
@@ -290,12 +292,10 @@ def _write(
     atomic_json(place / "index.json", {**values, **shown, "bad": bad})
 
 
-def _row(
-    record: Record, number: int, occurrence: int, size: int, told: Mapping[str, Any], scorable: bool
-) -> dict[str, Any]:
+def _row(record: Record, number: int, name: str, size: int, told: Mapping[str, Any], scorable: bool) -> dict[str, Any]:
     return {
         "record": number,
-        "id": record.id if occurrence == 1 else f"{record.id}#{occurrence}",
+        "id": name,
         "image": record.image,
         "size": size,
         "data": record.data,

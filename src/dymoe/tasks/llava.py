@@ -1,26 +1,31 @@
-"""Records in LLaVA's format: reading the file, understanding one record.
+"""Records in LLaVA's format, understood one at a time.
 
-Two kinds are understood. A conversation (LLaVA, CoIN's training files): ``id`` or ``question_id``, ``image`` unless the
-question is of text alone, ``conversations: [{from: human|gpt, value}]``. A question (CoIN's test files):
-``question_id`` or ``id``, ``image``, ``text`` and ``answer``, for boxes ``answer_bbox`` and ``size`` instead. The image
-token may stand in the text or not; the picture decides whether there is one, the text never does.
+Two kinds are understood. A conversation (LLaVA, CoIN's training files, chat data of other tools): ``id`` or
+``question_id``, ``image`` or ``images`` unless the question is of text alone, ``conversations: [{from: human|gpt,
+value}]`` or ``messages: [{role: user|assistant, content}]``. A question (CoIN's test files): ``question_id`` or ``id``,
+``image``, ``text`` and ``answer``, for boxes ``answer_bbox`` and ``size`` instead. The image token may stand in the
+text or not; where it stands, there must be a picture for it. What is unambiguous is read, the rest refused.
 """
 
-import json
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import not_itself, read_bytes
+from dymoe.messages import brief
+from dymoe.tasks.conversation import FORMS, IMAGE_TOKEN, Turn, read_turns, without_tokens
 
-IMAGE_TOKEN = "<image>"
-ASKING, ANSWERING = ("human", "user"), ("gpt", "assistant")
-_SPACE = re.compile(r"[ \t\r\n]*")
-_KEPT_APART = ("conversations", "text", "image")  # of a record, what does not go into its reference
+PICTURES = ("image", "images")
+ELSEWHERE = ("video", "videos", "audio", "audios")  # what a record may hold and no model here is shown
+_APART = (*FORMS, "text", *PICTURES)  # of a record, what does not go into its reference
+_LISTS = ("answers", "choices")  # of texts, none of them missing
+_DEEPEST, _MOST_BITS, _LARGEST_ID = 50, 4096, 2**53
+_LONGEST_PATH = 4096  # letters
+_NEAR = 0.01  # of the largest number of a box: how far two spellings of it may differ
+
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -51,85 +56,6 @@ class Record:
         return self.image is not None or self.data is not None
 
 
-def read_records(path: Path) -> Iterator[Any]:
-    """The records of a JSON list, JSON lines or parquet file, one after another, not yet understood.
-
-    A JSON list is decoded record by record, so that the whole of it is never in memory as objects.
-
-    Raises:
-        DymoeError: no such file, another format, or text that breaks off; the message names the record reached.
-    """
-    if not path.is_file():
-        raise DymoeError(f"{path}: no such file")
-    if path.suffix == ".parquet":
-        yield from _parquet(path)
-        return
-    data = read_bytes(path)
-    lines = path.suffix == ".jsonl"  # of which there may be none
-    if (instead := not_itself(data)) and not (lines and not data.strip()):
-        raise DymoeError(f"{path}: {instead}")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DymoeError(f"{path}: cannot be read ({error})") from error
-    del data
-    yield from (_lines(path, text) if lines else _list(path, text))
-
-
-def _list(path: Path, text: str) -> Iterator[Any]:
-    decoder = json.JSONDecoder()
-    place = _after_space(text, 0)
-    if text[place : place + 1] != "[":
-        raise DymoeError(f"{path}: expected a JSON list of records, it starts with {text[place : place + 10]!r}")
-    place = _after_space(text, place + 1)
-    number = 0
-    closed = text[place : place + 1] == "]"
-    while not closed:
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError) as error:
-            raise DymoeError(f"{path}: record {number}: not valid JSON ({error}); is the file whole?") from None
-        yield value
-        place = _after_space(text, place)
-        mark = text[place : place + 1]
-        closed = mark == "]"
-        if not closed and mark != ",":
-            raise DymoeError(f"{path}: after record {number}: expected ',' or ']', found {mark!r}; is the file whole?")
-        if not closed:
-            place = _after_space(text, place + 1)
-            number += 1
-    if _after_space(text, place + 1) != len(text):
-        raise DymoeError(f"{path}: something stands behind the end of the list, after record {number}")
-
-
-def _after_space(text: str, place: int) -> int:
-    found = _SPACE.match(text, place)
-    return place if found is None else found.end()
-
-
-def _lines(path: Path, text: str) -> Iterator[Any]:
-    number = 0
-    for line in text.split("\n"):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DymoeError(f"{path}: record {number}: not valid JSON ({error})") from None
-            number += 1
-
-
-def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DymoeError(f"{path}: cannot be read as parquet ({error})") from error
-
-
 def parse(value: Any, test: bool) -> Record:
     """Understand one record.
 
@@ -142,75 +68,213 @@ def parse(value: Any, test: bool) -> Record:
     """
     if not isinstance(value, Mapping):
         raise DymoeError(f"expected an object with keys, found {type(value).__name__}")
-    turns = _conversation(value["conversations"]) if value.get("conversations") is not None else (_question(value),)
+    _refuse_missing(value)
+    form, turns, shown = _turns(value)
     if test and len(turns) > 1:
-        raise DymoeError(f"'conversations': {len(turns)} questions; a test record must have one, so that it is scored")
-    (question, answer), *later = turns
-    image, data = _image(value.get("image"))
-    fields = {key: item for key, item in value.items() if key not in _KEPT_APART}
-    record = Record(record_id(value, test), image, data, question, answer, tuple(later), fields)
-    for told in (record.id, record.image or "", question, answer, *(text for turn in later for text in turn)):
+        raise DymoeError(f"{form!r}: {len(turns)} questions; a test record must have one, so that it is scored")
+    questions = [question for question, _ in turns]
+    for place, question in enumerate(questions, start=1):
+        if not question.replace(IMAGE_TOKEN, "").strip():
+            raise DymoeError(f"{form!r}: {'' if form == 'text' else f'question {place}: '}it is empty")
+    answers = [answer_text(answer, "'answer'" if form == "text" else f"{form!r}: an answer") for _, answer in turns]
+    given = value.get("answer")
+    if test and form != "text" and isinstance(given, str) and not _agree(given, answers[0]):
+        raise DymoeError(f"'answer' {brief(given)} is another than that of {form!r}, {brief(answers[0])}; keep one")
+    image, data = _picture(value, shown)
+    questions = without_tokens(questions, answers, int(image is not None or data is not None))
+    fields = reference_fields(value, answers[0])
+    later = tuple(zip(questions[1:], answers[1:], strict=True))
+    record = Record(record_id(value, test), image, data, questions[0], answers[0], later, fields)
+    for told in (record.id, record.image or "", *questions, *answers):
         try:
             told.encode()
         except UnicodeEncodeError:
-            raise DymoeError(f"{told[:40]!r} holds half of a surrogate pair, which is no text") from None
+            raise DymoeError(f"{brief(told)} holds half of a surrogate pair, which is no text") from None
     return record
+
+
+def reference(value: Any) -> tuple[str, dict[str, Any]]:
+    """A test record's id and what a scoring rule reads of it, its answer as it stands; the question may be missing.
+
+    Raises:
+        DymoeError: as `parse`.
+    """
+    if not isinstance(value, Mapping):
+        raise DymoeError(f"expected an object with keys, found {type(value).__name__}")
+    if any(value.get(form) is not None for form in FORMS):
+        record = parse(value, test=True)
+        return record.id, {**record.fields, "answer": record.answer}
+    _refuse_missing(value)
+    answer = value.get("answer")
+    return record_id(value, test=True), reference_fields(value, answer if isinstance(answer, str | list) else None)
+
+
+class Names:
+    """Names for the records of a file in which an id may stand more than once: later ones get ``#2``, ``#3`` behind."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+
+    def name(self, identity: str) -> str:
+        """The next record's name, by its id."""
+        self._seen[identity] += 1
+        count = self._seen[identity]
+        return identity if count == 1 else self.name(f"{identity}#{count}")
 
 
 def record_id(value: Mapping[str, Any], test: bool) -> str:
     """A record's name: ``id`` or, where it has none, ``question_id``; the other way round in a test file.
+
+    A float without a fraction counts as the whole number that some tools write so.
 
     Raises:
         DymoeError: it has neither.
     """
     for key in ("question_id", "id") if test else ("id", "question_id"):
         found = value.get(key)
+        if isinstance(found, float) and found.is_integer() and abs(found) <= _LARGEST_ID:
+            found = int(found)
         if isinstance(found, int | str) and not isinstance(found, bool) and str(found).strip():
             return str(found)
     raise DymoeError("neither 'id' nor 'question_id' is a text or a whole number")
 
 
-def _conversation(value: Any) -> tuple[tuple[str, str], ...]:
-    right = "expected a list of {from, value} with human and gpt in turn"
-    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
-        raise DymoeError(f"'conversations': {right}, found {type(value).__name__}")
-    if value and value[0].get("from") == "system":
-        value = value[1:]  # the prompt has its own system message, as in LLaVA
-    if len(value) < 2 or len(value) % 2:
-        raise DymoeError(f"'conversations': {right}, found {len(value)} turns; every question needs its answer")
-    pairs = []
-    for number in range(0, len(value), 2):
-        for turn, speakers in ((value[number], ASKING), (value[number + 1], ANSWERING)):
-            if turn.get("from") not in speakers:
-                raise DymoeError(f"'conversations': {right}, found {turn.get('from')!r} where {speakers[0]} speaks")
-        question = without_token(value[number].get("value"), f"'conversations': question {number // 2 + 1}")
-        pairs.append((question, answer_text(value[number + 1].get("value"), "'conversations': an answer")))
-    return tuple(pairs)
-
-
-def _question(value: Mapping[str, Any]) -> tuple[str, str]:
-    if "text" not in value:
-        raise DymoeError("it has neither 'conversations' nor 'text'; one of them must hold the question")
-    question = without_token(value["text"], "'text'")
-    if value.get("answer_bbox") is not None:
-        return question, box_text(value["answer_bbox"])
-    if value.get("answer") is None:
-        raise DymoeError("it has neither 'answer' nor 'answer_bbox'; one of them must hold what is right")
-    return question, answer_text(value["answer"], "'answer'")
-
-
-def without_token(text: Any, where: str) -> str:
-    """A question without its image token.
+def _refuse_missing(value: Mapping[str, Any]) -> None:
+    """Refuse what stands for a missing value (NaN, an infinity), or can be no value of a record.
 
     Raises:
-        DymoeError: it is no text, or nothing is left.
+        DymoeError: the message names the key.
     """
-    if not isinstance(text, str):
-        raise DymoeError(f"{where}: expected a text, found {type(text).__name__}")
-    question = text.replace(IMAGE_TOKEN, "").strip()
-    if not question:
-        raise DymoeError(f"{where}: it is empty")
-    return question
+    for key, item in value.items():
+        level: list[Any] = [item]
+        for _ in range(_DEEPEST):
+            for each in level:
+                if isinstance(each, float) and not math.isfinite(each):
+                    raise DymoeError(f"{key!r}: {each} stands for a missing value; write what is right or leave it out")
+                if isinstance(each, int) and each.bit_length() > _MOST_BITS:
+                    raise DymoeError(f"{key!r}: a number of more digits than any value has")
+            level = [part for each in level for part in _parts(each)]
+            if not level:
+                break
+        else:
+            raise DymoeError(f"{key!r}: nested more than {_DEEPEST} deep")
+    for key in ELSEWHERE:
+        if value.get(key):
+            raise DymoeError(f"{key!r}: only pictures are shown to a model, under 'image' or 'images'")
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+
+
+def _turns(value: Mapping[str, Any]) -> tuple[str, list[Turn], list[Any]]:
+    """The key that holds the question, the (question, answer) pairs, the pictures in the conversation."""
+    read = {form: read_turns(form, value[form]) for form in FORMS if value.get(form) is not None}
+    if len(read) == 2 and read["conversations"] != read["messages"]:
+        raise DymoeError("'conversations' and 'messages' say two things; keep one of them")
+    for form, (turns, pictures) in read.items():
+        return form, turns, pictures
+    if value.get("text") is None:
+        raise DymoeError("it has neither 'conversations' nor 'text' nor 'messages'; one of them must hold the question")
+    if not isinstance(value["text"], str):
+        raise DymoeError(f"'text': expected a text, found {type(value['text']).__name__}")
+    answer, box = value.get("answer"), value.get("answer_bbox")
+    if box is None and answer is None:
+        raise DymoeError("it has neither 'answer' nor 'answer_bbox'; one of them must hold what is right")
+    said = answer if box is None or (read_box(answer) and not _agree(answer, box)) else box_text(box)
+    return "text", [(value["text"], said)], []
+
+
+def _picture(value: Mapping[str, Any], shown: list[Any]) -> tuple[str | None, bytes | None]:
+    """Path or bytes of a record's picture; None and None without one.
+
+    Args:
+        value: the record.
+        shown: the pictures that stand in its conversation.
+    """
+    given = {key: value[key] for key in PICTURES if value.get(key) is not None}
+    lists = {key: item if isinstance(item, list) else [item] for key, item in given.items()}
+    if shown:
+        lists["messages"] = shown
+    read = {key: [_source(key, item) for item in items] for key, items in lists.items()}
+    for key, sources in read.items():
+        if sources != next(iter(read.values())):
+            raise DymoeError(f"{next(iter(read))!r} and {key!r} name other pictures; keep one of them")
+        if len(sources) > 1:
+            raise DymoeError(
+                f"{key!r}: expected one path, found {len(sources)}; several pictures a sample are not supported yet"
+            )
+    return next((sources[0] for sources in read.values() if sources), (None, None))
+
+
+def _source(key: str, item: Any) -> tuple[str | None, bytes | None]:
+    """Path or bytes of one picture; `datasets` writes both as {bytes, path}."""
+    if isinstance(item, Mapping):
+        item = item["bytes"] if item.get("bytes") is not None else item.get("path")
+    if isinstance(item, str | bytes) and not item.strip():
+        raise DymoeError(f"{key!r}: it is empty; leave the key out where there is no picture")
+    if isinstance(item, str) and ("://" in item or item.startswith("data:") or len(item) > _LONGEST_PATH):
+        raise DymoeError(f"{key!r}: {brief(item)} is no path relative to the image root; nothing is fetched")
+    if isinstance(item, str):
+        return item, None
+    if isinstance(item, bytes):
+        return None, item
+    raise DymoeError(f"{key!r}: expected one path relative to the image root, found {type(item).__name__}")
+
+
+def reference_fields(value: Mapping[str, Any], answer: Any) -> dict[str, Any]:
+    """What a scoring rule reads of a record beside its answer; a ``bbox`` is one with the answer's box.
+
+    Args:
+        value: the record.
+        answer: its answer, if that is a text or a list.
+
+    Raises:
+        DymoeError: a text of ``answers`` or ``choices`` is missing, or boxes contradict each other.
+    """
+    fields = {key: item for key, item in value.items() if key not in _APART}
+    for key in _LISTS:
+        for place, item in enumerate(fields[key] if isinstance(fields.get(key), list) else ()):
+            text = item.get("answer") if isinstance(item, Mapping) else item
+            if text is None or (isinstance(text, str) and not text.strip()):
+                raise DymoeError(f"{key!r}: text {place + 1} is missing; it must not be empty")
+    right = read_box(fields.get("answer")) or read_box(answer) or read_box(fields.get("answer_bbox"))
+    for key in ("answer_bbox", "bbox"):
+        box = read_box(fields.get(key))
+        if right is None or box is None or _near(box, right):
+            continue
+        if not any(_near(other, right) for other in _spellings(box, fields.get("size"))):
+            raise DymoeError(
+                f"{key!r} {brief(fields[key])} and the answer {brief(list(right))} are two boxes, also as x, y, width, "
+                "height and in pixels of 'size'; keep the right one"
+            )
+        fields[key] = list(right)
+    return fields
+
+
+def _spellings(box: Box, size: Any) -> list[Box]:
+    """The boxes that four numbers may mean: corners or x, y, width, height; in pixels too where there is a size."""
+    x, y, w, h = box
+    corners = [box, (x, y, x + w, y + h)]
+    sides = read_box([*size, *size]) if isinstance(size, list) and len(size) == 2 else None
+    if sides is None or min(sides) <= 0:
+        return corners
+    width, height = sides[:2]
+    units = [(max(width, height),) * 2, (width, height)]
+    return corners + [(a / u, b / v, c / u, d / v) for a, b, c, d in corners for u, v in units]
+
+
+def _agree(first: Any, second: Any) -> bool:
+    """Whether two answers are one: the same text, or the same box."""
+    boxes = read_box(first), read_box(second)
+    if boxes[0] is not None and boxes[1] is not None:
+        return _near(boxes[0], boxes[1])
+    return str(first).strip() == str(second).strip()
+
+
+def _near(first: Box, second: Box) -> bool:
+    slack = _NEAR * max(1.0, *map(abs, second))
+    return all(abs(one - other) <= slack for one, other in zip(first, second, strict=True))
 
 
 def answer_text(value: Any, where: str) -> str:
@@ -221,16 +285,16 @@ def answer_text(value: Any, where: str) -> str:
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, list):
+    if isinstance(value, list) and read_box(value) is not None:
         return box_text(value)
     if not isinstance(value, str):
-        raise DymoeError(f"{where}: expected a text, found {type(value).__name__}")
+        raise DymoeError(f"{where}: expected a text, a number or a box of four numbers, found {brief(value)}")
     if not value.strip():
         raise DymoeError(f"{where}: it is empty")
     return value.strip()
 
 
-def read_box(value: Any) -> tuple[float, float, float, float] | None:
+def read_box(value: Any) -> Box | None:
     """A box given as text ``[x1,y1,x2,y2]`` or as a list, any unit; None if it is none."""
     if isinstance(value, str):
         text = value.strip()
@@ -260,20 +324,3 @@ def box_text(value: Any) -> str:
     if read_box(value) is None:
         raise DymoeError(f"expected a box '[x1,y1,x2,y2]' of four finite numbers, found {str(value)[:60]!r}")
     return value.strip() if isinstance(value, str) else "[" + ",".join(map(str, value)) + "]"
-
-
-def _image(value: Any) -> tuple[str | None, bytes | None]:
-    """Path or bytes of a record's picture; `datasets` writes both as {bytes, path}."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if value is None or value == "":
-        return None, None
-    if isinstance(value, str):
-        return value, None
-    if isinstance(value, bytes):
-        return None, value or None
-    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes) and value["bytes"]:
-        return None, value["bytes"]
-    if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value["path"]:
-        return value["path"], None
-    raise DymoeError(f"'image': expected one path relative to the image root, found {type(value).__name__}")

@@ -11,7 +11,7 @@ tasks:
   plates: {train: plates/train.jsonl, test: plates/test.jsonl, images: plates, scorer: soft_accuracy}
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,8 @@ def load(path: Path, names: Sequence[str], instructions: str, source: Source) ->
 def _load(task: TaskFiles, source: Source) -> tuple[Task, dict[str, Index]]:
     def one(path: Path, test: bool) -> Index:
         plan = Plan(path, task.images, test, f"own/{task.scorer}", outside_links=source.outside_links)
-        return usable(index(plan, lambda: _reference(task.scorer, test)), source.on_bad)
+        made = index(plan, lambda: _reference(task.scorer, test), rewrite=_answer_as(task.scorer))
+        return usable(made, source.on_bad)
 
     train, test = one(task.train, False), one(task.test, True)
     found = {"train": train, "test": test}
@@ -180,11 +181,13 @@ def _reference(rule: str, test: bool) -> Reference:
     """
     from dymoe.tasks.scoring import scorer
 
-    score = scorer(rule)
+    score, rewrite = scorer(rule), _answer_as(rule)
 
     def reference(record: Record) -> tuple[dict[str, Any], bool]:
+        record = rewrite(record)
         told = {"question_id": record.id, **record.fields, "answer": record.answer}
-        told.setdefault("answers", [record.answer] * 10)
+        if told.get("answers") is None:
+            told["answers"] = [record.answer] * 10
         if told.get("bbox") is None and (box := read_box(record.answer)) is not None:
             told["bbox"] = list(box)
         try:
@@ -196,3 +199,21 @@ def _reference(rule: str, test: bool) -> Reference:
         return told, True
 
     return reference
+
+
+def _answer_as(rule: str) -> Callable[[Record], Record]:
+    """What makes of a number that is an answer the text that the rule wants said: of a choice's index its letter."""
+    from dymoe.tasks.scoring import right_answer
+
+    right = right_answer(rule)
+
+    def rewrite(record: Record) -> Record:
+        given = record.fields.get("answer")
+        if not isinstance(given, int | float) or str(given) != record.answer:
+            return record  # a conversation's answer is what it says
+        try:
+            return replace(record, answer=right(record.fields))
+        except DymoeError:
+            return record
+
+    return rewrite

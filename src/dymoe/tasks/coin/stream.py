@@ -11,6 +11,7 @@ from dymoe.tasks.coin.layout import TASKS as NAMES
 from dymoe.tasks.coin.layout import Layout, find
 from dymoe.tasks.index import Index, Plan, held_out, index, listed, scorable, usable
 from dymoe.tasks.lazy import Records, View
+from dymoe.tasks.llava import Record
 from dymoe.tasks.source import Source
 
 __all__ = ["TASKS", "Limits", "TaskIndexes", "indexes", "load"]
@@ -60,11 +61,14 @@ def indexes(layout: Layout, task: str, source: Source) -> TaskIndexes:
 
     rule = f"{source.scoring}/{task.lower()}"
 
+    def rewrite(record: Record) -> Record:
+        return record if record.image is None else replace(record, image=layout.image_name(record.image))
+
     def one(path: Path, test: bool) -> Index:
         # Training records need their task's annotation file only for ScienceQA's choices.
         extra = annotations if test or task == "ScienceQA" else ()
         plan = Plan(path, layout.images, test, rule, extra, source.outside_links)
-        return index(plan, lambda: references.make(task, test, extra, rule), task == "ScienceQA", layout.image_name)
+        return index(plan, lambda: references.make(task, test, extra, rule), task == "ScienceQA", rewrite)
 
     return TaskIndexes(task, one(layout.train_file(task, source.train_file), False), one(layout.test_file(task), True))
 

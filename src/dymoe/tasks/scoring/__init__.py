@@ -58,7 +58,7 @@ _RULES: dict[str, ModuleType] = {
 
 COIN_TASKS = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCRVQA")
 
-__all__ = ["COIN_TASKS", "Scorer", "lenient", "names", "readable", "scorer"]
+__all__ = ["COIN_TASKS", "Scorer", "lenient", "names", "readable", "right_answer", "scorer"]
 
 
 def names() -> tuple[str, ...]:
@@ -94,6 +94,18 @@ def readable(name: str) -> Callable[[str, Mapping[str, Any]], bool]:
     """
     reads: Callable[[str, Mapping[str, Any]], bool] = _rule(name).readable
     return reads
+
+
+def right_answer(name: str) -> Callable[[Mapping[str, Any]], str]:
+    """Return what the rule of this name wants said: its reference's answer, of a choice the letter.
+
+    The function raises a `DymoeError` where the reference cannot be read.
+
+    Raises:
+        DymoeError: no such rule; the message names the nearest one.
+    """
+    right: Callable[[Mapping[str, Any]], str] = getattr(_rule(name), "right", exact_match.read_answer)
+    return right
 
 
 def _rule(name: str) -> ModuleType:

@@ -63,3 +63,4 @@ def parse(prediction: str) -> str | None:
 
 
 strict, lenient, readable = rules(parse)
+right = letter.right

@@ -11,7 +11,7 @@ from typing import Any
 
 from dymoe.errors import DymoeError
 from dymoe.messages import brief
-from dymoe.tasks.scoring.text import Scorer, contains_words, process_answer
+from dymoe.tasks.scoring.text import Scorer, as_text, contains_words, process_answer
 
 _OPPOSITE = {"yes": "no", "no": "yes"}
 
@@ -47,12 +47,12 @@ def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
 
 
 def read_answer(reference: Mapping[str, Any]) -> str:
-    """Return the reference's answer.
+    """Return the reference's answer, a number as text.
 
     Raises:
         DymoeError: it is missing, empty or not text.
     """
-    answer = reference.get("answer")
+    answer = as_text(reference.get("answer"))
     if not isinstance(answer, str) or not answer.strip():
         raise DymoeError(f"reference: 'answer' must be a text that is not empty, not {brief(answer)}")
     return answer
@@ -79,7 +79,7 @@ def read_text(reference: Mapping[str, Any]) -> str:
     Raises:
         DymoeError: it is missing or not text.
     """
-    answer = reference.get("answer")
+    answer = as_text(reference.get("answer"))
     if not isinstance(answer, str):
         raise DymoeError(f"reference: 'answer' must be a text, not {brief(answer)}")
     return answer

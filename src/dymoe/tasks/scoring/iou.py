@@ -89,8 +89,8 @@ def read_box(reference: Mapping[str, Any]) -> Box:
     Raises:
         DymoeError: it is not four finite numbers x0 < x1, y0 < y1 between 0 and 1, or the size is no size.
     """
-    if "answer_bbox" in reference:
-        if "size" in reference:
+    if reference.get("answer_bbox") is not None:
+        if reference.get("size") is not None:
             read_long_side(reference)
         published = read_published(reference)
         inside = all(-SLACK <= value <= 1 + SLACK for value in published)

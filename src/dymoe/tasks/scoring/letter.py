@@ -11,7 +11,7 @@ from typing import Any
 
 from dymoe.errors import DymoeError
 from dymoe.messages import brief
-from dymoe.tasks.scoring.text import contains_words, process_answer
+from dymoe.tasks.scoring.text import as_text, contains_words, process_answer
 
 LETTERS = "ABCDE"
 _ALONE = re.compile(r"\(?([A-Ea-e])[.):]?")
@@ -64,6 +64,15 @@ def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
     return found is not None and _valid(found, read_choice(reference)[1]) is not None
 
 
+def right(reference: Mapping[str, Any]) -> str:
+    """The right letter.
+
+    Raises:
+        DymoeError: the reference's letter or choices cannot be read.
+    """
+    return read_choice(reference)[0]
+
+
 def _said(prediction: str) -> str | None:
     text = prediction.strip()
     found = _ALONE.fullmatch(text) or _LEADING.fullmatch(text)
@@ -95,7 +104,11 @@ def read_choice(reference: Mapping[str, Any]) -> tuple[str, list[str]]:
     Raises:
         DymoeError: the answer is no letter and no index, the choices are no texts, or there is no such choice.
     """
-    answer, choices = reference.get("answer"), reference.get("choices", [])
+    answer, choices = reference.get("answer"), reference.get("choices")
+    choices = [] if choices is None else choices
+    choices = [as_text(choice) for choice in choices] if isinstance(choices, list | tuple) else choices
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # an index in a table with holes
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(LETTERS):
         answer = LETTERS[answer]
     if not isinstance(answer, str) or len(answer) != 1 or answer not in LETTERS:

@@ -36,4 +36,4 @@ def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
 
 
 def _rule(reference: Mapping[str, Any]) -> Any:
-    return soft_accuracy if "answers" in reference else processed_match
+    return soft_accuracy if reference.get("answers") is not None else processed_match

@@ -1,20 +1,24 @@
-"""Reading what a file of answers is scored with: predictions (JSON lines), references (JSON), published annotations.
+"""Reading what a file of answers is scored with: predictions, references, published annotations.
 
 Formats: CoIN's. A prediction has `question_id` and `text` (in a run's own files `id` and `prediction`); a reference has
-`question_id` and the fields that its rule reads. Ids are numbers in some files and texts in others, so they are
-compared as texts.
+`question_id` and the fields that its rule reads. Files and records are read as a run reads them
+(`dymoe.tasks.recordfile`, `dymoe.tasks.llava`). Ids are numbers in some files and texts in others, so they are compared
+as texts.
 """
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import parse_json, read_bytes
+from dymoe.files import parse_json, read_bytes, sha256_of
 from dymoe.messages import brief
+from dymoe.tasks.llava import Names, record_id, reference
+from dymoe.tasks.recordfile import numbered, read_records
 from dymoe.tasks.scoring import letter
+from dymoe.tasks.scoring.text import as_text
 
 ANNOTATIONS: Mapping[str, tuple[str, ...]] = {
     "ScienceQA": ("problems.json", "pid_splits.json"),
@@ -35,11 +39,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer of a model: the line it stands on, counted from 1, the question's id and the text."""
+    """One answer of a model: the line it stands on, counted from 1, the question's id and the text.
+
+    `own` says that it stands in the form of a run's own answers.
+    """
 
     line: int
     id: str
     text: str
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,35 +61,57 @@ class References:
 
 
 def read_predictions(path: str | Path) -> tuple[list[Prediction], Source]:
-    """Read a predictions file, one JSON object a line: CoIN's, or one of a run (`stages/*/predictions/<task>.jsonl`).
+    """Read a predictions file, CoIN's or one of a run (`stages/*/predictions/<task>.jsonl`): JSON lines or a JSON list.
 
     Raises:
         DymoeError: names the file and the first line that is no JSON object with a `question_id` and a `text`.
     """
-    data, sha256 = _read(path)
     found = []
-    # Lines end with a newline and nothing else: an answer may hold other characters that count as line ends.
-    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data.strip() else [], start=1):
+    for number, record in numbered(Path(path)):
         where = f"{path}: line {number}"
-        record = parse_json(line, where)
         if not isinstance(record, dict):
             raise DymoeError(f"{where}: must be a JSON object with question_id and text, not {brief(record)}")
-        if "question_id" not in record and {"id", "prediction"} <= record.keys():
-            record = {"question_id": record["id"], "text": record["prediction"]}
+        own = {"id", "prediction"} <= record.keys() and "question_id" not in record
         identity = _identity(record, where)
-        if not isinstance(record.get("text"), str):
+        text = as_text(record.get("prediction" if own else "text"))
+        if not isinstance(text, str):
             raise DymoeError(
                 f"{where} (question_id {identity!r}): 'text' must be a text, not {brief(record.get('text'))}"
             )
-        found.append(Prediction(number, identity, record["text"]))
-    return found, Source(str(path), sha256, len(found))
+        found.append(Prediction(number, identity, text, own))
+    return found, _source(path, len(found))
+
+
+def name_predictions(said: Sequence[Prediction], right: References, path: str) -> list[Prediction]:
+    """The predictions by the names of their questions, where several questions have one id.
+
+    A run's own answers have these names (``7``, ``7#2``, see `dymoe.tasks.llava.Names`); in a file of another tool the
+    answers to an id belong to its questions in their order, if they are as many.
+
+    Raises:
+        DymoeError: they are not as many, so nobody knows which answers are missing.
+    """
+    asked = Counter(record["question_id"] for record in right.records.values())
+    counts = Counter(each.id for each in said)
+    names, named = Names(), []
+    for each in said:
+        if asked[each.id] < 2 or each.own or f"{each.id}#2" in counts:
+            named.append(each)
+            continue
+        if counts[each.id] != asked[each.id]:
+            raise DymoeError(
+                f"{path}: line {each.line}: question_id {each.id!r} is there {counts[each.id]} times, in "
+                f"{right.origin} {asked[each.id]} times; which answer belongs to which question is not known"
+            )
+        named.append(replace(each, id=names.name(each.id)))
+    return named
 
 
 def read_references(path: str | Path, task: str, annotations: str | Path | None = None) -> References:
     """Read a references file and, where the task has them, its annotation files.
 
     Args:
-        path: the JSON list of test records, CoIN's test.json or val.json.
+        path: the test records, CoIN's test.json or val.json, or one's own in any form that a run reads.
         task: CoIN's name of the task.
         annotations: the image root (cl_dataset) or the folder with the task's annotation files. ScienceQA's
             problems.json and pid_splits.json then say which questions there are and what is right, TextVQA's
@@ -90,20 +120,17 @@ def read_references(path: str | Path, task: str, annotations: str | Path | None 
     Raises:
         DymoeError: names the file and the record that cannot be used.
     """
-    data, sha256 = _read(path)
-    value = parse_json(data, str(path))
-    if not isinstance(value, list) or not value:
-        raise DymoeError(f"{path}: must be a JSON list of test records that is not empty, not {brief(value)}")
     records: dict[str, Mapping[str, Any]] = {}
-    for number, record in enumerate(value, start=1):
-        where = f"{path}: record number {number}"
-        if not isinstance(record, dict):
-            raise DymoeError(f"{where}: must be a JSON object, not {brief(record)}")
-        identity = _identity(record, where)
-        if identity in records:
-            raise DymoeError(f"{where}: question_id {identity!r} is there twice; ids must be unique")
-        records[identity] = record
-    found = References(records, str(path), (Source(str(path), sha256, len(records)),))
+    names = Names()
+    for number, value in enumerate(read_records(Path(path))):
+        try:
+            identity, record = reference(value)
+        except DymoeError as error:
+            raise DymoeError(f"{path}: record {number}: {error}") from None
+        records[names.name(identity)] = {**record, "question_id": identity}
+    if not records:
+        raise DymoeError(f"{path}: it holds no records")
+    found = References(records, str(path), (_source(path, len(records)),))
     if annotations is None:
         return found
     folder = Path(annotations)
@@ -128,7 +155,7 @@ def _with_problems(references: References, folder: Path) -> References:
         problem = problems.get(identity)
         if not isinstance(problem, dict):
             raise DymoeError(f"{problems_path}: record {identity!r}: must be an object, as {splits_path} names it")
-        records[identity] = {key: problem.get(key) for key in ("answer", "choices")}
+        records[identity] = {"question_id": identity, **{key: problem.get(key) for key in ("answer", "choices")}}
     remarks = []
     outside = [identity for identity in references.records if identity not in records]
     if outside:
@@ -182,7 +209,7 @@ def _with_balance(references: References, folder: Path) -> References:
     path = _find(folder, "GQA", ANNOTATIONS["GQA"][0])
     content, source = _object(path)
     more = {}
-    for identity in references.records:
+    for identity in {record["question_id"] for record in references.records.values()}:
         question = content.get(identity)
         if not isinstance(question, dict):
             continue
@@ -194,13 +221,14 @@ def _with_balance(references: References, folder: Path) -> References:
 
 
 def _extended(references: References, path: Path, source: Source, more: Mapping[str, Mapping[str, Any]]) -> References:
-    lacking = [identity for identity in references.records if identity not in more]
+    asked = {name: record["question_id"] for name, record in references.records.items()}
+    lacking = [identity for identity in asked.values() if identity not in more]
     if lacking:
         raise DymoeError(
             f"{path}: record {lacking[0]!r} of {references.origin} is missing ({len(lacking)} are); do the two belong "
             "together?"
         )
-    records = {identity: {**record, **more[identity]} for identity, record in references.records.items()}
+    records = {name: {**record, **more[asked[name]]} for name, record in references.records.items()}
     return References(records, str(path), (*references.sources, source))
 
 
@@ -214,20 +242,18 @@ def _find(folder: Path, task: str, name: str) -> Path:
 
 
 def _object(path: Path) -> tuple[dict[str, Any], Source]:
-    data, sha256 = _read(path)
-    value = parse_json(data, str(path))
+    value = parse_json(read_bytes(path), str(path))
     if not isinstance(value, dict):
         raise DymoeError(f"{path}: must be a JSON object, not {brief(value)}")
-    return value, Source(str(path), sha256, len(value))
+    return value, _source(path, len(value))
 
 
-def _read(path: str | Path) -> tuple[bytes, str]:
-    data = read_bytes(path)
-    return data, hashlib.sha256(data).hexdigest()
+def _source(path: str | Path, records: int) -> Source:
+    return Source(str(path), sha256_of(Path(path)), records)
 
 
 def _identity(record: Mapping[str, Any], where: str) -> str:
-    identity = record.get("question_id")
-    if isinstance(identity, bool) or not isinstance(identity, int | str) or identity == "":
-        raise DymoeError(f"{where}: 'question_id' must be a number or a text, not {brief(identity)}")
-    return str(identity)
+    try:
+        return record_id(record, test=True)
+    except DymoeError as error:
+        raise DymoeError(f"{where}: {error}") from None

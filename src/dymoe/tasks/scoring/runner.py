@@ -15,7 +15,14 @@ from typing import Any, Literal
 from dymoe.errors import DymoeError
 from dymoe.tasks.naming import unknown
 from dymoe.tasks.scoring import COIN_TASKS, coin_ocrvqa, iou, lenient, readable, scorer
-from dymoe.tasks.scoring.reading import Prediction, References, Source, read_predictions, read_references
+from dymoe.tasks.scoring.reading import (
+    Prediction,
+    References,
+    Source,
+    name_predictions,
+    read_predictions,
+    read_references,
+)
 
 RULES = ("coin", "corrected")
 VARIANTS = ("coin", "sefe")
@@ -139,8 +146,8 @@ def score_files(
     """Score a predictions file in CoIN's format.
 
     Args:
-        predictions: JSON lines with `question_id` and `text`.
-        references: JSON list of test records (CoIN's test.json or val.json).
+        predictions: JSON lines or list with `question_id` and `text`.
+        references: test records (CoIN's test.json or val.json, or one's own).
         task, rule, variant: see `rule_name`.
         annotations: folder with the annotation files, see `reading.read_references`. TextVQA cannot be scored without
             (unless the records hold `answers`); ScienceQA and GQA can, with the references' own answers.
@@ -153,10 +160,11 @@ def score_files(
     said, source = read_predictions(predictions)
     if not said:
         raise DymoeError(f"{predictions}: no predictions; expected one JSON object a line")
+    said = name_predictions(said, right, str(predictions))
     if (
         spelled == "TextVQA"
         and annotations is None
-        and not all("answers" in record for record in right.records.values())
+        and not all(record.get("answers") is not None for record in right.records.values())
     ):
         raise DymoeError(
             f"{references}: TextVQA's records hold no 'answers'; give the folder with TextVQA_0.5.1_val.json as "
@@ -184,7 +192,7 @@ def _score(name: str, task: str, said: Sequence[Prediction], source: Source, rig
     )
     kept = []
     for identity, text, reference in asked:
-        if reference.get("isBalanced", True):
+        if reference.get("isBalanced") is not False:
             kept.append((identity, text, reference))
         else:
             ids["skipped"].append(identity)
@@ -247,7 +255,7 @@ def _by_id(
     ids["unknown"] = [each.id for each in strange]
     texts = {each.id: each.text for each in said}
     ids["missing"] = [
-        key for key, record in right.records.items() if key not in texts and record.get("isBalanced", True)
+        key for key, record in right.records.items() if key not in texts and record.get("isBalanced") is not False
     ]
     if policy.over == "questions":
         return [(key, texts.get(key), record) for key, record in right.records.items()]

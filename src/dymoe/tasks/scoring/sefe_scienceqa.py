@@ -7,6 +7,7 @@ answer. SEFE divides by the number of predictions. HiDe-LLaVA reads answers in t
 
 import re
 
+from dymoe.tasks.scoring import letter
 from dymoe.tasks.scoring.coin_scienceqa import leading, rules
 
 _SENTENCE = re.compile(r"The answer is ([A-Z]).")
@@ -22,3 +23,4 @@ def parse(prediction: str) -> str | None:
 
 
 strict, lenient, readable = rules(parse)
+right = letter.right

@@ -12,7 +12,7 @@ from typing import Any
 
 from dymoe.errors import DymoeError
 from dymoe.messages import brief
-from dymoe.tasks.scoring.text import contains_words, process_answer
+from dymoe.tasks.scoring.text import as_text, contains_words, process_answer
 
 PEOPLE = 10
 
@@ -61,7 +61,7 @@ def _accuracy(said: str, answers: list[str]) -> float:
 def _read(reference: Mapping[str, Any]) -> list[str]:
     answers = reference.get("answers")
     if isinstance(answers, list | tuple):
-        answers = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
+        answers = [as_text(answer.get("answer") if isinstance(answer, Mapping) else answer) for answer in answers]
     if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
         raise DymoeError(f"reference: 'answers' must be a list of {PEOPLE} texts, not {brief(answers)}")
     if len(answers) != PEOPLE:

@@ -6,9 +6,12 @@ a space, number words to digits, no articles, apostrophes put back into contract
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+MOST = 10**1000  # a number beyond is none that an answer holds, and Python does not write out any
 
 Scorer = Callable[[str, Mapping[str, Any]], float]
 
@@ -71,6 +74,12 @@ def _punctuation(text: str) -> str:
 def _words(text: str) -> str:
     words = (_NUMBERS.get(word, word) for word in text.split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def as_text(value: Any) -> Any:
+    """A number as the text that is learned in its place; anything else as it is."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST
+    return str(value) if whole or (isinstance(value, float) and math.isfinite(value)) else value
 
 
 def contains_words(text: str, phrase: str, longest: int = 24) -> bool:
