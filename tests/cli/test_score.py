@@ -71,7 +71,7 @@ def test_the_corrected_rule_and_another_output(folder: Path, capsys: pytest.Capt
         (["score", "--rule", "a/b", "--task", "GQA", "predictions.jsonl", "references.json"], "unknown rule 'a/b'"),
         ([*COMMAND[:-2], "none.jsonl", "references.json"], "none.jsonl: no such file"),
         ([*COMMAND[:-2], "", "references.json"], "cannot be read"),
-        ([*COMMAND[:-2], "references.json", "references.json"], "references.json: line 1: must be a JSON object"),
+        ([*COMMAND[:-2], "references.json", "references.json"], "references.json: line 1: is a test record"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(

@@ -306,7 +306,7 @@ def test_a_choice_given_by_its_index_is_its_letter(tmp_path: Path) -> None:
         assert scorer("letter")(sample.answer, sample.reference) == 1
     assert [each.answer for each in stream(tmp_path, asked, asked).test] == ["0", "1", "2", "1.0"], "not a choice here"
     asked[1]["answer"] = 7
-    with pytest.raises(DymoeError, match=r"test\.json: record 1 \(id '1'\): reference: .* not 7"):
+    with pytest.raises(DymoeError, match=r"test\.json: record 1 \(id '1'\): reference: .* not '7'"):
         stream(tmp_path, asked[:1], asked, "letter")
 
 

@@ -33,9 +33,9 @@ def numbered(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         DymoeError: as `read_records`.
     """
-    if not path.is_file():
-        raise DymoeError(f"{path}: no such file")
     if path.suffix == ".parquet":
+        if not path.is_file():
+            raise DymoeError(f"{path}: no such file")
         yield from enumerate(_parquet(path), start=1)
         return
     text = _text(path)

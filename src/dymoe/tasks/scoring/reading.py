@@ -72,6 +72,8 @@ def read_predictions(path: str | Path) -> tuple[list[Prediction], Source]:
         if not isinstance(record, dict):
             raise DymoeError(f"{where}: must be a JSON object with question_id and text, not {brief(record)}")
         own = {"id", "prediction"} <= record.keys() and "question_id" not in record
+        if not own and "prompt" not in record and record.keys() & {"answer", "answer_bbox"} and "text" in record:
+            raise DymoeError(f"{where}: is a test record, whose 'text' is the question; were the two files exchanged?")
         identity = _identity(record, where)
         text = as_text(record.get("prediction" if own else "text"))
         if not isinstance(text, str):
