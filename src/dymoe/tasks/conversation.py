@@ -82,14 +82,13 @@ def _said(key: str, turn: Mapping[str, Any], pictures: list[Any]) -> Any:
     return "\n".join(texts)
 
 
-def without_tokens(questions: Sequence[str], answers: Sequence[str], pictures: int) -> list[str]:
+def without_tokens(questions: Sequence[str], pictures: int) -> list[str]:
     """The questions without their image tokens.
 
     The token may be left out; where it stands, it must stand once for the picture, in the first question.
 
     Args:
         questions: of one record, in turn.
-        answers: theirs.
         pictures: how many the record has, 0 or 1.
 
     Raises:
@@ -102,8 +101,6 @@ def without_tokens(questions: Sequence[str], answers: Sequence[str], pictures: i
                 f"question {place} holds {brief(found[0])}; the picture belongs under 'image' or 'images', and is "
                 f"{IMAGE_TOKEN} in the text or left out there"
             )
-    if any(IMAGE_TOKEN in answer for answer in answers):
-        raise DymoeError(f"an answer holds {IMAGE_TOKEN}; it may stand in the first question alone")
     tokens = [question.count(IMAGE_TOKEN) for question in questions]
     if sum(tokens) and not pictures:
         raise DymoeError(f"'image' is missing: {IMAGE_TOKEN} stands in the text, and the record has no picture")

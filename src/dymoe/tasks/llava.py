@@ -81,7 +81,7 @@ def parse(value: Any, test: bool) -> Record:
     if test and form != "text" and isinstance(given, str) and not _agree(given, answers[0]):
         raise DymoeError(f"'answer' {brief(given)} is another than that of {form!r}, {brief(answers[0])}; keep one")
     image, data = _picture(value, shown)
-    questions = without_tokens(questions, answers, int(image is not None or data is not None))
+    questions = without_tokens(questions, int(image is not None or data is not None))
     fields = reference_fields(value, answers[0])
     later = tuple(zip(questions[1:], answers[1:], strict=True))
     record = Record(record_id(value, test), image, data, questions[0], answers[0], later, fields)
