@@ -21,7 +21,10 @@ from dymoe.learning.budget import shape_of
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
 from dymoe.lvlm import Collator, Lvlm, cached_features, load
+from dymoe.lvlm.count import TokenCounter
 from dymoe.lvlm.decoder import decoder_linears
+from dymoe.lvlm.options import ModelOptions
+from dymoe.lvlm.shapes import outline
 from dymoe.pictures import decode
 
 QUESTION = "What is it?\nAnswer with one word."
@@ -49,6 +52,20 @@ def expected(family, words, size, answer):
     """Ids of the prompt and of the answer, the border between them being one of tokens."""
     prompt = words(family.start + family.prompt(QUESTION, size), add_special_tokens=False).input_ids
     return prompt, words(family.answer(answer), add_special_tokens=False).input_ids
+
+
+def test_tokens_are_counted_without_weights_and_pictures_as_batches_have_them(loaded):
+    family, folder, lvlm = loaded
+    counter, collator = TokenCounter(outline(str(folder), ModelOptions())), Collator(lvlm)
+    for size, item in made(family):
+        shown = None if size is None else (size[1], size[0])
+        assert counter.length(item, shown, learned=True) == collator([item])["input_ids"].shape[1]
+        assert counter.length(item, shown, learned=False) == collator.prompts([item])["input_ids"].shape[1]
+    _, item = made(family)[0]
+    cut = counter.cut(item, "a cat that sits on a wall", 3)
+    assert "a cat that sits on a wall".startswith(cut)
+    assert 0 < len(cut) < len("a cat that sits on a wall")
+    assert counter.cut(item, item.answer, 40) == item.answer
 
 
 def test_prompt_labels_and_image_tokens_token_by_token(loaded):
