@@ -1,6 +1,7 @@
 """Values and texts of others as messages show them: short, and without characters that a terminal obeys."""
 
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,6 +52,12 @@ def listed(names: Iterable[str], longest: int = 2 * LONGEST) -> str:
 def printable(text: str) -> str:
     r"""`text` with everything escaped that a terminal would obey, line ends too: ``\x1b[31m`` for red letters."""
     return _OBEYED.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def say(*lines: object, error: bool = False) -> None:
+    """Print lines to standard output, or standard error; a line's own ends of lines are escaped like all else."""
+    file = sys.stderr if error else sys.stdout
+    print("\n".join(printable(str(line)) for line in lines), file=file, flush=True)
 
 
 def one_line(error: object) -> str:

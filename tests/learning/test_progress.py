@@ -5,16 +5,16 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from dymoe.learning.cells import SweepDisplay
 from dymoe.learning.progress import Display
 from dymoe.learning.records import Cell
+from dymoe.terminal import Terminal
 
 
 def show(terminal: bool) -> str:
     out = io.StringIO()
-    with Display("dymoe on stream", 2, Console(file=out, force_terminal=terminal, width=100)) as display:
+    with Display("dymoe on stream", 2, Terminal(file=out, force_terminal=terminal, width=100)) as display:
         for index, name in enumerate(("[red]A", "B"), start=1):
             display.stage(index, name)
             for step in (1, 2, 3):
@@ -50,7 +50,7 @@ def test_a_sweep_shows_what_runs_and_what_failed(terminal):
     out = io.StringIO()
     place = ("origin", "original", 0, Path("lora.yaml"), (), {"tasks": ["A", "B"]}, "mark")
     cell = Cell("lora", *place, Path("runs/lora-0"), None, "lora")
-    with SweepDisplay(3, 1, Console(file=out, force_terminal=terminal, width=100)) as display:
+    with SweepDisplay(3, 1, Terminal(file=out, force_terminal=terminal, width=100)) as display:
         display.started(cell)
         display.at(cell, "task 2 B, step 3")
         if terminal:

@@ -25,6 +25,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 2 unusable input (told in one line), 130 interrupted."""
     from dymoe.errors import DymoeError
+    from dymoe.messages import one_line, say, shorten
 
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[0] not in COMMANDS:
             from dymoe.methods.settings import nearest
 
-            raise DymoeError(f"{words[0]}: unknown command; {nearest(words[0], COMMANDS)}")
+            raise DymoeError(f"{shorten(words[0])}: unknown command; {nearest(words[0], COMMANDS)}")
         if words[0] != "run" and "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
             raise DymoeError(
                 f"{words[0]}: started in {os.environ['WORLD_SIZE']} processes by a launcher; only `dymoe run` shares "
@@ -49,14 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = "listing" if words[0] == "list" else words[0]
         return int(import_module(f"dymoe.cli.{module}").main(words[1:]))
     except DymoeError as error:
-        print(f"dymoe: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"dymoe: {one_line(error)}", error=True)
         return 2
     except BrokenPipeError:
         # The reader of our output left (`dymoe show RUN | head`); keep Python from telling so at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # What the system refuses (a name too long, a folder that may not be read) is no fault of this program.
+        where = f"{error.filename}: " if error.filename is not None else ""
+        say(f"dymoe: {one_line(f'{where}{error.strerror or error}')}", error=True)
+        return 2
     except KeyboardInterrupt:
-        print("dymoe: interrupted", file=sys.stderr)
+        say("dymoe: interrupted", error=True)
         return 130
 
 

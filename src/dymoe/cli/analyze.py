@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
-from dymoe.messages import brief
+from dymoe.messages import brief, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 
     facts = {**facts, **{f"only_{key}" if key == "stages" else key: value for key, value in given.items()}}
     command = shlex.join(["dymoe", "analyze", *argv])
-    print(f"Kept: {analysis.store(runs[0], name, frame, {'command': command, **facts})}")
+    say(f"Kept: {analysis.store(runs[0], name, frame, {'command': command, **facts})}")
     return 0
 
 
@@ -93,7 +93,7 @@ def _drift(run: Path, chosen: dict[str, Any]) -> Computed:
         frame = analysis.drift(learned, tell=told, **chosen)
     pairs = analysis.drift_and_forgetting(run, frame)
     _print_table("Routing drift", _drift_rows(frame, pairs))
-    print(correlation_line(analysis.correlation(pairs)))
+    say(correlation_line(analysis.correlation(pairs)))
     return frame, _facts(learned)
 
 
@@ -208,10 +208,10 @@ def _dilemma(words: Sequence[str]) -> int:
     frame = analysis.dilemma(rows)
     text = dilemma_markdown(frame, sweep.title, command)
     atomic_write(sweep.table, text)
-    print(f"\n{text}")
-    print(f"Figures: {write_dilemma(Path(sweep.results), Path(sweep.table).with_suffix('.html'))}")
+    say("", *text.splitlines())
+    say(f"Figures: {write_dilemma(Path(sweep.results), Path(sweep.table).with_suffix('.html'))}")
     facts = {"command": command, "stages": 2, "samples": None, "seed": sorted({int(seed) for seed in frame["seed"]})}
-    print(f"Kept: {analysis.store(sweep.output, 'dilemma', frame, facts)}")
+    say(f"Kept: {analysis.store(sweep.output, 'dilemma', frame, facts)}")
     return code
 
 
@@ -257,11 +257,13 @@ def _facts(learned: Any) -> dict[str, Any]:
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on standard error in a terminal, nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bars:
+    from dymoe.terminal import Terminal
+
+    console = Terminal(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
         bar = bars.add_task("")
 
         def tell(what: str, done: int, total: int) -> None:
@@ -272,21 +274,19 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def _print_table(title: str, rows: Sequence[dict[str, str]]) -> None:
     """Rows with the same keys as a table."""
-    import sys
-
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+
+    from dymoe.terminal import tables
 
     if not rows:
         return
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(title, markup=False, soft_wrap=True)  # a table's own title would wrap at the table's width
+    console = tables()
+    console.print(title, soft_wrap=True)  # a table's own title would wrap at the table's width
     table = Table()
     for key in rows[0]:
-        table.add_column(escape(key))
+        table.add_column(key)
     for row in rows:
-        table.add_row(*(escape(str(value)) for value in row.values()))
+        table.add_row(*(str(value) for value in row.values()))
     console.print(table)
 
 

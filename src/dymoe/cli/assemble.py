@@ -1,11 +1,11 @@
 """`dymoe assemble`: LLaVA-1.5 before instruction tuning from Vicuna, CLIP and the pretrained projector."""
 
 import shlex
-import sys
 from collections.abc import Sequence
 
 from dymoe.cli.options import parse
 from dymoe.errors import DymoeError
+from dymoe.messages import say
 
 HELP = """usage: dymoe assemble --llm MODEL --vision MODEL --projector FILE --output FOLDER [--dtype bfloat16]
 
@@ -32,13 +32,13 @@ def main(argv: Sequence[str]) -> int:
         found["--projector"],
         found["--output"],
         found["--dtype"],
-        tell=lambda text: print(text, file=sys.stderr, flush=True),
+        tell=lambda text: say(text, error=True),
     )
-    print(
+    say(
         f"{done.folder}: {done.parameters / 1e9:.2f} billion parameters, {done.bytes / 1e9:.1f} GB, "
         f"{done.image_tokens} tokens an image"
     )
-    print(f"Use it: dymoe run RECIPE --model {shlex.quote(str(done.folder))}")
+    say(f"Use it: dymoe run RECIPE --model {shlex.quote(str(done.folder))}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """`dymoe demo`: three pocket tasks, IncMoELoRA and DyMoE, what each forgot."""
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
-from dymoe.messages import brief
+from dymoe.messages import brief, say
 
 HELP = """usage: dymoe demo [--output FOLDER] [--steps N]
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         runs = [_run(method, output / method, steps) for method in METHODS]
     except KeyboardInterrupt:
-        print("dymoe: interrupted; go on with: dymoe demo", *argv, file=sys.stderr)
+        say(f"dymoe: interrupted; go on with: {shlex.join(['dymoe', 'demo', *argv])}", error=True)
         return 130
     from dymoe.cli.show import show
     from dymoe.learning.formats import run_results
@@ -50,10 +51,10 @@ def main(argv: Sequence[str]) -> int:
 
     for run in runs:
         show(run)
-    print(METRICS)
-    print(sentence(*(run_results(run) for run in runs)))
+    say(METRICS)
+    say(sentence(*(run_results(run) for run in runs)))
     page = write_report(runs, output / "report.html")
-    print(f"Report: {page}")
+    say(f"Report: {page}")
     return 0
 
 

@@ -1,7 +1,6 @@
 """`dymoe doctor RECIPE`: check everything before a run begins."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +43,11 @@ def main(argv: Sequence[str]) -> int:
     ahead = Display("doctor", 0)
     found = check(recipe, argv[0], samples, Path(argv[0]).parent, "--all" in words, ahead.inspecting)
     if "--json" in words:
-        print(json.dumps(found.as_dict(), indent=1, ensure_ascii=False))
+        print(json.dumps(found.as_dict(), indent=1, ensure_ascii=True))
         return 1 if found.wrong else 0
-    from rich.console import Console
+    from dymoe.terminal import tables as terminal
 
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = terminal()
     for table in tables(found):
         console.print(table)
     notes = sum(finding.level == "note" for finding in found.findings)
@@ -74,8 +73,8 @@ def _samples(words: Sequence[str]) -> tuple[int | None, list[str]]:
 
 def tables(found: "Checkup") -> Iterator[Any]:
     """What was found, for a terminal: findings, tasks, recipes."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     def made(title: str, *heads: str) -> Table:
         table = Table(title=title)
@@ -87,8 +86,8 @@ def tables(found: "Checkup") -> Iterator[Any]:
     first = made("What was checked", "", "what", "where", "found", "how to mend it")
     order: Callable[[Finding], int] = lambda finding: list(colours).index(finding.level)  # noqa: E731
     for finding in sorted(found.findings, key=order):
-        words = (escape(word) for word in (finding.what, finding.where, finding.found, finding.mend))
-        first.add_row(f"[{colours[finding.level]}]{finding.level}[/]", *words)
+        words = (finding.what, finding.where, finding.found, finding.mend)
+        first.add_row(Text(finding.level, style=colours[finding.level]), *words)
     yield first
     if found.tasks:
         second = made("Tasks", "task", "train", "test", "tokens, mean", "longest", "hours")
@@ -100,5 +99,5 @@ def tables(found: "Checkup") -> Iterator[Any]:
     if found.fits:
         third = made(f"Recipes on {found.machine['device']}", "recipe", "GB", "fits")
         for row in found.fits:
-            third.add_row(escape(row["recipe"]), f"{row['bytes'] / 1e9:.1f}", "yes" if row["fits"] else "no")
+            third.add_row(row["recipe"], f"{row['bytes'] / 1e9:.1f}", "yes" if row["fits"] else "no")
         yield third

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dymoe.errors import DymoeError
+from dymoe.messages import say
 
 WHAT = ("methods", "streams", "recipes")
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
 def _print(rows: Mapping[str, str]) -> None:
     width = max((len(name) for name in rows), default=0)
     for name, text in rows.items():
-        print(f"{name:<{width}}  {text}".rstrip())
+        say(f"{name:<{width}}  {text}".rstrip())
 
 
 def methods() -> dict[str, str]:

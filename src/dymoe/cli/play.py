@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +10,7 @@ from threading import Event
 
 from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
+from dymoe.messages import say
 
 HELP = """usage: dymoe play RUN [RUN ...] [--host ADDRESS] [--port N]
 
@@ -40,15 +40,15 @@ def main(argv: Sequence[str]) -> int:
         os.environ.update(QUIET, GRADIO_TEMP_DIR=room)
         from dymoe.play.ask import Runs
 
-        runs = Runs([Path(word) for word in words], tell=lambda text: print(text, file=sys.stderr, flush=True))
+        runs = Runs([Path(word) for word in words], tell=lambda text: say(text, error=True))
         from dymoe.play.serve import serve
 
         try:
             with serve(runs, host, port, Path(room)) as address:
                 if host not in LOOPBACK:
-                    print(f"dymoe: everyone who reaches {host} can use this page", file=sys.stderr)
+                    say(f"dymoe: everyone who reaches {host} can use this page", error=True)
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads are removed then too
-                print(f"Open {address} (Ctrl+C ends)", flush=True)
+                say(f"Open {address} (Ctrl+C ends)")
                 Event().wait()
         except KeyboardInterrupt:
             print()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from dymoe.cli.options import parse
 from dymoe.errors import DymoeError
-from dymoe.messages import printable, shorten
+from dymoe.messages import say, shorten
 
 HELP = """usage: dymoe pull SOURCE FOLDER
 
@@ -27,8 +27,8 @@ def main(argv: Sequence[str]) -> int:
     from dymoe.learning.travel.pull import pull
 
     done = pull(*words)
-    print(f"stages {', '.join(done.stages)}: {done.folder}")
-    print(f"SHA-256 of manifest.json: {done.manifest}")
+    say(f"stages {', '.join(done.stages)}: {done.folder}")
+    say(f"SHA-256 of manifest.json: {done.manifest}")
     if done.left:
-        print(f"left behind, not in manifest.json: {shorten(printable(', '.join(done.left)), 1000)}")
+        say(f"left behind, not in manifest.json: {shorten(', '.join(done.left), 1000)}")
     return 0

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
+from dymoe.messages import say
 
 HELP = """usage: dymoe push RUN TARGET [--stage N] [--private] [--message TEXT] [--license ID]
 
@@ -37,6 +38,6 @@ def main(argv: Sequence[str]) -> int:
         options.get("--message"),
         options.get("--license"),
     )
-    print(f"stages 1 to {done.stages}, {done.size / 2**20:.1f} MiB: {done.where}")
-    print(f"SHA-256 of manifest.json: {done.manifest}")
+    say(f"stages 1 to {done.stages}, {done.size / 2**20:.1f} MiB: {done.where}")
+    say(f"SHA-256 of manifest.json: {done.manifest}")
     return 0

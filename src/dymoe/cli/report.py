@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dymoe.cli.options import parse
 from dymoe.errors import DymoeError
+from dymoe.messages import say
 
 HELP = """usage: dymoe report RUN [RUN ...] [--output FILE]
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         from dymoe.report import write_report
 
         write_report(runs, target)
-    print(target)
+    say(target)
     return 0
 
 

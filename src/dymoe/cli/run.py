@@ -1,12 +1,11 @@
 """`dymoe run RECIPE`: learn a stream of tasks."""
 
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
-from dymoe.messages import brief
+from dymoe.messages import brief, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,33 +49,31 @@ def main(argv: Sequence[str]) -> int:
 
             folder = run(recipe, resume="--resume" in argv[1:])
     except KeyboardInterrupt:
-        print(f"dymoe: interrupted; go on with: {command}", file=sys.stderr)
+        say(f"dymoe: interrupted; go on with: {command}", error=True)
         return 130
     if not first():
         return 0
     from dymoe.cli.show import show
 
     show(folder)
-    print(f"Report: dymoe report {shlex.quote(str(folder))}")
+    say(f"Report: dymoe report {shlex.quote(str(folder))}")
     return 0
 
 
 def _dry_run(recipe: Any, overrides: Sequence[str]) -> int:
     """Measure, print, and write JSON where --output says so."""
-    from rich.console import Console
-
     from dymoe.files import atomic_json
     from dymoe.learning.dryrun import as_dict, dry_run
+    from dymoe.terminal import tables
 
     output = recipe.output if any(word.partition("=")[0] == "--output" for word in overrides) else ""
     if output and not output.endswith(".json"):
         raise DymoeError(f"run: --dry-run --output: expected a JSON file, got {brief(output)}")
     rows = dry_run(recipe)
-    wide = None if sys.stdout.isatty() else 140
-    Console(file=sys.stdout, highlight=False, width=wide).print(_table(rows))
+    tables().print(_table(rows))
     if output:
         atomic_json(output, as_dict(rows, recipe))
-        print(f"Measured: {output}")
+        say(f"Measured: {output}")
     return 0
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from dymoe.cli.options import parse
 from dymoe.errors import DymoeError
+from dymoe.messages import say
 
 HELP = """usage: dymoe score --rule coin|corrected --task TASK PREDICTIONS REFERENCES [options]
 
@@ -50,23 +51,21 @@ def main(argv: Sequence[str]) -> int:
     read = (scores.predictions, *scores.references)
     if output.resolve() in [Path(source.path).resolve() for source in read]:
         raise DymoeError(f"score: --output {output}: is one of the files to be read; name another")
-    print(told(scores))
+    say(*told(scores))
     atomic_json(output, scores.as_dict())
-    print(f"Scores: {output}")
+    say(f"Scores: {output}")
     return 0
 
 
-def told(scores: Any) -> str:
+def told(scores: Any) -> list[str]:
     """The scores in a few lines."""
     counts = scores.counts
-    return "\n".join(
-        [
-            f"{scores.task}, rule {scores.rule}: {scores.accuracy:.2f} % of {scores.denominator}",
-            f"  of: {scores.denominator_is}",
-            f"  right {counts.right}  partial {counts.partial}  wrong {counts.wrong}",
-            f"  unreadable {counts.unreadable}  missing {counts.missing}  skipped {counts.skipped}  "
-            f"duplicate ids {counts.duplicates}  unknown ids {counts.unknown}",
-            f"  lenient {scores.lenient_accuracy:.2f} %, so {scores.format_drift:.2f} points are format drift",
-            *(f"  note: {remark}" for remark in scores.remarks),
-        ]
-    )
+    return [
+        f"{scores.task}, rule {scores.rule}: {scores.accuracy:.2f} % of {scores.denominator}",
+        f"  of: {scores.denominator_is}",
+        f"  right {counts.right}  partial {counts.partial}  wrong {counts.wrong}",
+        f"  unreadable {counts.unreadable}  missing {counts.missing}  skipped {counts.skipped}  "
+        f"duplicate ids {counts.duplicates}  unknown ids {counts.unknown}",
+        f"  lenient {scores.lenient_accuracy:.2f} %, so {scores.format_drift:.2f} points are format drift",
+        *(f"  note: {remark}" for remark in scores.remarks),
+    ]

@@ -24,16 +24,15 @@ def show(path: Path) -> None:
     Raises:
         DymoeError: the folder holds no results, or broken ones.
     """
-    from rich.console import Console
-
     from dymoe.learning.formats import run_results
+    from dymoe.terminal import Terminal
 
     results = run_results(path)
-    console = Console(highlight=False)
+    console = Terminal()
     # Not as the table's own title, which would be broken to the table's width.
-    console.print(title(results), markup=False, soft_wrap=True, style="italic")
+    console.print(title(results), soft_wrap=True, style="italic")
     console.print(matrix_table(results))
-    console.print(metrics_line(results), markup=False, soft_wrap=True)
+    console.print(metrics_line(results), soft_wrap=True)
 
 
 def title(results: "Results") -> str:
@@ -43,21 +42,21 @@ def title(results: "Results") -> str:
 
 def matrix_table(results: "Results") -> Any:
     """The accuracy matrix as a rich table: a row per stage, a column per task, percent."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     tasks = results["tasks"]
     table = Table()
     table.add_column("after")
     for task in tasks:
-        table.add_column(escape(task), justify="right")
+        table.add_column(task, justify="right")
     for label, accuracies in (("no task", results.get("zero_shot")), ("all at once", results.get("joint"))):
         if accuracies:
             table.add_row(label, *(f"{value:.1f}" for value in accuracies))
     for number, row in enumerate(results.get("matrix", [])):
-        cells = [f"{value:.1f}" for value in row]
-        cells[number] = f"[bold]{cells[number]}[/bold]"
-        table.add_row(escape(tasks[number]), *cells, *[""] * (len(tasks) - len(row)))
+        # The last one is of the task just learned.
+        cells = [Text(f"{value:.1f}", style="bold" if place == number else "") for place, value in enumerate(row)]
+        table.add_row(tasks[number], *cells, *[""] * (len(tasks) - len(row)))
     return table
 
 

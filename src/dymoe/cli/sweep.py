@@ -1,13 +1,12 @@
 """`dymoe sweep SWEEP`: many recipes and seeds, each learned in a process of its own."""
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.messages import brief
+from dymoe.messages import brief, say
 
 HELP = """usage: dymoe sweep SWEEP [--dry-run] [--replace] [--KEY VALUE ...]
 
@@ -59,10 +58,10 @@ def learn(sweep: Any, path: str, argv: Sequence[str], command: str) -> int:
     plan = Plan(sweep, path)
     found = read_results(sweep.results)
     rows, todo = plan.sort_out(found["rows"], "--replace" in argv, sweep.results)
-    print(f"{path}: {len(plan.cells)} cells, {len(plan.cells) - len(todo)} stand in {sweep.results}", flush=True)
+    say(f"{path}: {len(plan.cells)} cells, {len(plan.cells) - len(todo)} stand in {sweep.results}")
     if "--dry-run" in argv:
         for cell in todo:
-            print(f"  {cell.name}")
+            say(f"  {cell.name}")
         return 0
     book = _Book(plan, {**found["about"], **_about(plan, command)}, rows)
     return _work(plan, todo, book, command)
@@ -125,11 +124,11 @@ def _work(plan: Any, todo: Sequence[Any], book: _Book, command: str) -> int:
             with SweepDisplay(len(plan.cells), len(plan.cells) - len(todo)) as display:
                 failed = work(todo, sweep.jobs, sweep.threads, book.add, display)
         except KeyboardInterrupt:
-            print(f"dymoe: interrupted; go on with: {command}", file=sys.stderr)
+            say(f"dymoe: interrupted; go on with: {command}", error=True)
             return 130
     for cell, why in failed:
-        print(f"dymoe: {cell.name} failed: {why} (see {cell.log})", file=sys.stderr)
-    print(f"Records: {sweep.results}\nTable: {sweep.table}")
+        say(f"dymoe: {cell.name} failed: {why} (see {cell.log})", error=True)
+    say(f"Records: {sweep.results}", f"Table: {sweep.table}")
     return 1 if failed else 0
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress, TaskID, TimeElapsedColumn
 
 from dymoe.errors import DymoeError
@@ -22,6 +21,7 @@ from dymoe.files import parse_json
 from dymoe.learning.formats import Event
 from dymoe.learning.progress import Bars
 from dymoe.learning.records import Cell, record
+from dymoe.terminal import Terminal
 
 GRACE = 30.0  # seconds that a stopped process has to end by itself
 TAIL = 8192  # bytes of a file's end that are looked at
@@ -238,7 +238,7 @@ class SweepDisplay(Bars):
         console: where to write; standard error by default.
     """
 
-    def __init__(self, cells: int, done: int, console: Console | None = None) -> None:
+    def __init__(self, cells: int, done: int, console: Terminal | None = None) -> None:
         super().__init__(TimeElapsedColumn(), console)
         self.cells = cells
         self.done = done
@@ -287,4 +287,4 @@ class SweepDisplay(Bars):
     def _say(self, text: str) -> None:
         self._told = time.monotonic()
         console = self.console if self._bars is None else self._bars.console
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)

@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Literal, TypeVar
 
 from dymoe.errors import DymoeError
+from dymoe.messages import say
 
 T = TypeVar("T")
 Strategy = Literal["one", "ddp", "fsdp", "deepspeed"]
@@ -207,7 +208,7 @@ def _leave(message: str, code: int) -> None:
     if not _leaving.acquire(blocking=False):
         threading.Event().wait()  # the other thread is already on its way out
     if message:
-        print(f"dymoe: {message}", file=sys.stderr)
+        say(f"dymoe: {message}", error=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

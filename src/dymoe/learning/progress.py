@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,10 +15,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dymoe.terminal import Terminal
 
-def silent() -> Console:
+
+def silent() -> Terminal:
     """A console that shows nothing, for the processes beside the first."""
-    return Console(stderr=True, quiet=True, force_terminal=False)
+    return Terminal(stderr=True, quiet=True, force_terminal=False)
 
 
 class Bars:
@@ -30,8 +31,8 @@ class Bars:
         console: where to write; standard error by default.
     """
 
-    def __init__(self, clock: ProgressColumn, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+    def __init__(self, clock: ProgressColumn, console: Terminal | None = None) -> None:
+        self.console = console or Terminal(stderr=True)
         self._clock = clock
         self._bars: Progress | None = None
 
@@ -69,7 +70,7 @@ class Display(Bars):
         console: where to write; standard error by default.
     """
 
-    def __init__(self, title: str, stages: int, console: Console | None = None) -> None:
+    def __init__(self, title: str, stages: int, console: Terminal | None = None) -> None:
         super().__init__(TimeRemainingColumn(), console)
         self.title = title
         self.stages = stages
@@ -85,9 +86,9 @@ class Display(Bars):
     def note(self, text: str) -> None:
         """Say one line."""
         if self._bars is not None:
-            self._bars.console.print(text, markup=False, highlight=False)
+            self._bars.console.print(text)
         else:
-            self.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(f"{self.title}: {text}", soft_wrap=True)
 
     def stage(self, index: int, name: str) -> None:
         """Stage `index` (from 1) begins."""
