@@ -5,6 +5,8 @@ import io
 import pickle
 import random
 import string
+import subprocess
+import sys
 import warnings
 from types import MethodType
 
@@ -599,3 +601,9 @@ def test_unloading_gives_the_base_back():
     model = get_peft_model(base, small(selector="keys"), adapter_name="a")
     model.add_adapter("b", small(selector="keys"))
     assert_as_it_was(model.unload(), before)
+
+
+@pytest.mark.parametrize("first", ["import dymoe", "from peft import LoraConfig", "from transformers import Trainer"])
+def test_libraries_are_imported_in_any_order(first: str) -> None:
+    code = f"{first}\nimport dymoe\nfrom transformers import Trainer\nfrom peft import get_peft_model"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

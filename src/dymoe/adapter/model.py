@@ -15,7 +15,6 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dymoe.adapter.callback import register_callback
 from dymoe.adapter.config import DyMoEConfig
 from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.layer import DyMoELayer, DyMoELinear
@@ -302,6 +301,9 @@ class DyMoEModel(BaseTuner):
         for holder in self.holders():
             holder.set_training_group(group)
         if group is not None:
+            # Not above: transformers imports PEFT, which imports this module, before it has a TrainerCallback.
+            from dymoe.adapter.callback import register_callback
+
             register_callback()
             config = self.peft_config[group]
             assert isinstance(config, DyMoEConfig)
