@@ -137,7 +137,7 @@ def test_interrupted_and_probed_in_vain_it_ends_bit_for_bit_the_same(whole, tiny
 
 
 def test_rewinding_drops_one_kind_of_one_stage(tmp_path):
-    folder = RunFolder(tmp_path / "run", {"recipe": {}, "data": {}}, resume=False)
+    folder = RunFolder(tmp_path / "run", resume=False)
     for kind, stage, step in (
         ("step", 1, 9),
         ("probe-step", 2, 1),

@@ -833,7 +833,7 @@ def test_two_tasks_end_to_end(tiny_folder: Path, tmp_path: Path) -> None:
     wrong = tree.load(moved / "playground/Instructions/VQAv2/train.json")
     wrong[4]["conversations"][1]["value"] = "another answer"
     tree.save(moved / "playground/Instructions/VQAv2/train.json", wrong)
-    with pytest.raises(DymoeError, match="run of another data: fingerprint"):
+    with pytest.raises(DymoeError, match=r"\(data\): training data of VQAv2 is"):
         run(load_recipe(path, ["--data.root", str(moved)]), resume=True)
 
 

@@ -11,12 +11,14 @@ from peft import PeftModel
 from dymoe.adapter import DyMoEConfig, LayerRouting
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import autocast, batches, evaluated, to_device
-from dymoe.learning import preflight
-from dymoe.learning.folder import StageFolder
+from dymoe.files import read_json
+from dymoe.learning import conditions, preflight
+from dymoe.learning.folder import Saved, StageFolder
 from dymoe.learning.groups import WEIGHTS, hashes, load_group, read_tensors, set_group, trace_of
 from dymoe.learning.learner import base_model
 from dymoe.learning.recipe import Recipe, recorded
 from dymoe.lvlm import Collator, Lvlm, cached_features
+from dymoe.lvlm.identity import identity
 from dymoe.tasks import Sample, Task
 
 Observer = Callable[[LayerRouting], None]
@@ -174,8 +176,8 @@ def open_run(run: "str | Path | Learned") -> Learned:
         run: a run folder, finished or not; a run that is open already is returned as it is.
 
     Raises:
-        DymoeError: it is no run folder, no stage has trained yet, the run has no experts, or a group is not the one
-            that was saved.
+        DymoeError: it is no run folder, no stage has trained yet, the run has no experts, its base model has changed,
+            or a group is not the one that was saved.
     """
     if isinstance(run, Learned):
         return run
@@ -190,12 +192,15 @@ def open_run(run: "str | Path | Learned") -> Learned:
         folder = StageFolder(path / "stages" / f"{index:02d}-{name}")
         if not folder.trained:
             break
-        record = folder.read("training.json")
+        record = read_json(folder.path / "training.json", Saved)
         stages.append(LearnedStage(index, name, tasks, record["group"], folder.adapter))
         expected[record["group"]] = record["hashes"][record["group"]]
     if not stages:
         raise DymoeError(f"{path}: no stage of this run has trained yet; let `dymoe run` finish its first task")
-    lvlm = base_model(recipe)
+    base = conditions.read(path)["base"]
+    if identity(recipe.model, revision=base.get("commit")) != base:
+        raise DymoeError(f"{path}: its base model {recipe.model} has changed since; put back what the run learned on")
+    lvlm = base_model(recipe, base.get("commit"))
     model: PeftModel | None = None
     last = {stage.group: stage for stage in stages}
     for group, stage in last.items():

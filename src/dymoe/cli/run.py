@@ -12,12 +12,15 @@ if TYPE_CHECKING:
 
     from dymoe.learning.dryrun import Measured
 
-HELP = """usage: dymoe run RECIPE [--resume | --dry-run] [--KEY VALUE ...]
+HELP = """usage: dymoe run RECIPE [--resume [--accept PART ...] | --dry-run] [--KEY VALUE ...]
 
 Learn the recipe's stream and write a run folder (runs/NAME unless the recipe or --output says otherwise).
 
   RECIPE      a YAML file, for example recipes/pocket/dymoe.yaml
-  --resume    go on with the run in this folder from its last complete checkpoint
+  --resume    go on with the run in this folder from its last complete checkpoint, under the conditions it began with
+  --accept PART
+              go on although this differs, which run.yaml and results.json then say; once for every part:
+{parts}
   --dry-run   random weights of the true shapes and made data: a few steps of each task, peak memory, projected hours;
               writes nothing unless --output names a JSON file
   --KEY VALUE set a key of the recipe, for example --training.steps_per_task 20 --seed 1
@@ -34,9 +37,12 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     if argv[0].startswith("-"):
         raise DymoeError(f"run: expected a recipe before {brief(argv[0])}, for example recipes/pocket/dymoe.yaml")
-    overrides = [word for word in argv[1:] if word not in ("--resume", "--dry-run")]
+    words, accept = accepted(argv[1:])
+    overrides = [word for word in words if word not in ("--resume", "--dry-run")]
+    if accept and "--resume" not in words:
+        raise DymoeError("run: --accept goes with --resume: it is about a run that is there already")
     recipe = load_recipe(argv[0], overrides)
-    if "--dry-run" in argv[1:]:
+    if "--dry-run" in words:
         return _dry_run(recipe, overrides)
     require_folder(recipe.model)
     from dymoe.learning.processes import first, together
@@ -47,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
             # Here the heavy imports begin: the recipe is known to be right.
             from dymoe.learning.run import run
 
-            folder = run(recipe, resume="--resume" in argv[1:])
+            folder = run(recipe, resume="--resume" in words, accept=accept)
     except KeyboardInterrupt:
         say(f"dymoe: interrupted; go on with: {command}", error=True)
         return 130
@@ -58,6 +64,26 @@ def main(argv: Sequence[str]) -> int:
     show(folder)
     say(f"Report: dymoe report {shlex.quote(str(folder))}")
     return 0
+
+
+def accepted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without ``--accept PART`` and ``--accept=PART``, and the parts.
+
+    Raises:
+        DymoeError: a part that there is not, or none.
+    """
+    from dymoe.learning.conditions import ACCEPTABLE
+
+    rest, parts, waiting = [], [], iter(words)
+    for word in waiting:
+        flag, equals, part = word.partition("=")
+        if flag != "--accept":
+            rest.append(word)
+            continue
+        parts.append(part if equals else next(waiting, ""))
+        if parts[-1] not in ACCEPTABLE:
+            raise DymoeError(f"run: --accept: expected one of {', '.join(ACCEPTABLE)}, got {parts[-1]!r}")
+    return rest, parts
 
 
 def _dry_run(recipe: Any, overrides: Sequence[str]) -> int:
@@ -109,10 +135,12 @@ def _table(rows: "Sequence[Measured]") -> "Table":
 
 def help_text() -> str:
     """The usage with every key of a recipe, its type and default."""
+    from dymoe.learning.conditions import ACCEPTABLE
     from dymoe.learning.recipe import Recipe
     from dymoe.methods.settings import describe
 
     rows = [(f"--{key}", kind, default) for key, kind, default in describe(Recipe)]
     width = max(len(key) for key, _, _ in rows)
     lines = [f"  {key:<{width}}  {kind}{f' ({default})' if default else ''}" for key, kind, default in rows]
-    return "\n".join([HELP, *lines])
+    parts = "\n".join(f"                {part:<9} {what}" for part, what in ACCEPTABLE.items())
+    return "\n".join([HELP.format(parts=parts), *lines])

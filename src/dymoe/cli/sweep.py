@@ -2,13 +2,15 @@
 
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from dymoe.cli.run import accepted
 from dymoe.errors import DymoeError
 from dymoe.messages import brief, say
 
-HELP = """usage: dymoe sweep SWEEP [--dry-run] [--replace] [--KEY VALUE ...]
+HELP = """usage: dymoe sweep SWEEP [--dry-run] [--replace] [--accept PART ...] [--KEY VALUE ...]
 
 Learn every cell (recipe, order, instructions, seed) of a sweep file, several at a time, seed by seed; write the records
 (JSON) and the table (Markdown) after each. Called again it goes on: what stands in the JSON is not learned again.
@@ -16,6 +18,8 @@ Learn every cell (recipe, order, instructions, seed) of a sweep file, several at
   SWEEP       a YAML file, for example recipes/pocket/leaderboard.yaml
   --dry-run   print the cells that are still to be learned and stop
   --replace   drop records that this sweep would make otherwise, instead of refusing to start
+  --accept PART
+              of cells that were begun under other conditions, as `dymoe run --resume --accept PART`
   --KEY VALUE set a key of the sweep, for example --seeds '[0]' --jobs 6 --base.training.steps_per_task 120
 
 keys and their defaults:"""
@@ -34,12 +38,13 @@ def main(argv: Sequence[str]) -> int:
         )
     from dymoe.learning.sweep import load_sweep
 
-    overrides = [word for word in argv[1:] if word not in FLAGS]
+    words, accept = accepted(argv[1:])
+    overrides = [word for word in words if word not in FLAGS]
     command = shlex.join(["dymoe", "sweep", argv[0], *overrides])
-    return learn(load_sweep(argv[0], overrides), argv[0], argv, command)
+    return learn(load_sweep(argv[0], overrides), argv[0], argv, command, accept)
 
 
-def learn(sweep: Any, path: str, argv: Sequence[str], command: str) -> int:
+def learn(sweep: Any, path: str, argv: Sequence[str], command: str, accept: Sequence[str] = ()) -> int:
     """Learn what is missing of a sweep and write its records and table; 1 if a cell failed, 130 if interrupted.
 
     Args:
@@ -47,7 +52,9 @@ def learn(sweep: Any, path: str, argv: Sequence[str], command: str) -> int:
         path: its file, or the recipe that it is about; recipes are looked for beside it.
         argv: of its words `FLAGS` are read.
         command: what goes on with it.
+        accept: in what a cell that was begun may differ here (`dymoe run --accept`).
     """
+    from dymoe.learning.cells import only_one
     from dymoe.learning.formats import read_results
     from dymoe.learning.plan import Plan
 
@@ -56,15 +63,18 @@ def learn(sweep: Any, path: str, argv: Sequence[str], command: str) -> int:
 
         published(sweep.published)
     plan = Plan(sweep, path)
-    found = read_results(sweep.results)
-    rows, todo = plan.sort_out(found["rows"], "--replace" in argv, sweep.results)
-    say(f"{path}: {len(plan.cells)} cells, {len(plan.cells) - len(todo)} stand in {sweep.results}")
-    if "--dry-run" in argv:
-        for cell in todo:
-            say(f"  {cell.name}")
-        return 0
-    book = _Book(plan, {**found["about"], **_about(plan, command)}, rows)
-    return _work(plan, todo, book, command)
+    dry = "--dry-run" in argv
+    # The records are read under the lock, or those of a sweep that just ends would be lost.
+    with nullcontext() if dry else only_one(Path(sweep.output)):
+        found = read_results(sweep.results)
+        rows, todo = plan.sort_out(found["rows"], "--replace" in argv, sweep.results)
+        say(f"{path}: {len(plan.cells)} cells, {len(plan.cells) - len(todo)} stand in {sweep.results}")
+        if dry:
+            for cell in todo:
+                say(f"  {cell.name}")
+            return 0
+        book = _Book(plan, {**found["about"], **_about(plan, command)}, rows)
+        return _work(plan, todo, book, command, accept)
 
 
 def _about(plan: Any, command: str) -> dict[str, Any]:
@@ -111,21 +121,20 @@ class _Book:
         atomic_write(self.plan.sweep.table, tuning_markdown(results) if tuning else markdown(results))
 
 
-def _work(plan: Any, todo: Sequence[Any], book: _Book, command: str) -> int:
+def _work(plan: Any, todo: Sequence[Any], book: _Book, command: str, accept: Sequence[str]) -> int:
     """Learn what is missing, tell what failed."""
-    from dymoe.learning.cells import SweepDisplay, only_one, work
+    from dymoe.learning.cells import SweepDisplay, work
 
     sweep = plan.sweep
     failed: list[tuple[Any, str]] = []
-    with only_one(Path(sweep.output)):
-        if not todo:
-            book.write()
-        try:
-            with SweepDisplay(len(plan.cells), len(plan.cells) - len(todo)) as display:
-                failed = work(todo, sweep.jobs, sweep.threads, book.add, display)
-        except KeyboardInterrupt:
-            say(f"dymoe: interrupted; go on with: {command}", error=True)
-            return 130
+    if not todo:
+        book.write()
+    try:
+        with SweepDisplay(len(plan.cells), len(plan.cells) - len(todo)) as display:
+            failed = work(todo, sweep.jobs, sweep.threads, book.add, display, accept)
+    except KeyboardInterrupt:
+        say(f"dymoe: interrupted; go on with: {command}", error=True)
+        return 130
     for cell, why in failed:
         say(f"dymoe: {cell.name} failed: {why} (see {cell.log})", error=True)
     say(f"Records: {sweep.results}", f"Table: {sweep.table}")

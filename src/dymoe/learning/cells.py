@@ -33,6 +33,7 @@ def work(
     threads: int,
     finished: Callable[[dict[str, Any]], None],
     display: "SweepDisplay",
+    accept: Sequence[str] = (),
 ) -> list[tuple[Cell, str]]:
     """Learn the cells in their order, `jobs` at a time; one that fails does not stop the others.
 
@@ -42,6 +43,7 @@ def work(
         threads: CPU threads of each.
         finished: called with each record as soon as there is one.
         display: shows what happens.
+        accept: in what a cell that was begun may differ here.
 
     Returns:
         Each failed cell with the last line of its log.
@@ -57,7 +59,7 @@ def work(
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    running.append(_Job(waiting.popleft(), threads))
+                    running.append(_Job(waiting.popleft(), threads, accept))
                     display.started(running[-1].cell)
                 for job in list(running):
                     code = job.poll()
@@ -91,8 +93,9 @@ def _outcome(cell: Cell, code: int, finished: Callable[[dict[str, Any]], None]) 
 class _Job:
     """One cell and its process; there is none as long as another one works in the cell's folder."""
 
-    def __init__(self, cell: Cell, threads: int) -> None:
+    def __init__(self, cell: Cell, threads: int, accept: Sequence[str]) -> None:
         self.cell = cell
+        self.accept = [word for part in accept for word in ("--accept", part)]
         self.threads = threads
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -106,7 +109,16 @@ class _Job:
         return None
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "dymoe", "run", str(self.cell.file), "--resume", *self.cell.words]
+        command = [
+            sys.executable,
+            "-m",
+            "dymoe",
+            "run",
+            str(self.cell.file),
+            "--resume",
+            *self.accept,
+            *self.cell.words,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         # Threads that spin while they wait take the cores from the other processes.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -213,7 +225,7 @@ def stage_of(folder: Path) -> str:
         except DymoeError:
             continue  # being written, or cut by looking at the end alone
         if "stage" not in event or "task" not in event:
-            continue
+            continue  # about the whole run
         if event["event"] == "stage":
             return f"task {event['stage']} {event['task']} done"
         return f"task {event['stage']} {event['task']}, {event['event']} {event.get('step', '')}".rstrip()

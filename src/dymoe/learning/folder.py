@@ -1,15 +1,21 @@
 """The run folder: what a run keeps on disk, each file written in full or not at all."""
 
 import fcntl
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from dymoe.errors import DymoeError
-from dymoe.files import TEMPORARY, atomic_json, atomic_write, read_json
+from dymoe.files import TEMPORARY, atomic_json, atomic_write, parse_json, read_bytes, read_json, sha256_of
+from dymoe.schema import Count, Percent
+
+if TYPE_CHECKING:
+    from dymoe.evaluation.generate import TaskResult
 
 # Keys that change how a run works but not what it computes; they may differ when a run goes on.
 FREE = (
@@ -29,6 +35,92 @@ FREE = (
 SHARED = ("training.gradient_accumulation", "training.samples_per_step")
 
 
+LOCK = ".lock"
+MEMORY = "method"  # where a method keeps what it remembers between tasks
+# The files of a stage that a marker vouches for, as patterns below its folder.
+TRAINED = ("adapter/*", f"{MEMORY}/**/*", "dynamics.jsonl", "probed.json")
+EVALUATED = ("training.json", "scores.json", "routing.json", "predictions/*.jsonl")
+
+
+class Saved(TypedDict):
+    """Of a stage's training.json: the group it trained, and the hashes of all groups after it."""
+
+    group: str
+    hashes: dict[str, str]
+
+
+class Trained(Saved):
+    """training.json: what a stage's training came to; it is there once the group is saved.
+
+    `training` holds the stage's routing over its steps (`dymoe.learning.results.routing_over_steps`), `logged` how many
+    lines it has in events.jsonl, `files` the SHA-256 of every file that the training left, `sha256` that of all this.
+    """
+
+    steps: Count
+    resumed_at: Count
+    seconds: dict[str, float]
+    trainable_parameters: Count
+    stored_parameters: Count
+    hashes_before: dict[str, str]
+    training: dict[str, list[float]]
+    logged: Count
+    files: dict[str, str]
+    sha256: str
+
+
+class Spent(TypedDict):
+    """Seconds by what they went to."""
+
+    train: float
+
+
+class Probed(TypedDict):
+    """probed.json: what a method's temporary group took to train."""
+
+    steps: Count
+    resumed_at: Count
+    seconds: Spent
+
+
+class Done(TypedDict):
+    """What every done.json has, beside what training.json says: SHA-256 of every file of the stage, and of all this."""
+
+    seconds: dict[str, float]
+    files: dict[str, str]
+    sha256: str
+
+
+class Score(TypedDict):
+    """A task's entry of scores.json; `sha256` is over the numbers, the predictions and the row of routing.json."""
+
+    strict: Percent
+    lenient: Percent
+    samples: Count
+    sha256: str
+
+
+class Row(TypedDict):
+    """A task's row of routing.json: mean routing weight of every group, over all layers and by layer."""
+
+    weight: list[float]
+    by_layer: dict[str, list[float]]
+
+
+class Routing(TypedDict):
+    """routing.json; without groups where nothing is routed."""
+
+    groups: list[str]
+    tasks: dict[str, Row]
+
+
+class Event(TypedDict):
+    """What a line of events.jsonl has; the rest is what happened."""
+
+    event: str
+    stage: NotRequired[Count]
+    step: NotRequired[Count]
+
+
 class StageFolder:
     """Paths and state of one stage below ``stages/NN-name``."""
 
@@ -36,109 +128,252 @@ class StageFolder:
         self.path = path
         self.adapter = path / "adapter"
         self.trainer = path / "trainer"
-        self.memory = path / "method"
+        self.probe = path / "probe"
+        self.memory = path / MEMORY
         self.predictions = path / "predictions"
         self.dynamics = path / "dynamics.jsonl"
 
     @property
     def trained(self) -> bool:
         """Whether the stage's group has been saved."""
-        return (self.adapter / "adapter_config.json").is_file()
+        return (self.path / "training.json").is_file()
 
     @property
-    def done(self) -> dict[str, Any] | None:
-        """The stage's marker, None as long as it is not done."""
+    def record(self) -> Trained:
+        """The record of the stage's training.
+
+        Raises:
+            DymoeError: there is none, or it is not as dymoe writes it.
+        """
+        return read_json(self.path / "training.json", Trained)
+
+    @property
+    def probed(self) -> Probed | None:
+        """What the method's temporary group took, None as long as there was none.
+
+        Raises:
+            DymoeError: probed.json is not as dymoe writes it.
+        """
+        file = self.path / "probed.json"
+        return read_json(file, Probed) if file.is_file() else None
+
+    @property
+    def done(self) -> Done | None:
+        """The stage's marker, None as long as it is not done.
+
+        Raises:
+            DymoeError: it is not as dymoe writes it.
+        """
         marker = self.path / "done.json"
-        return read_json(marker) if marker.is_file() else None
+        return read_json(marker, Done) if marker.is_file() else None
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """Task -> score, of the tasks evaluated so far.
+
+        Raises:
+            DymoeError: scores.json is not as dymoe writes it.
+        """
+        file = self.path / "scores.json"
+        return read_json(file, dict[str, Score]) if file.is_file() else {}
+
+    @property
+    def routing(self) -> Routing:
+        """Where the tokens of the tasks evaluated so far were routed.
+
+        Raises:
+            DymoeError: routing.json is not as dymoe writes it.
+        """
+        file = self.path / "routing.json"
+        return read_json(file, Routing) if file.is_file() else {"groups": [], "tasks": {}}
 
     def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the stage, empty if it is not there yet."""
+        """Any JSON file of the stage, empty if it is not there.
+
+        Raises:
+            DymoeError: it cannot be read or holds no mapping of keys.
+        """
         file = self.path / name
-        return read_json(file) if file.is_file() else {}
+        return read_json(file, dict[str, Any]) if file.is_file() else {}
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file of the stage, atomically."""
         atomic_json(self.path / name, value)
 
-    def write_predictions(self, task: str, records: list[dict[str, Any]]) -> None:
-        """Write predictions/<task>.jsonl, atomically."""
-        lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        atomic_write(self.predictions / f"{task}.jsonl", "".join(f"{line}\n" for line in lines))
+    def mark_trained(self, record: Mapping[str, Any]) -> None:
+        """Write training.json, which says that the stage's group is saved."""
+        self._mark("training.json", {**record, "files": self._digests(*TRAINED)})
+
+    def mark_done(self, seconds: float) -> None:
+        """Write done.json: the stage is evaluated, which took `seconds`."""
+        record = self.read("training.json")
+        spent = {**record.get("seconds", {}), "evaluate": seconds}
+        self._mark("done.json", {**record, "seconds": spent, "files": self._digests(*TRAINED, *EVALUATED)})
+
+    def _mark(self, name: str, record: Mapping[str, Any]) -> None:
+        self.write(name, {**record, "sha256": _digest({**record, "sha256": ""})})
+
+    def _digests(self, *patterns: str) -> dict[str, str]:
+        """SHA-256 of the files that match, by path below the stage; hidden ones are none of ours."""
+        files = (file for pattern in patterns for file in sorted(self.path.glob(pattern)) if file.is_file())
+        return {file.relative_to(self.path).as_posix(): sha256_of(file) for file in files if file.name[0] != "."}
+
+    def verify(self, last: bool = True) -> None:
+        """Compare the stage's files with what its markers say of them.
+
+        Args:
+            last: whether no later stage is trained; of an earlier one a method may have removed folders of its memory.
+
+        Raises:
+            DymoeError: a marker or a file is missing, is not as dymoe writes it, or was changed.
+        """
+        marks = self.done or (self.record if self.trained else None)
+        if marks is None:
+            return
+        for name in ("training.json", "done.json"):
+            record = self.read(name)
+            if record and record.get("sha256") != _digest({**record, "sha256": ""}):
+                raise self._damaged(self.path / name, "was changed since it was written")
+        for name, digest in marks["files"].items():
+            file = self.path / name
+            if not file.is_file():
+                if last or not name.startswith(f"{MEMORY}/") or name.count("/") == 1:
+                    raise self._damaged(file, "is missing")
+            elif sha256_of(file) != digest:
+                raise self._damaged(file, "was changed since the stage wrote it (hash differs)")
+
+    def _damaged(self, file: Path, how: str) -> DymoeError:
+        return DymoeError(
+            f"{file}: {how}; restore it from a copy of the run, or remove {self.path} and the stages after it, which "
+            "are then learned anew"
+        )
+
+    def add_score(self, result: "TaskResult") -> None:
+        """Write a task's predictions, its row of routing.json if it has one, and last its score."""
+        lines = [json.dumps(record, ensure_ascii=False) for record in result.records()]
+        atomic_write(self.predictions / f"{result.task}.jsonl", "".join(f"{line}\n" for line in lines))
+        scores, routing = self.scores, self.routing
+        if result.groups:
+            by_layer = {str(layer): row for layer, row in (result.by_layer or {}).items()}
+            row: Row = {"weight": list(result.weight), "by_layer": by_layer}
+            routing = {"groups": list(result.groups), "tasks": {**routing["tasks"], result.task: row}}
+            self.write("routing.json", routing)
+        numbers = {"strict": result.strict, "lenient": result.lenient, "samples": len(result.predictions)}
+        self.write(
+            "scores.json", {**scores, result.task: {**numbers, "sha256": self._seal(result.task, numbers, routing)}}
+        )
+
+    def intact(self) -> list[str]:
+        """The tasks evaluated so far whose score, predictions and routing stand as they were written."""
+        routing = self.routing
+        return [task for task, score in self.scores.items() if score["sha256"] == self._seal(task, score, routing)]
+
+    def _seal(self, task: str, score: Mapping[str, Any], routing: Routing) -> str:
+        numbers = [score["strict"], score["lenient"], score["samples"]]
+        row = routing["tasks"].get(task)
+        predictions = self.predictions / f"{task}.jsonl"
+        answers = sha256_of(predictions) if predictions.is_file() else None
+        return _digest([numbers, answers, None if row is None else [routing["groups"], row]])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def verify(stages: Sequence[StageFolder]) -> None:
+    """Compare the files of all stages that are trained or done with their markers, before anything builds on them.
+
+    Raises:
+        DymoeError: as `StageFolder.verify`; or a stage is trained though one before it is not done.
+    """
+    marked = [stage for stage in stages if stage.trained or stage.done is not None]
+    for stage in marked:
+        undone = next((earlier for earlier in stages if earlier.done is None), stage)
+        if stages.index(undone) < stages.index(stage):
+            raise DymoeError(
+                f"{undone.path}: is not done, though {stage.path.name}, which builds on it, is; restore it from a copy "
+                "of the run, or remove the stages after it, which are then learned anew"
+            )
+        stage.verify(last=stage is marked[-1])
+
+
+def remove_checkpoints(place: Path, keep: Path | None = None) -> None:
+    """Remove the checkpoints below `place`, but `keep`, and `place` itself if nothing else is in it."""
+    for folder in place.glob("checkpoint-*"):
+        if folder != keep and folder.name.removeprefix("checkpoint-").isdigit():
+            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # not there, or somebody else's files are in it
+        place.rmdir()
 
 
 class RunFolder:
-    """A run on disk: ``run.yaml``, ``events.jsonl``, ``stages/``, ``results.json``; `found` says whether it was there.
+    """A run on disk: ``run.yaml``, ``events.jsonl``, ``stages/``, ``results.json``, kept from other runs by a lock.
+
+    Nothing is read and nothing written before the lock is taken, so of runs that begin together in a new folder exactly
+    one goes on.
 
     Args:
-        path: the folder.
-        description: everything that determines the run, as ``run.yaml`` holds it; its part ``recipe`` decides
-            whether an existing folder is of the same run.
-        resume: go on with an existing folder; a run that never began begins.
-        writes: whether this process is the one that makes, checks and locks the folder; the others of a run know where
-            it is.
+        path: the folder; made where it is missing.
+        resume: go on with the run that is there; one that never began begins.
+        writes: whether this process is the one that makes and locks the folder; the others of a run know where it is.
+
+    Attributes:
+        begun: whether a run was there already.
 
     Raises:
-        DymoeError: the folder exists and `resume` is off, it holds another recipe's run (the keys that differ
-            are named), or another run works in it.
+        DymoeError: there is a run and `resume` is off, the folder holds something else, another run works in it, or it
+            cannot be written.
     """
 
-    def __init__(self, path: Path, description: Mapping[str, Any], resume: bool, writes: bool = True) -> None:
+    def __init__(self, path: Path, resume: bool, writes: bool = True) -> None:
         self.path = path
+        self.marker = path / "run.yaml"
+        self.begun = False
         self._lock_file: IO[str] | None = None
-        marker = path / "run.yaml"
-        self.found = marker.is_file()
         if not writes:
             return
-        if self.found:
-            if not resume:
-                raise DymoeError(f"{path}: there is a run in this folder; give --resume to go on, or another --output")
-            self._refuse_other(marker, description)
-        elif path.exists() and any(path.iterdir()):
-            raise DymoeError(f"{path}: the folder is not empty and holds no run; give another --output")
-        else:
-            import yaml
+        try:
+            self._refuse_foreign()
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self.begun = self.marker.is_file()
+        except OSError as error:
+            raise DymoeError(
+                f"{path}: cannot be used as a run folder ({error.strerror or error}); give another --output"
+            ) from error
+        if self.begun and not resume:
+            self.close()
+            raise DymoeError(f"{path}: there is a run in this folder; give --resume to go on, or another --output")
 
-            atomic_write(marker, yaml.safe_dump(dict(description), sort_keys=False, allow_unicode=True))
-        self._lock()
+    def _refuse_foreign(self) -> None:
+        """Leave alone what is no run's folder."""
+        if self.path.exists() and not self.path.is_dir():
+            raise DymoeError(f"{self.path}: is a file, not a folder; give another --output")
+        # A run that was killed before it wrote anything leaves its lock, and what it had not finished.
+        rests = ("run.yaml", LOCK)
+        files = [] if self.marker.is_file() or not self.path.is_dir() else self.path.iterdir()
+        if any(file.name not in rests and not file.name.startswith(TEMPORARY) for file in files):
+            raise DymoeError(f"{self.path}: the folder is not empty and holds no run; give another --output")
 
     def _lock(self) -> None:
         """Keep other runs out as long as this process lives."""
-        self._lock_file = (self.path / ".lock").open("w")
+        self._lock_file = (self.path / LOCK).open("w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
+            self.close()
             raise DymoeError(f"{self.path}: another process is working in this run folder") from None
 
     def close(self) -> None:
         """Let other runs in again."""
         if self._lock_file is not None:
             self._lock_file.close()
+            self._lock_file = None
 
-    def _refuse_other(self, marker: Path, description: Mapping[str, Any]) -> None:
-        import yaml
-
-        try:
-            found = yaml.safe_load(marker.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise DymoeError(f"{marker}: cannot be read ({error})") from None
-        if not isinstance(found, dict):
-            raise DymoeError(f"{marker}: expected a mapping of keys; this is no run's description")
-        for part in ("recipe", "data"):
-            there, here = _flat(found.get(part)), _flat(description.get(part))
-            names = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
-            told = [
-                f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
-                for name in names
-                if name not in (*FREE, *SHARED)
-            ]
-            if told:
-                raise DymoeError(f"{self.path}: run of another {part}: {'; '.join(told)}; give another --output")
-        was, now = _samples_of_step(found), _samples_of_step(description)
-        if was != now:
-            raise DymoeError(
-                f"{self.path}: a step of this run takes {was} samples, here {now}; let batch_size x "
-                "gradient_accumulation x processes be the same, or give training.samples_per_step"
-            )
+    @property
+    def zero_shot(self) -> StageFolder:
+        """The folder of what the base model answers."""
+        return StageFolder(self.path / "zero-shot")
 
     def stage(self, index: int, name: str) -> StageFolder:
         """The folder of stage `index`, counted from 1."""
@@ -166,38 +401,30 @@ class RunFolder:
         except OSError as error:
             raise DymoeError(f"{self.path / 'events.jsonl'}: cannot be written ({error.strerror})") from error
 
-    def rewind_events(self, stage: int, step: int, kind: str = "step") -> None:
-        """Drop the events of this kind of `stage` after `step`: a resumed run does these steps again."""
+    def events(self) -> list[Event]:
+        """The lines of events.jsonl, without a last one that a kill cut short; none where there is no file.
+
+        Raises:
+            DymoeError: a line is no event; the message names it.
+        """
         file = self.path / "events.jsonl"
         if not file.is_file():
-            return
-        kept = []
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that a kill cut short
-            again = event.get("event") == kind and event.get("step", 0) > step
-            if event.get("stage", 0) < stage or (event.get("stage") == stage and not again):
-                kept.append(line + "\n")
-        atomic_write(file, "".join(kept))
+            return []
+        *lines, _ = read_bytes(file).split(b"\n")
+        return [parse_json(line, f"{file}: line {number}", Event) for number, line in enumerate(lines, start=1)]
 
+    def rewind_events(self, stage: int, step: int, kind: str = "step") -> None:
+        """Drop the events of this kind of `stage` after `step`: a resumed run does these steps again."""
 
-def _samples_of_step(description: Mapping[str, Any]) -> int | None:
-    """Samples of an optimizer step; of an older description, which names none, those of one process."""
-    step = description.get("step")
-    if isinstance(step, Mapping):
-        return step.get("samples")
-    training = _flat(description.get("recipe"))
-    size, passes = training.get("training.batch_size"), training.get("training.gradient_accumulation")
-    return size * passes if isinstance(size, int) and isinstance(passes, int) else None
+        def before(event: Event) -> bool:
+            at = event.get("stage", 0)
+            return at < stage or (at == stage and (event["event"] != kind or event.get("step", 0) <= step))
 
+        self.keep_events(before)
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested mappings."""
-    if not isinstance(values, Mapping):
-        return {prefix.rstrip("."): values}
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return found
+    def keep_events(self, keep: Callable[[Event], bool]) -> None:
+        """Rewrite events.jsonl with the events that `keep` wants, where it has others."""
+        file = self.path / "events.jsonl"
+        kept = [json.dumps(event, ensure_ascii=False) + "\n" for event in self.events() if keep(event)]
+        if file.is_file() and "".join(kept).encode() != read_bytes(file):
+            atomic_write(file, "".join(kept))

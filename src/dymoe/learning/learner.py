@@ -2,21 +2,19 @@
 
 import gc
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_json
 from dymoe.learning import clock
 from dymoe.learning.data import Data
-from dymoe.learning.folder import RunFolder, StageFolder
+from dymoe.learning.folder import RunFolder, StageFolder, Trained, remove_checkpoints
 from dymoe.learning.processes import Processes
 from dymoe.learning.progress import Display
 from dymoe.learning.recipe import Recipe
-from dymoe.learning.results import write_results
+from dymoe.learning.results import routing_over_steps, write_results
 from dymoe.methods import Method, Stage
 from dymoe.names import free_name, parts_of, safe_names
 
@@ -48,7 +46,8 @@ class Made:
 class Learner:
     """One run at work: the model with the groups learned so far, and where everything is written.
 
-    `collator` makes the batches to train on, `asker` the prompts of an evaluation.
+    `collator` makes the batches to train on, `asker` the prompts of an evaluation; `revision` is the commit of a base
+    model of the Hub.
     """
 
     recipe: Recipe
@@ -62,6 +61,7 @@ class Learner:
     collator: "Collator"
     asker: "Collator"
     features: "ImageFeatures | None"
+    revision: str | None = None
     model: "PeftModel | None" = None
 
     @classmethod
@@ -75,37 +75,34 @@ class Learner:
         display: Display,
         processes: Processes,
         made: Made | None = None,
+        revision: str | None = None,
     ) -> "Learner":
         """Load the base model and the groups that earlier stages trained."""
-        import torch
-
         from dymoe.lvlm import Collator, cached_features
 
         _quiet()
-        if recipe.training.threads is not None:
-            torch.set_num_threads(recipe.training.threads)
         if processes.wrapped:
             display.note(f"{processes.count} processes, {processes.strategy}")
         display.note(f"loading the model {recipe.model}")
-        lvlm = _placed(_loaded(recipe) if made is None else made.lvlm)
+        lvlm = _placed(_loaded(recipe, revision) if made is None else made.lvlm)
         safe_names(stream.names, f"task of stream {stream.name!r}", parts_of(lvlm.model))
         pictures = sum(len(task.train) + len(task.validation) + len(task.test) for task in stream.tasks)
         kept = cached_features(lvlm)
         # Training meets its pictures in random order: a cache that does not hold all would seldom hold the next.
         features = kept if kept and kept.holds(pictures if made is None else made.pictures) else None
         collator, asker = (Collator(lvlm, seen, recipe.model_options.max_length) for seen in (features, kept))
-        learner = cls(recipe, method, stream, folder, stages, display, processes, lvlm, collator, asker, features)
+        learner = cls(
+            recipe, method, stream, folder, stages, display, processes, lvlm, collator, asker, features, revision
+        )
         learner._load_groups(learner._trained())
         return learner
 
-    def _trained(self) -> list[tuple[int, dict[str, Any]]]:
+    def _trained(self) -> list[tuple[int, Trained]]:
         """Place and record of every stage whose group is saved, as process 0 finds them."""
         stages = enumerate(self.stages)
-        return self.processes.from_main(
-            lambda: [(place, stage.read("training.json")) for place, stage in stages if stage.trained]
-        )
+        return self.processes.from_main(lambda: [(place, stage.record) for place, stage in stages if stage.trained])
 
-    def _load_groups(self, trained: "Sequence[tuple[int, dict[str, Any]]]") -> None:
+    def _load_groups(self, trained: Sequence[tuple[int, Trained]]) -> None:
         """Load every trained group; one that several stages trained on as the last of them left it."""
         from dymoe.learning.groups import hashes, load_group
 
@@ -119,10 +116,10 @@ class Learner:
         """Go through the stages; finished ones are passed over."""
         if not rounds or (self.recipe.evaluation.zero_shot and self.model is None):
             self.display.note("asking the model before it learns")
-            folder = StageFolder(self.folder.path / "zero-shot")
+            folder = self.folder.zero_shot
             seconds = self._evaluate(self.stream.tasks, folder)
             if self.processes.main:
-                folder.write("done.json", {"seconds": {"evaluate": seconds}})
+                folder.mark_done(seconds)
         learned: list[Task] = []
         for index, (name, tasks) in enumerate(rounds, start=1):
             folder = self.stages[index - 1]
@@ -140,12 +137,10 @@ class Learner:
         seconds = self._evaluate(learned, folder)
         if not self.processes.main:
             return
-        record = folder.read("training.json")
-        record["seconds"]["evaluate"] = seconds
-        self.folder.event("stage", stage=stage.index, task=stage.name, scores=folder.read("scores.json"))
-        folder.write("done.json", record)
+        self.folder.event("stage", stage=stage.index, task=stage.name, scores=folder.scores)
+        folder.mark_done(seconds)
         write_results(self.folder, self.recipe, self.stream.names, self.stages)
-        shutil.rmtree(folder.trainer, ignore_errors=True)
+        remove_checkpoints(folder.trainer)
 
     def _train(self, stage: Stage, folder: StageFolder) -> None:
         """Train the stage's group, check that the frozen ones did not change, save it with its record.
@@ -169,6 +164,8 @@ class Learner:
         hooks = clock.seconds() - started
         self._see(data.samples)
         record = self._fit(group, stage, data.samples, data.steps, folder.trainer, self.method, folder.dynamics)
+        logs = record.pop("logs")
+        record.update(training=routing_over_steps(logs), logged=len(logs))
         if self.processes.main:
             record["trainable_parameters"] = parameters
             record["seconds"]["method"] = hooks
@@ -198,8 +195,8 @@ class Learner:
             raise DymoeError(f"stage {stage.index} {stage.name!r}: frozen expert groups changed: {changed}")
         proof = {"hashes_before": before, "hashes": after}
         sizes = {"stored_parameters": stored_parameters(self.model)}
-        folder.write("training.json", {"group": group, **sizes, **record, **proof})
         save_group(self.model, group, folder.adapter)
+        folder.mark_trained({"group": group, **sizes, **record, **proof})
 
     def _share(self) -> None:
         """Wait for process 0; the others go on with the groups that it saved, as a run does that goes on later."""
@@ -227,10 +224,9 @@ class Learner:
 
         from dymoe.learning.groups import delete_group, train_group
 
-        marker, place = folder.path / "probed.json", folder.path / "probe"
-        if self.processes.from_main(marker.is_file):
+        if self.processes.from_main(lambda: folder.probed is not None):
             if self.processes.main:
-                shutil.rmtree(place, ignore_errors=True)  # what a kill right after the marker left
+                remove_checkpoints(folder.probe)  # what a kill right after the marker left
             return
         probe = self.method.probe(stage, data)
         if probe is None:
@@ -240,12 +236,13 @@ class Learner:
         self.display.note(f"probing where {stage.name} needs experts")
         self.model = train_group(self.lvlm.model, self.model, name, probe.config)
         self._see(probe.samples)
-        record = self._fit(name, stage, probe.samples, probe.steps, place, Method(), probing=True)
+        record = self._fit(name, stage, probe.samples, probe.steps, folder.probe, Method(), probing=True)
+        del record["logs"]
         if self.processes.main:
             self.method.probed(self.model, name, stage, data)
             self.model = delete_group(self.model, name)
-            atomic_json(marker, record)
-            shutil.rmtree(place, ignore_errors=True)
+            folder.write("probed.json", record)
+            remove_checkpoints(folder.probe)
         self._share()
 
     def _fit(
@@ -288,9 +285,7 @@ class Learner:
         arguments = training_arguments(self.recipe.training, place, stage.seed, steps, processes.count, workers)
         watch = Watch(self.folder, self.display, stage, "probe-step" if probing else "step")
         if processes.main:
-            for rest in place.glob("checkpoint-*"):
-                if rest != checkpoint:
-                    shutil.rmtree(rest)
+            remove_checkpoints(place, keep=checkpoint)
             self.folder.rewind_events(stage.index, done, watch.kind)
             if dynamics is not None:
                 rewind(dynamics, done)
@@ -305,6 +300,7 @@ class Learner:
         started = clock.seconds()
         try:
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            logs = [row for row in trainer.state.log_history if "loss" in row]
             weights = trainer.weights(every=True) if processes.wrapped else {}
         finally:
             trainer.close()
@@ -313,7 +309,7 @@ class Learner:
             config = model.peft_config[group]
             del model, trainer
             self._renew(group, config, weights)
-        return {"steps": output.global_step, "seconds": {"train": seconds}, "resumed_at": done}
+        return {"steps": output.global_step, "seconds": {"train": seconds}, "resumed_at": done, "logs": logs}
 
     def _renew(self, group: str, config: "PeftConfig", weights: "dict[str, Tensor]") -> None:
         """Load the base anew, since what the launcher's strategy did to it is not to be undone.
@@ -343,7 +339,7 @@ class Learner:
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
             unset_hf_deepspeed_config()  # or ZeRO-3 would cut the model up while it is loaded
-        self.lvlm.model = _placed(_loaded(self.recipe)).model
+        self.lvlm.model = _placed(_loaded(self.recipe, self.revision)).model
         if not self.processes.main:
             return
         self._load_groups(trained)
@@ -365,15 +361,13 @@ class Learner:
     def _evaluate(self, tasks: "Sequence[Task]", folder: StageFolder) -> float:
         """Ask `tasks`, keep the answers an interrupted run already gave. Returns the seconds it took."""
         started = clock.seconds()
-        scores, routing = self.processes.from_main(lambda: (folder.read("scores.json"), folder.read("routing.json")))
+        answered = self.processes.from_main(folder.intact)
         for task in tasks:
-            if task.name not in scores:
-                self._evaluate_task(task, folder, scores, routing)
+            if task.name not in answered:
+                self._evaluate_task(task, folder)
         return round(clock.seconds() - started, 1)
 
-    def _evaluate_task(
-        self, task: "Task", folder: StageFolder, scores: dict[str, Any], routing: dict[str, Any]
-    ) -> None:
+    def _evaluate_task(self, task: "Task", folder: StageFolder) -> None:
         """Ask one task; its score is written last and says that the rest is there."""
         from dymoe.evaluation.generate import evaluate, evaluated
 
@@ -392,30 +386,21 @@ class Learner:
             part=part,
             gather=self.processes.gather,
         )
-        if not self.processes.main:
-            return
-        folder.write_predictions(task.name, result.records())
-        if result.groups:
-            by_layer = {str(layer): row for layer, row in (result.by_layer or {}).items()}
-            row = {"weight": list(result.weight), "by_layer": by_layer}
-            routing.update(groups=list(result.groups), tasks={**routing.get("tasks", {}), task.name: row})
-            folder.write("routing.json", routing)
-        count = len(result.predictions)
-        scores[task.name] = {"strict": result.strict, "lenient": result.lenient, "samples": count}
-        folder.write("scores.json", scores)
+        if self.processes.main:
+            folder.add_score(result)
 
 
-def base_model(recipe: Recipe) -> "Lvlm":
-    """The recipe's base model where a run has it, the libraries below silenced."""
+def base_model(recipe: Recipe, revision: str | None = None) -> "Lvlm":
+    """The recipe's base model where a run has it, the libraries below silenced; of the Hub, at a commit."""
     _quiet()
-    return _placed(_loaded(recipe))
+    return _placed(_loaded(recipe, revision))
 
 
-def _loaded(recipe: Recipe) -> "Lvlm":
+def _loaded(recipe: Recipe, revision: str | None) -> "Lvlm":
     """The recipe's base model."""
     from dymoe.lvlm import load
 
-    return load(recipe.model, recipe.training.dtype, options=recipe.model_options)
+    return load(recipe.model, recipe.training.dtype, options=recipe.model_options, revision=revision)
 
 
 def _placed(lvlm: "Lvlm") -> "Lvlm":

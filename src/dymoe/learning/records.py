@@ -45,6 +45,8 @@ COPIED = (
     "resumed_at",
     "machine",
     "versions",
+    "environments",
+    "accepted",
 )
 
 

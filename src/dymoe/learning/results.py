@@ -1,17 +1,17 @@
 """results.json: the run's numbers, put together from its finished stages."""
 
 import base64
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from dymoe.evaluation.drift import drift
 from dymoe.evaluation.matrix import AccuracyMatrix
-from dymoe.learning import clock, preflight
+from dymoe.files import atomic_json
+from dymoe.learning import clock, conditions, preflight
 from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.recipe import Recipe
 from dymoe.pictures import for_browser
@@ -19,7 +19,9 @@ from dymoe.pictures import for_browser
 if TYPE_CHECKING:
     from dymoe.tasks import Stream, Task
 
-PACKAGES = ("dymoe", "torch", "transformers", "peft", "accelerate", "safetensors")
+# Those that compute; of the second row what is installed.
+PACKAGES = ("dymoe", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")
+OPTIONAL = ("torchvision", "timm", "numba", "triton", "bitsandbytes", "deepspeed")
 SHARES = ("share_new", "share_ambiguous", "share_old", "new_group_weight", "next_token")  # kept of every task
 SHOWN_BYTES, SHOWN_SIDE = 40_000, 320  # a larger picture is kept there as a small one
 SHOWN_SAMPLES = 20  # per task in samples.json; the report prefers those that were lost
@@ -34,8 +36,10 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
         tasks: all tasks' names in learned order.
         stages: the stages in order, done or not.
     """
-    done = [(stage, marker) for stage in stages if (marker := stage.done) is not None]
-    scores = [stage.read("scores.json") for stage, _ in done]
+    run = conditions.read(folder.path)
+    done = [stage for stage in stages if stage.done is not None]
+    records = [stage.record for stage in done]
+    scores = [stage.scores for stage in done]
     strict = [[row[task]["strict"] for task in row] for row in scores]
     lenient = [[row[task]["lenient"] for task in row] for row in scores]
     joint = len(stages) == 1 and len(tasks) > 1
@@ -69,40 +73,55 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
         results["metrics"] = matrix.to_dict()
         results["forgetting"] = matrix.forgetting_by_task()
         results["format_drift"] = format_drift(strict, lenient, tasks)
-    zero_shot = StageFolder(folder.path / "zero-shot").read("scores.json")
+    zero_shot = folder.zero_shot.scores
     if zero_shot:
         results["zero_shot"] = [zero_shot[task]["strict"] for task in tasks]
         if not stages:
             results["metrics"] = {"MFN": sum(results["zero_shot"]) / len(tasks)}
             results["samples"] = {task: row["samples"] for task, row in zero_shot.items()}
     results["group_hashes"] = [
-        {"stage": number, "groups": marker["hashes"], "before": marker["hashes_before"]}
-        for number, (_, marker) in enumerate(done, start=1)
+        {"stage": number, "groups": record["hashes"], "before": record["hashes_before"]}
+        for number, record in enumerate(records, start=1)
     ]
-    for key in ("trainable_parameters", "stored_parameters"):
-        results[key] = done[-1][1][key] if done else 0
-    results["steps"] = [marker["steps"] for _, marker in done]
-    results["resumed_at"] = [marker["resumed_at"] for _, marker in done]
-    results["seconds"] = {
-        key: [marker["seconds"].get(key, 0.0) for _, marker in done] for key in ("train", "method", "evaluate")
-    }
-    results["seconds"]["probe"] = [_probe_seconds(stage) for stage, _ in done]
-    results["drift"] = routing_drift([stage.read("routing.json") for stage, _ in done])
-    results["training"] = routing_over_steps(folder.path / "events.jsonl")
-    reports = [_report(stage) for stage, _ in done]
+    results["trainable_parameters"] = records[-1]["trainable_parameters"] if done else 0
+    results["stored_parameters"] = records[-1]["stored_parameters"] if done else 0
+    results["steps"] = [record["steps"] for record in records]
+    results["resumed_at"] = [record["resumed_at"] for record in records]
+    seconds = [stage.done["seconds"] for stage in done if stage.done is not None]
+    results["seconds"] = {key: [row.get(key, 0.0) for row in seconds] for key in ("train", "method", "evaluate")}
+    results["seconds"]["probe"] = [_probe_seconds(stage) for stage in done]
+    results["drift"] = routing_drift([stage.routing for stage in done])
+    names = [stage.path.name.partition("-")[2] for stage in done]
+    results["training"] = {name: record["training"] for name, record in zip(names, records, strict=True)}
+    reports = [_report(stage) for stage in done]
     if any(reports):
         results["reports"] = reports
     if left_out := preflight.counts(folder.path / "skipped.jsonl"):
         results["left_out"] = left_out
-    results["machine"], results["versions"] = machine(), versions()
-    from dymoe.files import atomic_json
-
+    results.update(computed_by(run))
     atomic_json(folder.path / "results.json", results)
+
+
+def computed_by(run: conditions.Description) -> dict[str, Any]:
+    """What computed the numbers: the last `machine`, all `versions`, and where they changed what was accepted."""
+    environments = run["environments"]
+    names = {name: None for one in environments for name in one["versions"]}
+    told = {name: dict.fromkeys(one["versions"].get(name, "none") for one in environments) for name in names}
+    found: dict[str, Any] = {
+        "machine": environments[-1]["machine"],
+        "versions": {name: ", ".join(values) for name, values in told.items()},
+        "base_identity": run["base"],
+    }
+    if len(environments) > 1:
+        found["environments"] = environments
+    if run["accepted"]:
+        found["accepted"] = run["accepted"]
+    return found
 
 
 def _report(stage: StageFolder) -> dict[str, Any]:
     """What the method itself reports of a stage (`report.json` in its memory), and what its probe took."""
-    probe = stage.read("probed.json")
+    probe = stage.probed
     return {**stage.read(f"{stage.memory.name}/report.json"), **({"probe": probe} if probe else {})}
 
 
@@ -130,7 +149,8 @@ def format_drift(
 
 def _probe_seconds(stage: StageFolder) -> float:
     """What the method's temporary group took to train."""
-    return float(stage.read("probed.json").get("seconds", {}).get("train", 0.0))
+    probe = stage.probed
+    return probe["seconds"]["train"] if probe else 0.0
 
 
 def routing_drift(routing: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -139,7 +159,7 @@ def routing_drift(routing: Sequence[Mapping[str, Any]]) -> dict[str, list[float]
     A task without drift at some stage (no group of its own, or nothing is routed) is left out.
 
     Args:
-        routing: routing.json of the stages in order; empty where a method routes nothing.
+        routing: routing.json of the stages in order; without groups where a method routes nothing.
     """
     found: dict[str, list[float | None]] = {}
     for stage in routing:
@@ -152,27 +172,17 @@ def routing_drift(routing: Sequence[Mapping[str, Any]]) -> dict[str, list[float]
     }
 
 
-def routing_over_steps(events: Path) -> dict[str, dict[str, list[float]]]:
-    """Task -> name -> values at the first, middle and last logged step of its training.
+def routing_over_steps(logs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Name -> values at the first, middle and last logged step of a stage.
 
     Args:
-        events: events.jsonl of a run.
+        logs: what the trainer logged, in order.
     """
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for line in events.read_text(encoding="utf-8").splitlines() if events.is_file() else ():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a kill cut short
-        if event["event"] == "step":
-            rows.setdefault(event["task"], []).append(event)
+    places = (0, len(logs) // 2, len(logs) - 1)
     return {
-        task: {
-            name: [round(steps[i][name], 4) for i in (0, len(steps) // 2, len(steps) - 1)]
-            for name in SHARES
-            if all(name in step for step in steps)
-        }
-        for task, steps in rows.items()
+        name: [round(round(logs[place][name], 6), 4) for place in places]  # as events.jsonl holds them
+        for name in SHARES
+        if logs and all(name in row for row in logs)
     }
 
 
@@ -227,17 +237,28 @@ def data_description(stream: "Stream") -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that compute."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    for name in OPTIONAL:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def machine() -> dict[str, Any]:
-    """What the run was computed on, and by which clock its seconds are counted (`learning.clock`)."""
+    """What the run was computed on, and by which clock its seconds are counted (`learning.clock`).
+
+    `kernels` are those that choose the experts on a CPU: of Numba where it works, else torch's.
+    """
     import torch
+
+    from dymoe.adapter.ops import numba
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "system": f"{platform.system()} {platform.machine()}",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
+        "kernels": "numba" if numba.available() else "torch",
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "clock": clock.clock(),

@@ -7,27 +7,35 @@ decided by looking at the disk (`dymoe.learning.processes`).
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_json, atomic_write
-from dymoe.learning import preflight
-from dymoe.learning.folder import RunFolder, StageFolder
+from dymoe.files import atomic_json, atomic_write, read_bytes
+from dymoe.learning import conditions, preflight
+from dymoe.learning.checkpoints import last_checkpoint
+from dymoe.learning.conditions import Description, State
+from dymoe.learning.folder import RunFolder, StageFolder, remove_checkpoints, verify
 from dymoe.learning.learner import Learner, Made
 from dymoe.learning.processes import join
 from dymoe.learning.progress import Display, silent
 from dymoe.learning.recipe import Recipe
-from dymoe.learning.results import data_description, shown_samples, versions, write_results
+from dymoe.learning.results import shown_samples, write_results
 
 if TYPE_CHECKING:
-    from dymoe.tasks import Stream
+    from dymoe.tasks import Stream, Task
 
 SKIPPED = "skipped.jsonl"  # the records that were left out, one a line
 
 
-def run(recipe: Recipe, resume: bool = False, display: Display | None = None, made: Made | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    resume: bool = False,
+    display: Display | None = None,
+    made: Made | None = None,
+    accept: Sequence[str] = (),
+) -> Path:
     """Learn the recipe's stream and return the run's folder.
 
     Args:
@@ -35,38 +43,37 @@ def run(recipe: Recipe, resume: bool = False, display: Display | None = None, ma
         resume: go on with the folder of a run that was interrupted, from its last complete checkpoint.
         display: where progress is shown; made for standard error when None.
         made: stream and model in place of those that the recipe names.
+        accept: what may differ from what the run computed with so far (`dymoe.learning.conditions.ACCEPTABLE`).
 
     Raises:
-        DymoeError: a bad task, sample or folder, a full disk, a frozen group that changed; what is finished
-            stays.
+        DymoeError: a bad task, sample or folder, a full disk, a frozen group that changed, a run that is not this one
+            or whose files are not as they were written; what is finished stays.
     """
     processes = join()
+    if recipe.training.threads is not None:
+        import torch
+
+        torch.set_num_threads(recipe.training.threads)
     if processes.wrapped and made is not None:
         raise DymoeError("a dry run works in one process; start it without a launcher")
     method = recipe.build_method()
     ahead = Display(f"{recipe.method} on {recipe.stream}", 0, None if processes.main else silent())
     stream = checked(preflight.load(recipe, ahead.inspecting) if made is None else made.stream, recipe)
     rounds = method.rounds(stream.tasks)
-    description = {"recipe": recipe.resolved(), "data": data_description(stream), "versions": versions()}
-    description["step"] = {"samples": recipe.training.samples_of_step(processes.count)}
-    folder = RunFolder(Path(recipe.output), description, resume, processes.main)
+    folder = RunFolder(Path(recipe.output), resume, processes.main)
     try:
-        processes.wait()
         stages = [folder.stage(index, name) for index, (name, _) in enumerate(rounds, start=1)]
-        if processes.main:
-            folder.clear_partial()
-            note_skipped(folder, stream)
-            shown_of = (recipe.evaluation.split, recipe.evaluation.limit)
-            atomic_json(folder.path / "samples.json", shown_samples(stream.tasks, *shown_of))
         shown_as = (f"{recipe.method} on {recipe.stream}", len(rounds))
         with display or Display(*shown_as, None if processes.main else silent()) as shown:
-            for note in (*stream.notes, *preflight.left_out(stream.skipped, folder.path / SKIPPED)):
-                shown.note(note)
-            asked = stages or [StageFolder(folder.path / "zero-shot")]
-            if folder.found:
-                shown.note(found_again(folder.path, [stage.done is not None for stage in asked]))
+            if processes.main:
+                start = _Start(recipe, stream, rounds, folder, stages)
+                description = start.begin(processes.count, made is None, accept)
+                for note in (*stream.notes, *start.tidy()):
+                    shown.note(note)
+            revision = processes.from_main(lambda: description["base"].get("commit"))
+            asked = stages or [folder.zero_shot]
             if processes.from_main(lambda: any(stage.done is None for stage in asked)):
-                learner = Learner.load(recipe, method, stream, folder, stages, shown, processes, made)
+                learner = Learner.load(recipe, method, stream, folder, stages, shown, processes, made, revision)
                 learner.learn(rounds)
             shown.finish()
         if processes.main:
@@ -75,6 +82,104 @@ def run(recipe: Recipe, resume: bool = False, display: Display | None = None, ma
     finally:
         folder.close()
     return folder.path
+
+
+@dataclass
+class _Start:
+    """The beginning of a run, or of its going on, in the process that writes."""
+
+    recipe: Recipe
+    stream: "Stream"
+    rounds: "Sequence[tuple[str, tuple[Task, ...]]]"
+    folder: RunFolder
+    stages: list[StageFolder]
+
+    def begin(self, processes: int, real: bool, accept: Sequence[str]) -> Description:
+        """Write the folder's description; of a run that goes on, compare it and all files first.
+
+        Args:
+            processes: how many there are.
+            real: whether the base model is the recipe's (else made, which has no state to compare).
+            accept: as `run`.
+
+        Raises:
+            DymoeError: the run is not this one, or a file is not as it was written.
+        """
+        from dymoe.lvlm.identity import identity
+
+        path, evaluation = self.folder.path, self.recipe.evaluation
+        here: Description = {
+            "recipe": self.recipe.resolved(),
+            "base": {},
+            "data": conditions.data_of(self.stream, evaluation.split, evaluation.limit),
+            "step": {"samples": self.recipe.training.samples_of_step(processes)},
+            "environments": [conditions.environment(1)],
+            "accepted": [],
+        }
+        there = conditions.read(path) if self.folder.begun else None
+        state = State(1, (), ())
+        if there is not None:
+            conditions.refuse_other(path, there, here)
+            self.folder.events()
+            verify([self.folder.zero_shot])
+            verify(self.stages)
+            state = self.state()
+        if real and state.stage is not None:
+            here["base"] = identity(self.recipe.model, revision=there["base"].get("commit") if there else None)
+        if there is not None:
+            here = conditions.go_on(path, there, here, state, accept)
+        if here != there:
+            conditions.write(path, here)
+        return here
+
+    def state(self) -> State:
+        """How far the run is."""
+
+        def begun(stage: StageFolder) -> bool:
+            return stage.trained or stage.probed is not None or any(map(last_checkpoint, (stage.trainer, stage.probe)))
+
+        order = self.stages or [self.folder.zero_shot]
+        trained = [
+            task.name
+            for stage, (_, tasks) in zip(self.stages, self.rounds, strict=True)
+            if begun(stage)
+            for task in tasks
+        ]
+        evaluated = {task for stage in (self.folder.zero_shot, *self.stages) for task in stage.scores}
+        undone = (number for number, stage in enumerate(order, start=1) if stage.done is None)
+        return State(next(undone, None), trained, evaluated)
+
+    def tidy(self) -> list[str]:
+        """Clear what a kill left, write what is rewritten at every start, and say what a reader should know."""
+        folder, notes = self.folder, []
+        folder.clear_partial()
+        done = [number for number, stage in enumerate(self.stages, start=1) if stage.done is not None]
+        # A kill just before a stage's marker leaves its event, which is written again.
+        folder.keep_events(lambda event: event["event"] != "stage" or event.get("stage") in done)
+        for stage in self.stages:
+            if stage.done is not None:
+                remove_checkpoints(stage.trainer)
+        note_skipped(folder, self.stream)
+        shown = (self.recipe.evaluation.split, self.recipe.evaluation.limit)
+        atomic_json(folder.path / "samples.json", shown_samples(self.stream.tasks, *shown))
+        notes += preflight.left_out(self.stream.skipped, folder.path / SKIPPED)
+        if folder.begun:
+            asked = self.stages or [folder.zero_shot]
+            notes.append(found_again(folder.path, [stage.done is not None for stage in asked]))
+            notes += missing_events(folder, self.stages)
+        return notes
+
+
+def missing_events(folder: RunFolder, stages: Sequence[StageFolder]) -> list[str]:
+    """What events.jsonl has lost of the trained stages, a line each; results.json does not depend on it."""
+    there = Counter(event.get("stage") for event in folder.events() if event["event"] == "step")
+    logged = {number: stage.record["logged"] for number, stage in enumerate(stages, start=1) if stage.trained}
+    return [
+        f"{folder.path / 'events.jsonl'}: {there[number]} of {count} steps of stage {number} are left; the numbers in "
+        "results.json are from the stage's own record"
+        for number, count in logged.items()
+        if there[number] < count
+    ]
 
 
 def found_again(path: Path, done: Sequence[bool]) -> str:
@@ -88,7 +193,7 @@ def note_skipped(folder: RunFolder, stream: "Stream") -> None:
     """List the records that were left out in skipped.jsonl and say so in events.jsonl, once per list."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in stream.skipped)
     file = folder.path / SKIPPED
-    if text and not (file.is_file() and file.read_text(encoding="utf-8") == text):
+    if text and not (file.is_file() and read_bytes(file) == text.encode()):
         counts = Counter(row["file"] for row in stream.skipped)
         atomic_write(file, text)
         folder.event("skipped", records=len(stream.skipped), files=dict(counts))

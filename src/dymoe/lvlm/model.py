@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dymoe.errors import DymoeError
 from dymoe.files import expand
 from dymoe.lvlm.decoder import decoder_linears, drop_capture_hooks
+from dymoe.lvlm.identity import commit
 from dymoe.lvlm.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -27,13 +28,18 @@ class Lvlm:
 
 
 def load(
-    name: str, dtype: str = "bfloat16", cache_dir: Path | None = None, options: ModelOptions | None = None
+    name: str,
+    dtype: str = "bfloat16",
+    cache_dir: Path | None = None,
+    options: ModelOptions | None = None,
+    revision: str | None = None,
 ) -> Lvlm:
     """Load "pocket", a local folder, or a Hub id of any image-text model of transformers, frozen.
 
     `dtype` is a floating torch dtype by name ("bfloat16", "float32", "float16"). `cache_dir` is where the pocket
     model's parts (or the Hub's files) are cached. Weights must be safetensors; no code that comes with a model runs.
-    `options` may ask for 4-bit linears.
+    `options` may ask for 4-bit linears. `revision` is the commit of a Hub model (`dymoe.lvlm.identity`), its newest one
+    when None; all of its files are read at one commit.
 
     Raises:
         DymoeError: unknown dtype, no such folder or Hub id, not an image-text model, weights cannot be fetched, 4 bits
@@ -55,7 +61,7 @@ def load(
 
         model, processor = pocket.assemble(kind, cache_dir)
     else:
-        model, processor = _from_transformers(name, kind, cache_dir, options or ModelOptions())
+        model, processor = _from_transformers(name, kind, cache_dir, options or ModelOptions(), revision)
     loaded = Lvlm(freeze(model), processor)
     check_processor(loaded, name)
     drop_capture_hooks(loaded.model)  # the model as it was read
@@ -97,7 +103,7 @@ def require_bitsandbytes(key: str) -> None:
         )
 
 
-def _quantization(place: str, dtype: "torch.dtype", options: ModelOptions) -> dict[str, Any]:
+def _quantization(place: str, dtype: "torch.dtype", options: ModelOptions, revision: str | None) -> dict[str, Any]:
     """What makes transformers load the decoder's linears in 4 bits and nothing else; empty without."""
     if not options.load_in_4bit:
         return {}
@@ -106,7 +112,7 @@ def _quantization(place: str, dtype: "torch.dtype", options: ModelOptions) -> di
 
     from dymoe.lvlm.shapes import meta_model
 
-    model = meta_model(AutoConfig.from_pretrained(place, trust_remote_code=False))
+    model = meta_model(AutoConfig.from_pretrained(place, trust_remote_code=False, revision=revision))
     inside = set(decoder_linears(model))
     outside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in inside]
     made = BitsAndBytesConfig(
@@ -120,14 +126,17 @@ def _quantization(place: str, dtype: "torch.dtype", options: ModelOptions) -> di
 
 
 def _from_transformers(
-    name: str, dtype: "torch.dtype", cache_dir: Path | None, options: ModelOptions
+    name: str, dtype: "torch.dtype", cache_dir: Path | None, options: ModelOptions, revision: str | None
 ) -> tuple["PreTrainedModel", "ProcessorMixin"]:
     """Any image-text model of transformers by folder or Hub id."""
     from transformers import AutoModelForImageTextToText
 
     if name.startswith((".", "/", "~")) and not expand(name).is_dir():
         raise DymoeError(f"model {name!r}: no such folder; give 'pocket', a folder or a Hub id")
-    place = str(expand(name)) if expand(name).is_dir() else name
+    local = expand(name).is_dir()
+    place = str(expand(name)) if local else name
+    if not local:
+        revision = commit(name, cache_dir, revision)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             place,
@@ -135,9 +144,10 @@ def _from_transformers(
             use_safetensors=True,
             trust_remote_code=False,
             cache_dir=cache_dir,
-            **_quantization(place, dtype, options),
+            revision=revision,
+            **_quantization(place, dtype, options, revision),
         )
-        processor = processor_at(place, cache_dir)
+        processor = processor_at(place, cache_dir, revision)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DymoeError(
@@ -149,8 +159,8 @@ def _from_transformers(
     return model, processor
 
 
-def processor_at(place: str, cache_dir: Path | None = None) -> Any:
-    """The processor of a folder or Hub id.
+def processor_at(place: str, cache_dir: Path | None = None, revision: str | None = None) -> Any:
+    """The processor of a folder or Hub id, of the latter at a commit if `revision` names one.
 
     A folder that `dymoe assemble` wrote scales pictures as LLaVA's training did; transformers alone would not.
     """
@@ -160,4 +170,4 @@ def processor_at(place: str, cache_dir: Path | None = None) -> Any:
 
     backend = image_backend(Path(place))
     how = {} if backend is None else {"backend": backend}
-    return AutoProcessor.from_pretrained(place, trust_remote_code=False, cache_dir=cache_dir, **how)
+    return AutoProcessor.from_pretrained(place, trust_remote_code=False, cache_dir=cache_dir, revision=revision, **how)

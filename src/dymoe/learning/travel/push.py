@@ -179,7 +179,7 @@ def _groups(
     configs: dict[Path, Path] = {}
     layers: set[str] = set()
     for number, (name, stage) in enumerate(done, start=1):
-        record = stage.done or {}
+        record = stage.read("done.json")
         try:
             group = Group(record["group"], f"groups/{number:02d}-{name}", record["hashes"][record["group"]])
         except (KeyError, TypeError):
