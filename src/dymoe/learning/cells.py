@@ -93,7 +93,7 @@ def _outcome(cell: Cell, code: int, finished: Callable[[dict[str, Any]], None]) 
 class _Job:
     """One cell and its process; there is none as long as another one works in the cell's folder."""
 
-    def __init__(self, cell: Cell, threads: int, accept: Sequence[str]) -> None:
+    def __init__(self, cell: Cell, threads: int, accept: Sequence[str] = ()) -> None:
         self.cell = cell
         self.accept = [word for part in accept for word in ("--accept", part)]
         self.threads = threads
