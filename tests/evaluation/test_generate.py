@@ -166,3 +166,18 @@ def test_an_empty_split_and_a_bad_reference_are_named(tiny):
     bad = Sample("s7", None, "Which?", "A", {})
     with pytest.raises(DymoeError, match="task 'odd': sample 's7'"):
         evaluate(lvlm, collator, Task("odd", (), (), (bad,), "letter", 4), dtype="float32")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_an_error_that_names_the_task(tiny, stream, value):
+    lvlm, collator, model = tiny
+    weight = lvlm.model.lm_head.weight
+    before = weight[7, 0].item()
+    try:
+        with torch.no_grad():
+            weight[7, 0] = value
+        with pytest.raises(DymoeError, match="task 'ImageNet': the model's scores for the next token are not finite"):
+            evaluate(lvlm, collator, stream.tasks[1], peft_model=model, limit=3, dtype="float32")
+    finally:
+        with torch.no_grad():
+            weight[7, 0] = before

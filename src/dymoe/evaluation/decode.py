@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dymoe.errors import DymoeError
 from dymoe.libraries import require_names, untested
 from dymoe.lvlm.decoder import key_value_cache
 
@@ -49,18 +50,24 @@ class Greedy:
             stopping_criteria: its maximum length is kept.
             generation_config: pad and end tokens.
             carried: the model's other inputs.
+
+        Raises:
+            DymoeError: a most likely token's score is infinite or not a number.
         """
         steps = stopping_criteria.max_length - input_ids.shape[1]
         pad, ends = generation_config._pad_token_tensor, generation_config._eos_token_tensor
         written = pad.repeat(input_ids.shape[0], steps)
         places = torch.arange(input_ids.shape[0], device=input_ids.device)  # in the batch, of the rows at work
         running = torch.ones_like(places, dtype=torch.bool)
+        finite = running.all()
         try:
             outputs = model._prefill(input_ids, generation_config, carried)
             for step in range(steps):
                 carried = model._update_model_kwargs_for_generation(outputs, carried)
                 scores = logits_processor(input_ids, outputs.logits[:, -1].to(torch.float32, copy=True))
-                tokens = torch.where(running, scores.argmax(-1), pad)
+                chosen = scores.argmax(-1)
+                finite &= (scores.gather(1, chosen[:, None])[:, 0].isfinite() | ~running).all()
+                tokens = torch.where(running, chosen, pad)
                 written[places, step] = tokens
                 if self._streamer is not None:
                     self._streamer.put(tokens.cpu())
@@ -83,6 +90,10 @@ class Greedy:
         finally:
             if self._trace is not None:
                 self._trace.finished = None
+        if not finite:  # only now: to look at each step would be one more wait for a GPU
+            raise DymoeError(
+                "the model's scores for the next token are not finite; its groups or its weights are broken"
+            )
         return written[:, : step + 1]
 
 

@@ -168,7 +168,8 @@ def evaluate(
         gather: gives every process's value, in order, to each of them.
 
     Raises:
-        DymoeError: the split is empty, or a reference cannot be read (the sample is named).
+        DymoeError: the split is empty, the model's scores are not finite, or a reference cannot be read (the sample is
+            named).
     """
     from dymoe.tasks.scoring import lenient, scorer
 
@@ -176,9 +177,12 @@ def evaluate(
     trace = None if peft_model is None else cast(Any, peft_model.base_model).trace
     measuring = nullcontext() if trace is None else trace.measuring()
     with measuring as weights:
-        answers = generate(
-            lvlm, collator, samples, task.max_new_tokens, batch_size, dtype, progress, part, gather, trace
-        )
+        try:
+            answers = generate(
+                lvlm, collator, samples, task.max_new_tokens, batch_size, dtype, progress, part, gather, trace
+            )
+        except DymoeError as error:
+            raise DymoeError(f"task {task.name!r}: {error}") from error
     strict_rule, lenient_rule = scorer(task.scorer), lenient(task.scorer)
     predictions = []
     for sample, answer in zip(samples, answers, strict=True):
