@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 
 CHARACTERS, BYTES = 64, 200  # a file's name has 255 bytes, its number and ending included
 RIGHT = "use letters, digits, spaces, '-' and '_', for example 'birds'"
@@ -43,7 +44,7 @@ def safe_name(
         DymoeError: the name cannot be used; the message says why and what would be right.
     """
     if not isinstance(name, str):
-        raise DymoeError(f"{what}: {_shown(name)}: expected a text; {RIGHT}, in quotes where YAML reads something else")
+        raise DymoeError(f"{what}: {brief(name)}: expected a text; {RIGHT}, in quotes where YAML reads something else")
     same = next((other for other in others if fold(other) == fold(name)), None)
     fault = _fault(name)
     if fault is None and same is not None:
@@ -51,7 +52,7 @@ def safe_name(
     if fault is None and parts is not None and name in parts:
         fault = f"it is a part of the model's own names ({parts[name]}), and PEFT would leave tensors out of files"
     if fault is not None:
-        raise DymoeError(f"{what}: {_shown(name)}: {fault}; {RIGHT}")
+        raise DymoeError(f"{what}: {brief(name)}: {fault}; {RIGHT}")
     return name
 
 
@@ -114,9 +115,3 @@ def _fault(name: str) -> str | None:
     if name in WRAPPERS or name.startswith(PREFIX):
         return "it is a part of every wrapped model's parameter names"
     return None
-
-
-def _shown(name: object) -> str:
-    """The name on one line of bounded length."""
-    text = repr(name)
-    return text if len(text) <= 80 else f"{text[:60]}..."
