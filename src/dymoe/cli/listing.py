@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dymoe.errors import DymoeError
+from dymoe.files import read_bytes
 from dymoe.messages import say
 
 WHAT = ("methods", "streams", "recipes")
@@ -53,7 +54,7 @@ def recipes() -> dict[str, str]:
     for path in sorted(Path("recipes").rglob("*.yaml")):
         if path.parent.name == "accelerate":
             continue  # configs of the launcher
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        first = read_bytes(path).decode(errors="replace").partition("\n")[0]
         found[str(path)] = first.lstrip("# ").strip() if first.startswith("#") else ""
     if not found:
         raise DymoeError("list: recipes/: no recipe here; call it in a copy of the repository")

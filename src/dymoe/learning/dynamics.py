@@ -79,7 +79,7 @@ def lines(file: Path) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
             layers = line["layers"].values()
             good = isinstance(line["step"], int) and all(len(row) == len(line["values"]) for row in layers)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             good = False
         if not good:
             raise DymoeError(f"{file}: line {number}: expected step, values and a list of values for every layer")

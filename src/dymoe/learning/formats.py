@@ -123,6 +123,13 @@ class Event(TypedDict):
     step: NotRequired[Count]
 
 
+class Skipped(TypedDict):
+    """One line of skipped.jsonl: a record that was left out."""
+
+    task: str
+    split: str
+
+
 class Description(TypedDict):
     """What is read of run.yaml where a run is compared with a plan."""
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_json, read_json
+from dymoe.files import atomic_json, read_json, read_json_lines
+from dymoe.learning.formats import Skipped
 from dymoe.messages import brief
 from dymoe.tasks.index import cache_folder, locked
 from dymoe.tasks.lazy import Records, fingerprint, subset
@@ -181,8 +182,7 @@ def counts(file: Path) -> dict[str, dict[str, int]]:
         file: skipped.jsonl of a run; nothing was left out where it is not there.
     """
     found: dict[str, dict[str, int]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        row = json.loads(line)
+    for row in read_json_lines(file, Skipped) if file.is_file() else ():
         task = found.setdefault(row["task"], {})
         task[row["split"]] = task.get(row["split"], 0) + 1
     return found
