@@ -1,6 +1,7 @@
 """What cannot be used is found before anything is trained, once, in every split, and left out where that is asked."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -284,6 +285,36 @@ def test_a_processor_that_does_not_fit_is_the_models_fault(
     found = [finding for finding in check(load_recipe(path)).findings if finding.level == "wrong"]
     assert [finding.what for finding in found] == ["model"]
     assert told in found[0].found
+
+
+def test_what_is_mended_in_a_later_task_lets_a_run_go_on(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run = made(tmp_path, tiny_folder), tmp_path / "r"
+    own_data.write_task(tmp_path, "later")
+    own_data.write_stream(tmp_path, {name: {"max_new_tokens": 8} for name in ("colours", "later")})
+    picture = tmp_path / "pictures" / "later" / f"train-{BAD}.jpg"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:-40])
+    tests = own_data.read(tmp_path, "later", "test")
+    own_data.save(tmp_path, "later", "test", [{**record, "text": "</s>?"} for record in tests[:1]] + tests[1:])
+    words = ["run", str(path), "--data.on_bad", "skip"]
+    assert main(words) == 0
+    assert json.loads((run / "results.json").read_text())["left_out"] == {"later": {"train": 1, "test": 1}}
+    # As a kill leaves it that comes after the first task.
+    shutil.rmtree(next(run.glob("stages/02-*")))
+    (run / "results.json").unlink()
+    picture.write_bytes(whole)
+    own_data.save(tmp_path, "later", "test", tests)
+    assert main([*words, "--resume"]) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert ("left_out" in results, results["samples"]) == (False, {"colours": 4, "later": 4})
+    # What a task learned from is not changed afterwards.
+    shutil.rmtree(next(run.glob("stages/02-*")))
+    change(tmp_path, "train", lambda record: own_data.ask(record, answer="pink"))
+    capsys.readouterr()
+    assert main([*words, "--resume"]) == 2
+    assert "training data of colours" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["dymoe", "cmoe"])

@@ -193,7 +193,7 @@ def note_skipped(folder: RunFolder, stream: "Stream") -> None:
     """List the records that were left out in skipped.jsonl and say so in events.jsonl, once per list."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in stream.skipped)
     file = folder.path / SKIPPED
-    if text and not (file.is_file() and read_bytes(file) == text.encode()):
+    if text.encode() != (read_bytes(file) if file.is_file() else b""):  # all may have been mended since
         counts = Counter(row["file"] for row in stream.skipped)
         atomic_write(file, text)
         folder.event("skipped", records=len(stream.skipped), files=dict(counts))
