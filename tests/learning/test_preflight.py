@@ -259,6 +259,27 @@ def test_the_doctor_finds_the_same_and_lists_all_of_it(tmp_path: Path, tiny_fold
 
 
 @pytest.mark.parametrize(
+    ("file", "changed", "told"),
+    [
+        ("config.json", {"image_token_index": 5}, "config.json: image_token_index: it is 5, the tokenizer has <image>"),
+        ("tokenizer_config.json", {"eos_token": None}, "tokenizer_config.json: eos_token: it is missing"),
+        ("chat_template.jinja", "{{ messages[0].a.b }}", "its chat template prepares no picture"),
+        ("chat_template.jinja", "{% for x in %}", "its chat template prepares no picture"),
+        ("chat_template.jinja", "{{ messages[0]['role'] }}", "the chat template writes <image> 0 times"),
+    ],
+)
+def test_other_faults_of_a_models_folder(file: str, changed: Any, told: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    next(family for family in FAMILIES if family.name == "llava").save(folder)
+    text = changed if isinstance(changed, str) else json.dumps({**json.loads((folder / file).read_text()), **changed})
+    (folder / file).write_text(text)
+    with pytest.raises(DymoeError) as error:
+        outline(str(folder), ModelOptions())
+    assert str(error.value).startswith(f"model '{folder}': ")
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "told"),
     [
         ("patch_size", None, "patch_size: it is missing, config.json has 14 (vision_config.patch_size)"),

@@ -31,13 +31,16 @@ def check_processor(lvlm: "Lvlm", name: str) -> None:
     from dymoe.lvlm.collate import Collator
     from dymoe.tasks import Sample
 
+    if cast(Any, lvlm.processor).tokenizer.eos_token is None:
+        raise DymoeError(f"model {name!r}: tokenizer_config.json: eos_token: it is missing, so that no answer ends")
     picture = Image.new("RGB", SIZE, "white")
+    sample = Sample("made", _png(picture), "What is it?", "It", {})
     try:
-        batch = Collator(lvlm).prompts([Sample("of a made picture", _png(picture), "What is it?", "It", {})])
-    except _FAULTS as error:
-        raise DymoeError(
-            f"model {name!r}: {_differing(lvlm) or f'its processor prepares no picture ({_first_line(error)})'}"
-        ) from error
+        batch = Collator(lvlm).prompts([sample])
+    except Exception as error:  # a chat template and a processor's settings are the folder's: they may raise anything
+        told = _first_line(error).removeprefix(f"{sample.label}: ")
+        what = "its chat template" if type(error).__module__.startswith("jinja2") else "its processor"
+        raise DymoeError(f"model {name!r}: {_differing(lvlm) or f'{what} prepares no picture ({told})'}") from error
     config = cast(Any, lvlm.model).config
     rows, ids = cast(Any, lvlm.model).get_input_embeddings().weight.shape[0], batch["input_ids"]
     if int(ids.max()) >= rows:

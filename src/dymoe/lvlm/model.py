@@ -148,7 +148,7 @@ def _from_transformers(
             **_quantization(place, dtype, options, revision),
         )
         processor = processor_at(place, cache_dir, revision)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DymoeError(
             f"model {name!r}: cannot be loaded as an image-text model of transformers ({first}); "
