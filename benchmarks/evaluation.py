@@ -111,7 +111,7 @@ def learned(options: argparse.Namespace, folder: Path) -> tuple[Lvlm, Any, list[
     place = options.run
     if place is None:
         words = ["--tasks", str(options.tasks[:2]).replace("'", ""), "--output", str(folder / "run")]
-        words += ["--model", options.model, "--stream", options.stream, "--evaluation.limit", "1"]
+        words += ["--model", options.model, "--stream", options.stream, "--evaluation.limit", "4"]
         place = run(load_recipe(RECIPES / "dymoe.yaml", [*words, "--training.steps_per_task", str(options.steps)]))
     lvlm, model = load(options.model, options.dtype), None
     stages = sorted((place / "stages").iterdir())[: options.groups]
