@@ -14,6 +14,7 @@ COMMANDS = {
     "play": "open a local page to ask a run and see which experts serve each token",
     "assemble": "build LLaVA-1.5 before instruction tuning from Vicuna, CLIP and a projector",
     "show": "print a run's accuracy matrix and metrics",
+    "compare": "say whether two methods are told apart, on the same questions",
     "score": "score a file of answers as CoIN's code does, or as a careful benchmark would",
     "push": "share a run's groups, recipe and numbers: to a folder or a Hub repository",
     "pull": "fetch what was shared and check all of it",

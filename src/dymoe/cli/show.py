@@ -55,14 +55,32 @@ def matrix_table(results: "Results") -> Any:
             table.add_row(label, *(f"{value:.1f}" for value in accuracies))
     for number, row in enumerate(results.get("matrix", [])):
         # The last one is of the task just learned.
-        cells = [Text(f"{value:.1f}", style="bold" if place == number else "") for place, value in enumerate(row)]
+        cells = [
+            Text(_cell(results, tasks[place], number - place, value), style="bold" if place == number else "")
+            for place, value in enumerate(row)
+        ]
         table.add_row(tasks[number], *cells, *[""] * (len(tasks) - len(row)))
     return table
 
 
+def _cell(results: "Results", task: str, stage: int, value: float) -> str:
+    """An accuracy with its 95 % interval, where the scores of single questions are there."""
+    from dymoe.evaluation.intervals import accuracy
+
+    if task not in results.get("answers", {}):
+        return f"{value:.1f}"
+    interval = accuracy([results["answers"][task]["scores"][stage]])
+    return f"{value:.1f} ({interval.low:.0f}–{interval.high:.0f})"
+
+
 def metrics_line(results: "Results") -> str:
-    """The metrics in one line, those there are."""
+    """The metrics in one line, those there are, with 95 % intervals (docs/intervals.md)."""
+    from dymoe.evaluation.intervals import Answers, metrics
+
     told = [f"{name} {value:.2f}" for name, value in results.get("metrics", {}).items()]
+    if told and results.get("answers"):
+        intervals = metrics([Answers.of(results, "results.json")])
+        told = [f"{name} {interval.text(sign=name.startswith('BWT'))}" for name, interval in intervals.items()]
     drift = results.get("format_drift") or {}
     if drift:
         told.append(f"format drift {sum(drift.values()) / len(drift):.2f}")

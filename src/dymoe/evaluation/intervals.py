@@ -21,7 +21,7 @@ outside.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dymoe.errors import DymoeError
 
@@ -51,6 +51,13 @@ class Interval:
         """Of a difference: whether the interval leaves zero out, and on which side."""
         return "more" if self.low > 0 else "less" if self.high < 0 else "not told apart"
 
+    def text(self, sign: bool = False) -> str:
+        """As in "55.2 (51.0 to 59.1)", with real minus signs."""
+        form = "+.1f" if sign else ".1f"
+        # Adding 0.0 turns a rounded -0.0 into 0.0.
+        value, low, high = (f"{round(number, 1) + 0.0:{form}}" for number in (self.value, self.low, self.high))
+        return f"{value} ({low} to {high})".replace("-", "−")
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -73,6 +80,38 @@ class Answers:
     def staged(self) -> bool:
         """Whether there is a row for every stage, so that MFT, MAA and BWT exist."""
         return all(len(self.scores[task]) == len(self.tasks) - place for place, task in enumerate(self.tasks))
+
+    @classmethod
+    def of(cls, results: Mapping[str, Any], where: str) -> "Answers":
+        """The scores that a run's results hold (key ``answers``).
+
+        Raises:
+            DymoeError: they hold none, as results do that an earlier version wrote; `where` names them.
+        """
+        held = results.get("answers")
+        if not held:
+            raise DymoeError(f"{where}: holds no scores of single questions (key answers), which an interval needs")
+        tasks = tuple(task for task in results["tasks"] if task in held)
+        scores = {task: held[task]["scores"] for task in tasks}
+        return cls(tasks, scores, {task: held[task]["questions"] for task in tasks}, results.get("seed", 0))
+
+
+def answers(stages: Sequence[Mapping[str, tuple[Sequence[str], Sequence[float]]]]) -> dict[str, dict[str, Any]]:
+    """The scores of single questions as results.json holds them.
+
+    Args:
+        stages: of each stage in order, task -> (ids, scores 0 to 1) of the questions asked.
+
+    Returns:
+        Task -> ``questions`` (see `digest`) and ``scores``, a row for every stage that asked the task.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        for task, (ids, scores) in stage.items():
+            entry = found.setdefault(task, {"questions": digest(ids), "scores": []})
+            # A right answer as 1 rather than 1.0: a run's scores are some thousand numbers.
+            entry["scores"].append([int(score) if score in (0, 1) else round(score, 4) for score in scores])
+    return found
 
 
 def digest(ids: Sequence[str]) -> str:

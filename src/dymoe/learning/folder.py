@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from dymoe.errors import DymoeError
-from dymoe.files import TEMPORARY, atomic_json, atomic_write, parse_json, read_bytes, read_json, sha256_of
+from dymoe.files import (
+    TEMPORARY,
+    atomic_json,
+    atomic_write,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_json_lines,
+    sha256_of,
+)
+from dymoe.learning.formats import Scored
 from dymoe.schema import Count, Percent
 
 if TYPE_CHECKING:
@@ -262,6 +272,18 @@ class StageFolder:
         self.write(
             "scores.json", {**scores, result.task: {**numbers, "sha256": self._seal(result.task, numbers, routing)}}
         )
+
+    def answers(self) -> dict[str, tuple[list[str], list[float]]]:
+        """Task -> (ids, strict scores 0 to 1) of its questions, of all tasks evaluated so far.
+
+        Raises:
+            DymoeError: predictions are missing or malformed.
+        """
+        found = {}
+        for task in self.scores:
+            records = list(read_json_lines(self.predictions / f"{task}.jsonl", Scored))
+            found[task] = [str(record["id"]) for record in records], [record["score"] for record in records]
+        return found
 
     def intact(self) -> list[str]:
         """The tasks evaluated so far whose score, predictions and routing stand as they were written."""

@@ -26,6 +26,13 @@ class Hashes(TypedDict):
     before: NotRequired[dict[str, str]]
 
 
+class Answered(TypedDict):
+    """One task's questions: a digest of their ids, and their scores after every stage since it was learned."""
+
+    questions: str
+    scores: list[list[Annotated[float, Range(0, 1)]]]
+
+
 Facts = TypedDict(
     "Facts",
     {
@@ -44,6 +51,7 @@ Facts = TypedDict(
         "joint": NotRequired[Accuracies | None],
         "lenient_joint": NotRequired[Accuracies | None],
         "zero_shot": NotRequired[Accuracies | None],
+        "answers": NotRequired[dict[str, Answered]],
         "forgetting": NotRequired[dict[str, float] | None],
         "format_drift": NotRequired[dict[str, float] | None],
         "drift": NotRequired[dict[str, list[float]] | None],

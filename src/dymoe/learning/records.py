@@ -32,6 +32,7 @@ COPIED = (
     "joint",
     "lenient_joint",
     "zero_shot",
+    "answers",
     "metrics",
     "forgetting",
     "format_drift",

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from dymoe.evaluation.drift import drift
+from dymoe.evaluation.intervals import answers
 from dymoe.evaluation.matrix import AccuracyMatrix
 from dymoe.files import atomic_json
 from dymoe.learning import clock, conditions, preflight
@@ -79,6 +80,7 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
         if not stages:
             results["metrics"] = {"MFN": sum(results["zero_shot"]) / len(tasks)}
             results["samples"] = {task: row["samples"] for task, row in zero_shot.items()}
+    results["answers"] = answers([stage.answers() for stage in done] or [folder.zero_shot.answers()])
     results["group_hashes"] = [
         {"stage": number, "groups": record["hashes"], "before": record["hashes_before"]}
         for number, record in enumerate(records, start=1)
