@@ -102,7 +102,8 @@ def test_plain_values_are_read_back(value):
         assert parse_yaml(text, "f") == value
 
 
-def test_nothing_but_the_one_error_comes_of_broken_text():
+@pytest.mark.parametrize("seed, count", [(7, 1500), pytest.param(8, 10_000, marks=pytest.mark.slow)])
+def test_nothing_but_the_one_error_comes_of_broken_text(seed, count):
     """Pieces of YAML thrown together, seeded: read as PyYAML reads them, or one line."""
     pieces = [
         "a",
@@ -140,9 +141,9 @@ def test_nothing_but_the_one_error_comes_of_broken_text():
         "=",
         "\t",
     ]
-    draw = random.Random(7)
+    draw = random.Random(seed)
     taken = 0
-    for _ in range(1500):
+    for _ in range(count):
         text = "".join(draw.choices(pieces, k=draw.randrange(1, 14)))
         told, value = "", None
         try:

@@ -209,9 +209,23 @@ KEYS = ("id", "question_id", "image", "images", "conversations", "messages", "te
 KEYS += ("size", "answers", "choices", "videos", "x")
 
 
-@given(st.dictionaries(st.sampled_from(KEYS), ANY, max_size=8), st.booleans())
+RECORDS = st.dictionaries(st.sampled_from(KEYS), ANY, max_size=8)
+
+
+@given(RECORDS, st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_any_value_is_understood_or_refused(value: dict[str, Any], test: bool) -> None:
+    understood_or_refused(value, test)
+
+
+@pytest.mark.slow
+@given(RECORDS, st.booleans())
+@settings(max_examples=10_000, deadline=None)
+def test_ten_thousand_values_are_understood_or_refused(value: dict[str, Any], test: bool) -> None:
+    understood_or_refused(value, test)
+
+
+def understood_or_refused(value: dict[str, Any], test: bool) -> None:
     for read in (lambda: parse(value, test), lambda: reference(value)):
         try:
             found = read()
