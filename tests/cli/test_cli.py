@@ -89,23 +89,31 @@ def test_show_prints_the_matrix_and_escapes_names(tmp_path, capsys):
         assert word in told
 
 
+def answered(method, first, after, second):
+    """Results of two tasks of 40 questions, with so many right answers: task A at once and after B, and B."""
+    rows = {"[red]A": [first, after], "B": [second]}
+    scores = {task: [[1] * right + [0] * (40 - right) for right in counts] for task, counts in rows.items()}
+    percent = [2.5 * right for right in (first, after, second)]
+    metrics = {"MFT": (percent[0] + percent[2]) / 2, "MFN": (percent[1] + percent[2]) / 2}
+    metrics["BWT"] = metrics["MFN"] - metrics["MFT"]
+    answers = {task: {"questions": task, "scores": found} for task, found in scores.items()}
+    return results(method=method, metrics=metrics, answers=answers)
+
+
 @pytest.mark.parametrize(
-    "mfn, bwt, mft, words",
+    "right, words",
     [
         (
-            60.0,
-            -5.0,
-            63.0,
-            ("forgot less than", "learned less", "ended higher", "backward transfer of -5.0 against -10.0 points"),
+            (24, 24, 28),
+            ("transfer +0.0 against -20.0 points, more", "just trained 65.0 against 65.0 %, not told apart"),
         ),
-        (50.0, -15.0, 70.0, ("forgot more than", "learned more", "ended lower")),
-        (55.0, -10.0, 65.0, ("forgot as much as", "learned as much", "ended level")),
+        ((24, 0, 28), ("transfer -30.0 against -20.0 points, less", "at the end 35.0 against 45.0 %, less")),
+        ((24, 9, 28), ("transfer -18.8 against -20.0 points, not told apart",)),
     ],
 )
-def test_the_demo_sentence_follows_the_numbers(mfn, bwt, mft, words):
-    second = results(method="dymoe", metrics={"MFT": mft, "MFN": mfn, "BWT": bwt})
-    told = sentence(results(method="incmoelora"), second)
-    assert told.startswith("DyMoE forgot")
+def test_the_demo_says_what_its_questions_tell_apart(right, words):
+    told = sentence(answered("incmoelora", 24, 8, 28), answered("dymoe", *right))
+    assert told.startswith("DyMoE beside IncMoELoRA: ")
     assert all(word in told for word in words), told
 
 

@@ -83,23 +83,29 @@ def _run(method: str, output: Path, steps: int) -> Path:
 
 
 def sentence(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """What the two results show, computed from their matrices.
+    """What the two results show: as the same questions tell them apart, or do not (docs/intervals.md).
 
     Args:
         first: results.json of the baseline.
         second: results.json of the method compared with it.
     """
+    from dymoe.evaluation.intervals import Answers, compare
+
     one, two = first["metrics"], second["metrics"]
     names = {"incmoelora": "IncMoELoRA", "dymoe": "DyMoE"}
     a, b = (names.get(results["method"], results["method"]) for results in (first, second))
-    kept_a, kept_b = one["BWT"], two["BWT"]
-    forgets = "less" if kept_b > kept_a else "more" if kept_b < kept_a else "as much"
-    learns = "less" if two["MFT"] < one["MFT"] else "more" if two["MFT"] > one["MFT"] else "as much"
-    ends = "higher" if two["MFN"] > one["MFN"] else "lower" if two["MFN"] < one["MFN"] else "level"
-    than = "as" if forgets == "as much" else "than"
+    differences = compare([Answers.of(second, b)], [Answers.of(first, a)])
+
+    def told(metric: str, what: str, unit: str) -> str:
+        difference = differences[metric]
+        return (
+            f"{what} {two[metric]:.1f} against {one[metric]:.1f} {unit}, {difference.verdict} "
+            f"(difference {difference.text(sign=True)})"
+        )
+
     return (
-        f"{b} forgot {forgets} {than} {a} (backward transfer of {kept_b:+.1f} against {kept_a:+.1f} points), "
-        f"learned {learns} of each new task ({two['MFT']:.1f} against {one['MFT']:.1f} % when just trained) "
-        f"and ended {ends} ({two['MFN']:.1f} against {one['MFN']:.1f} % over all tasks; "
-        f"one seed, {sum(first['steps'])} steps, {min(first['samples'].values())} questions a task)."
+        f"{b} beside {a}: {told('BWT', 'backward transfer', 'points')}; "
+        f"{told('MFT', 'accuracy when just trained', '%')}; {told('MFN', 'accuracy at the end', '%')}. "
+        f"One seed, {sum(first['steps'])} steps, {min(first['samples'].values())} questions a task; 95 % intervals over "
+        "questions, paired."
     )
