@@ -105,7 +105,7 @@ def answered(method, first, after, second):
     [
         (
             (24, 24, 28),
-            ("transfer +0.0 against -20.0 points, more", "just trained 65.0 against 65.0 %, not told apart"),
+            ("transfer 0.0 against -20.0 points, more", "just trained 65.0 against 65.0 %, not told apart"),
         ),
         ((24, 0, 28), ("transfer -30.0 against -20.0 points, less", "at the end 35.0 against 45.0 %, less")),
         ((24, 9, 28), ("transfer -18.8 against -20.0 points, not told apart",)),

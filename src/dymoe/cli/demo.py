@@ -106,6 +106,6 @@ def sentence(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     return (
         f"{b} beside {a}: {told('BWT', 'backward transfer', 'points')}; "
         f"{told('MFT', 'accuracy when just trained', '%')}; {told('MFN', 'accuracy at the end', '%')}. "
-        f"One seed, {sum(first['steps'])} steps, {min(first['samples'].values())} questions a task; 95 % intervals over "
-        "questions, paired."
+        f"One seed, {sum(first['steps'])} steps, {min(first['samples'].values())} questions a task; 95 % intervals "
+        "over questions, paired."
     )
