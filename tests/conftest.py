@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import functools
 import gc
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ if not torch.cuda.is_available():  # before anything imports Triton: its interpr
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# A shell that starts the suite in the background lets it ignore SIGINT, and so would the runs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What takes long begins first: the workers share the suite by its modules, in this order, and end together. The second
 # needs no compiled gate, so that in a fresh clone one worker compiles it and the others find it in Numba's cache.
