@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from tests.adapter.test_selection import grown
 from transformers import Cache
 
 from dymoe.errors import DymoeError
 from dymoe.evaluation.decode import Greedy
+from tests.adapter.test_selection import grown
 
 LONGEST = 8
 

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from tests.learning.tiny import save_tiny
 
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import batches, evaluate, evaluated, generate
@@ -13,6 +12,7 @@ from dymoe.lvlm import Collator, ImageFeatures, load
 from dymoe.methods import Stage, create
 from dymoe.tasks import Sample, Task, load_stream
 from dymoe.tasks.scoring import lenient, scorer
+from tests.learning.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """Intervals and paired comparisons: hand-computed cases, the matrix's own metrics, and simulated coverage."""
 
-import math
-
 import numpy as np
 import pytest
 
 from dymoe.errors import DymoeError
 from dymoe.evaluation.intervals import METRICS, Answers, accuracy, compare, digest, metric_names, metrics
 from dymoe.evaluation.matrix import AccuracyMatrix
+from tests.evaluation.coverage import coverage
 
 
 def run_of(rows, seed=0, names=None):
@@ -117,33 +116,6 @@ def test_other_questions_or_tasks_are_refused():
 
 @pytest.mark.parametrize("seeds, between", [(1, 0.0), (3, 0.0), (3, 0.6), (5, 0.4)])
 def test_nineteen_of_twenty_intervals_hold_the_truth(seeds, between):
-    """Questions of random difficulty, seeds that shift whole tasks: what all of them would give is known."""
-    random = np.random.default_rng(7)
-    tasks, questions, trials = 4, 80, 120
-    level, loss, spread = np.array([1.5, 0.5, 0.0, -0.5]), np.array([0.6, 0.4, 0.2, 0.0]), 1.5
-    hits = {"MFN": 0, "BWT": 0}
-    logistic = lambda values: 1 / (1 + np.exp(-values))  # noqa: E731
-    noise = random.normal(0, 1, 40_000)
-    for _ in range(trials):
-        # A single seed's interval speaks of that training alone, so its shift belongs to the truth.
-        shifts = random.normal(0, between, (seeds, tasks))
-        difficulty = random.normal(level[:, None], spread, (tasks, questions))
-        runs = []
-        for seed in range(seeds):
-            rows = []
-            for task in range(tasks):
-                places = [logistic(difficulty[task] + shifts[seed, task])] + [
-                    logistic(difficulty[task] + shifts[seed, task] - loss[task])
-                ] * (tasks - 1 - task)
-                rows.append([(random.random(questions) < chance).astype(float) for chance in places])
-            runs.append(run_of(rows, seed))
-        sd = math.hypot(spread, between if seeds > 1 else 0)
-        first = [logistic(level[i] + sd * noise).mean() for i in range(tasks)]
-        last = [logistic(level[i] - loss[i] + sd * noise).mean() for i in range(tasks)]
-        last[-1] = first[-1]
-        truth = {"MFN": 100 * np.mean(last), "BWT": 100 * (np.mean(last) - np.mean(first))}
-        for name, interval in metrics(runs, draws=500).items():
-            if name in truth:
-                hits[name] += interval.low <= truth[name] <= interval.high
-    for name, count in hits.items():
-        assert count / trials >= 0.89, name  # 0.95 minus three standard errors of 120 trials
+    streams = 120
+    for name, (share, _) in coverage(seeds, between, questions=80, streams=streams, draws=500).items():
+        assert share >= 0.89, name  # 0.95 minus three standard errors of 120 streams
