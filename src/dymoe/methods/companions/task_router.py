@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_json, atomic_write
+from dymoe.files import atomic_json
 from dymoe.methods.base import Stage, StageData, require
 from dymoe.methods.companions.base import Companion
 from dymoe.methods.companions.measuring import some, trained_group
@@ -107,21 +107,21 @@ class TaskRouter(Companion):
             accuracy = 100.0 * chosen[task.name] / len(places)
             tasks[task.name] = {"accuracy": accuracy, "samples": len(places), "chosen": dict(chosen.most_common())}
         if fresh:
-            from safetensors.torch import save
+            from dymoe.methods.parameters import save_tensors
 
-            atomic_write(stage.memory / FEATURES, save(fresh))
+            save_tensors(stage.memory / FEATURES, fresh)
         mean = sum(row["accuracy"] for row in tasks.values()) / len(tasks) if tasks else None
         return {"group": group, "accuracy": mean, "tasks": tasks}
 
 
 def _earlier_features(folders: Sequence[Path]) -> dict[str, Tensor]:
     """Validation features of the tasks seen, as the stages before left them."""
-    from safetensors.torch import load_file
+    from dymoe.methods.parameters import load_tensors
 
-    found: dict[str, Any] = {}
+    found: dict[str, Tensor] = {}
     for folder in folders:
         if (folder / FEATURES).is_file():
-            found.update(load_file(folder / FEATURES))
+            found.update(load_tensors(folder / FEATURES))
     return found
 
 
