@@ -13,7 +13,8 @@ from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import autocast, batches, evaluated, to_device
 from dymoe.files import read_json
 from dymoe.learning import conditions, preflight
-from dymoe.learning.folder import Saved, StageFolder
+from dymoe.learning.folder import StageFolder
+from dymoe.learning.formats import Saved
 from dymoe.learning.groups import WEIGHTS, hashes, load_group, read_tensors, set_group, trace_of
 from dymoe.learning.learner import base_model
 from dymoe.learning.recipe import Recipe, recorded

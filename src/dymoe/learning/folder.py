@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import IO, TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import (
@@ -21,8 +21,7 @@ from dymoe.files import (
     read_json_lines,
     sha256_of,
 )
-from dymoe.learning.formats import Scored
-from dymoe.schema import Count, Percent
+from dymoe.learning.formats import Done, Event, Probed, Routing, Row, Score, Scored, Trained
 
 if TYPE_CHECKING:
     from dymoe.evaluation.generate import TaskResult
@@ -39,96 +38,11 @@ FREE = (
     "training.dynamics_every",
     "training.report_to",
 )
-
-
-# How a step's samples are shared out; what they come to together is compared instead.
-SHARED = ("training.gradient_accumulation", "training.samples_per_step")
-
-
 LOCK = ".lock"
 MEMORY = "method"  # where a method keeps what it remembers between tasks
 # The files of a stage that a marker vouches for, as patterns below its folder.
 TRAINED = ("adapter/*", f"{MEMORY}/**/*", "dynamics.jsonl", "probed.json")
 EVALUATED = ("training.json", "scores.json", "routing.json", "predictions/*.jsonl")
-
-
-class Saved(TypedDict):
-    """Of a stage's training.json: the group it trained, and the hashes of all groups after it."""
-
-    group: str
-    hashes: dict[str, str]
-
-
-class Trained(Saved):
-    """training.json: what a stage's training came to; it is there once the group is saved.
-
-    `training` holds the stage's routing over its steps (`dymoe.learning.results.routing_over_steps`), `logged` how many
-    lines it has in events.jsonl, `files` the SHA-256 of every file that the training left, `sha256` that of all this.
-    """
-
-    steps: Count
-    resumed_at: Count
-    seconds: dict[str, float]
-    trainable_parameters: Count
-    stored_parameters: Count
-    hashes_before: dict[str, str]
-    training: dict[str, list[float]]
-    logged: Count
-    files: dict[str, str]
-    sha256: str
-
-
-class Spent(TypedDict):
-    """Seconds by what they went to."""
-
-    train: float
-
-
-class Probed(TypedDict):
-    """probed.json: what a method's temporary group took to train."""
-
-    steps: Count
-    resumed_at: Count
-    seconds: Spent
-
-
-class Done(TypedDict):
-    """What every done.json has, beside what training.json says: SHA-256 of every file of the stage, and of all this."""
-
-    seconds: dict[str, float]
-    files: dict[str, str]
-    sha256: str
-
-
-class Score(TypedDict):
-    """A task's entry of scores.json; `sha256` is over the numbers, the predictions and the row of routing.json."""
-
-    strict: Percent
-    lenient: Percent
-    samples: Count
-    sha256: str
-
-
-class Row(TypedDict):
-    """A task's row of routing.json: mean routing weight of every group, over all layers and by layer."""
-
-    weight: list[float]
-    by_layer: dict[str, list[float]]
-
-
-class Routing(TypedDict):
-    """routing.json; without groups where nothing is routed."""
-
-    groups: list[str]
-    tasks: dict[str, Row]
-
-
-class Event(TypedDict):
-    """What a line of events.jsonl has; the rest is what happened."""
-
-    event: str
-    stage: NotRequired[Count]
-    step: NotRequired[Count]
 
 
 class StageFolder:

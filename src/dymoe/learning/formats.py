@@ -122,6 +122,77 @@ class SweepResults(TypedDict):
     chosen: NotRequired[dict[str, float]]
 
 
+class Saved(TypedDict):
+    """Of a stage's training.json: the group it trained, and the hashes of all groups after it."""
+
+    group: str
+    hashes: dict[str, str]
+
+
+class Trained(Saved):
+    """training.json: what a stage's training came to; it is there once the group is saved.
+
+    `training` holds the stage's routing over its steps (`dymoe.learning.results.routing_over_steps`), `logged` how many
+    lines it has in events.jsonl, `files` the SHA-256 of every file that the training left, `sha256` that of all this.
+    """
+
+    steps: Count
+    resumed_at: Count
+    seconds: dict[str, float]
+    trainable_parameters: Count
+    stored_parameters: Count
+    hashes_before: dict[str, str]
+    training: dict[str, list[float]]
+    logged: Count
+    files: dict[str, str]
+    sha256: str
+
+
+class Spent(TypedDict):
+    """Seconds by what they went to."""
+
+    train: float
+
+
+class Probed(TypedDict):
+    """probed.json: what a method's temporary group took to train."""
+
+    steps: Count
+    resumed_at: Count
+    seconds: Spent
+
+
+class Done(TypedDict):
+    """What every done.json has, beside what training.json says: SHA-256 of every file of the stage, and of all this."""
+
+    seconds: dict[str, float]
+    files: dict[str, str]
+    sha256: str
+
+
+class Score(TypedDict):
+    """A task's entry of scores.json; `sha256` is over the numbers, the predictions and the row of routing.json."""
+
+    strict: Percent
+    lenient: Percent
+    samples: Count
+    sha256: str
+
+
+class Row(TypedDict):
+    """A task's row of routing.json: mean routing weight of every group, over all layers and by layer."""
+
+    weight: list[float]
+    by_layer: dict[str, list[float]]
+
+
+class Routing(TypedDict):
+    """routing.json; without groups where nothing is routed."""
+
+    groups: list[str]
+    tasks: dict[str, Row]
+
+
 class Event(TypedDict):
     """One line of events.jsonl."""
 

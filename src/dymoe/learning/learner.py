@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from dymoe.errors import DymoeError
 from dymoe.learning import clock
 from dymoe.learning.data import Data
-from dymoe.learning.folder import RunFolder, StageFolder, Trained, remove_checkpoints
+from dymoe.learning.folder import RunFolder, StageFolder, remove_checkpoints
+from dymoe.learning.formats import Trained
 from dymoe.learning.processes import Processes
 from dymoe.learning.progress import Display
 from dymoe.learning.recipe import Recipe

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dymoe.lvlm.count import TokenCounter
     from dymoe.tasks import Sample, Stream, Task
 
+SKIPPED = "skipped.jsonl"  # of a run: the records that were left out, one a line
 CHUNK = 256  # samples whose pictures are decoded while those before are tokenised
 NAMED = 3  # of those that cannot be used, how many an error names
 # A sample of these kinds can be asked; but no answer to it scores.

@@ -44,8 +44,53 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
     strict = [[row[task]["strict"] for task in row] for row in scores]
     lenient = [[row[task]["lenient"] for task in row] for row in scores]
     joint = len(stages) == 1 and len(tasks) > 1
+    results = {
+        **_described(folder, recipe, tasks),
+        "samples": {task: row[task]["samples"] for row in scores for task in row},
+        "matrix": [] if joint else strict,
+        "lenient_matrix": [] if joint else lenient,
+        "metrics": {},
+    }
+    zero_shot = folder.zero_shot.scores
+    if zero_shot:
+        results["zero_shot"] = [zero_shot[task]["strict"] for task in tasks]
+    if not stages:
+        results["samples"] = {task: row["samples"] for task, row in zero_shot.items()}
+        results["metrics"] = {"MFN": sum(results["zero_shot"]) / len(tasks)} if zero_shot else {}
+    elif joint:
+        results.update(_joint(strict, lenient))
+    elif done:
+        matrix = AccuracyMatrix(strict, tasks[: len(strict)])
+        results["metrics"] = matrix.to_dict()
+        results["forgetting"] = matrix.forgetting_by_task()
+        results["format_drift"] = format_drift(strict, lenient, tasks)
+    results["answers"] = answers([stage.answers() for stage in (done if stages else [folder.zero_shot])])
+    results["group_hashes"] = [
+        {"stage": number, "groups": record["hashes"], "before": record["hashes_before"]}
+        for number, record in enumerate(records, start=1)
+    ]
+    results["trainable_parameters"] = records[-1]["trainable_parameters"] if done else 0
+    results["stored_parameters"] = records[-1]["stored_parameters"] if done else 0
+    results["steps"] = [record["steps"] for record in records]
+    results["resumed_at"] = [record["resumed_at"] for record in records]
+    results["seconds"] = _seconds(done)
+    results["drift"] = routing_drift([stage.routing for stage in done])
+    names = [stage.path.name.partition("-")[2] for stage in done]
+    results["training"] = {name: record["training"] for name, record in zip(names, records, strict=True)}
+    reports = [_report(stage) for stage in done]
+    if any(reports):
+        results["reports"] = reports
+    if left_out := preflight.counts(folder.path / preflight.SKIPPED):
+        results["left_out"] = left_out
+    results.update(computed_by(run))
+    atomic_json(folder.path / "results.json", results)
+
+
+def _described(folder: RunFolder, recipe: Recipe, tasks: Sequence[str]) -> dict[str, Any]:
+    """What ran."""
     resolved = recipe.resolved()
-    results: dict[str, Any] = {
+    own = {"scoring": recipe.data.scoring if recipe.stream == "coin" else "own"} if "data" in resolved else {}
+    return {
         "name": folder.path.name,
         "method": recipe.method,
         "settings": resolved["settings"],
@@ -58,50 +103,18 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
         "base": recipe.model,
         "steps_per_task": recipe.training.steps_per_task,
         "split": recipe.evaluation.split,
-        "samples": {task: row[task]["samples"] for row in scores for task in row},
-        "matrix": [] if joint else strict,
-        "lenient_matrix": [] if joint else lenient,
-        "metrics": {},
+        **own,
     }
-    if "data" in resolved:
-        results["scoring"] = recipe.data.scoring if recipe.stream == "coin" else "own"
-    if joint:
-        results["joint"], results["lenient_joint"] = (strict[0], lenient[0]) if done else (None, None)
-        results["metrics"] = {"MFN": sum(strict[0]) / len(strict[0])} if done else {}
-        results["forgetting"], results["format_drift"] = {}, {}
-    elif done:
-        matrix = AccuracyMatrix(strict, tasks[: len(strict)])
-        results["metrics"] = matrix.to_dict()
-        results["forgetting"] = matrix.forgetting_by_task()
-        results["format_drift"] = format_drift(strict, lenient, tasks)
-    zero_shot = folder.zero_shot.scores
-    if zero_shot:
-        results["zero_shot"] = [zero_shot[task]["strict"] for task in tasks]
-        if not stages:
-            results["metrics"] = {"MFN": sum(results["zero_shot"]) / len(tasks)}
-            results["samples"] = {task: row["samples"] for task, row in zero_shot.items()}
-    results["answers"] = answers([stage.answers() for stage in done] or [folder.zero_shot.answers()])
-    results["group_hashes"] = [
-        {"stage": number, "groups": record["hashes"], "before": record["hashes_before"]}
-        for number, record in enumerate(records, start=1)
-    ]
-    results["trainable_parameters"] = records[-1]["trainable_parameters"] if done else 0
-    results["stored_parameters"] = records[-1]["stored_parameters"] if done else 0
-    results["steps"] = [record["steps"] for record in records]
-    results["resumed_at"] = [record["resumed_at"] for record in records]
-    seconds = [stage.done["seconds"] for stage in done if stage.done is not None]
-    results["seconds"] = {key: [row.get(key, 0.0) for row in seconds] for key in ("train", "method", "evaluate")}
-    results["seconds"]["probe"] = [_probe_seconds(stage) for stage in done]
-    results["drift"] = routing_drift([stage.routing for stage in done])
-    names = [stage.path.name.partition("-")[2] for stage in done]
-    results["training"] = {name: record["training"] for name, record in zip(names, records, strict=True)}
-    reports = [_report(stage) for stage in done]
-    if any(reports):
-        results["reports"] = reports
-    if left_out := preflight.counts(folder.path / "skipped.jsonl"):
-        results["left_out"] = left_out
-    results.update(computed_by(run))
-    atomic_json(folder.path / "results.json", results)
+
+
+def _joint(strict: Sequence[list[float]], lenient: Sequence[list[float]]) -> dict[str, Any]:
+    """Of a run that learns all tasks in one stage: its accuracies, once that stage is done."""
+    there = (strict[0], lenient[0]) if strict else (None, None)
+    metrics = {"MFN": sum(strict[0]) / len(strict[0])} if strict else {}
+    return {
+        **dict(zip(("joint", "lenient_joint"), there, strict=True)),
+        **{"metrics": metrics, "forgetting": {}, "format_drift": {}},
+    }
 
 
 def computed_by(run: conditions.Description) -> dict[str, Any]:
@@ -147,6 +160,13 @@ def format_drift(
         return rows[task][task] - rows[last][task]
 
     return {tasks[i]: lost(strict, i) - lost(lenient, i) for i in range(last + 1)}
+
+
+def _seconds(done: Sequence[StageFolder]) -> dict[str, list[float]]:
+    """What each stage took, by what it went to."""
+    spent = [marker["seconds"] for stage in done if (marker := stage.done) is not None]
+    seconds = {key: [row.get(key, 0.0) for row in spent] for key in ("train", "method", "evaluate")}
+    return {**seconds, "probe": [_probe_seconds(stage) for stage in done]}
 
 
 def _probe_seconds(stage: StageFolder) -> float:

@@ -26,8 +26,6 @@ from dymoe.learning.results import shown_samples, write_results
 if TYPE_CHECKING:
     from dymoe.tasks import Stream, Task
 
-SKIPPED = "skipped.jsonl"  # the records that were left out, one a line
-
 
 def run(
     recipe: Recipe,
@@ -162,7 +160,7 @@ class _Start:
         note_skipped(folder, self.stream)
         shown = (self.recipe.evaluation.split, self.recipe.evaluation.limit)
         atomic_json(folder.path / "samples.json", shown_samples(self.stream.tasks, *shown))
-        notes += preflight.left_out(self.stream.skipped, folder.path / SKIPPED)
+        notes += preflight.left_out(self.stream.skipped, folder.path / preflight.SKIPPED)
         if folder.begun:
             asked = self.stages or [folder.zero_shot]
             notes.append(found_again(folder.path, [stage.done is not None for stage in asked]))
@@ -192,7 +190,7 @@ def found_again(path: Path, done: Sequence[bool]) -> str:
 def note_skipped(folder: RunFolder, stream: "Stream") -> None:
     """List the records that were left out in skipped.jsonl and say so in events.jsonl, once per list."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in stream.skipped)
-    file = folder.path / SKIPPED
+    file = folder.path / preflight.SKIPPED
     if text.encode() != (read_bytes(file) if file.is_file() else b""):  # all may have been mended since
         counts = Counter(row["file"] for row in stream.skipped)
         atomic_write(file, text)
