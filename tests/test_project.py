@@ -1,0 +1,43 @@
+"""What the repository says of itself: its citation, its versions, its workflow."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+
+import dymoe
+
+ROOT = Path(__file__).resolve().parent.parent
+CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+
+
+def test_one_version_stands_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert {project["version"], dymoe.__version__, CITATION["version"], newest} == {dymoe.__version__}
+
+
+def test_every_paper_that_is_named_is_cited():
+    works = [CITATION["preferred-citation"], *CITATION["references"]]
+    cited = {work["url"].rpartition("/")[2] for work in works}
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "src").rglob("*.py")]
+    papers = {number for file in files for number in re.findall(r"arXiv (\d{4}\.\d{5})", file.read_text("utf-8"))}
+    assert len(papers) > 10
+    assert papers <= cited
+    assert all(work["title"] and work["authors"] and work["year"] for work in works)
+
+
+def test_the_workflow_runs_what_a_commit_must_pass():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_the_files_that_contributors_are_sent_to_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    links = [target for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in target]
+    paths = re.findall(r"`((?:src|tests|tools|recipes|docs|benchmarks)/[\w/.-]+)`", text)
+    assert len(paths) > 10
+    assert [path for path in links + paths if "NAME" not in path and not (ROOT / path).exists()] == []
