@@ -562,7 +562,7 @@ def test_files_that_are_no_list_of_records(text: str, message: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("ScienceQA", {"question_id": "999"}, r"problems\.json has no problem '999'"),
+        ("ScienceQA", {"question_id": "999"}, r"problems\.json has no question '999'"),
         ("TextVQA", {"question_id": 999}, r"TextVQA_0\.5\.1_val\.json has no question '999'"),
         ("GQA", {"question_id": "999"}, r"testdev_balanced_questions\.json has no question '999'"),
         ("Grounding", {"size": [640]}, r"'size' must be the picture's width and height"),

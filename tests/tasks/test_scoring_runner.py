@@ -244,7 +244,7 @@ def test_annotation_files_that_cannot_be_used_are_named(run: Run, tmp_path: Path
         run("ScienceQA", "coin", said, references, annotations=tmp_path)
     root = tree(tmp_path)
     (root / "ScienceQA/pid_splits.json").write_text('{"test": ["1", "8"]}')
-    with pytest.raises(DymoeError, match=r"problems\.json: record '8': must be an object"):
+    with pytest.raises(DymoeError, match=r"problems\.json has no question '8'"):
         run("ScienceQA", "coin", said, references, annotations=root)
     (root / "ScienceQA/pid_splits.json").write_text('{"val": []}')
     with pytest.raises(DymoeError, match=r"pid_splits\.json: 'test' must be a list"):
@@ -253,7 +253,7 @@ def test_annotation_files_that_cannot_be_used_are_named(run: Run, tmp_path: Path
     with pytest.raises(DymoeError, match=r"pid_splits\.json: not valid JSON"):
         run("ScienceQA", "coin", said, references, annotations=root)
     (root / "GQA/testdev_balanced_questions.json").write_text('{"1": {"answer": "yes"}}')
-    with pytest.raises(DymoeError, match="record '1': 'isBalanced' must be true or false"):
+    with pytest.raises(DymoeError, match="question '1': 'isBalanced' must be true or false"):
         run("GQA", "coin", said, references, annotations=root)
 
 

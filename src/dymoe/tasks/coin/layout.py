@@ -19,7 +19,7 @@ from dymoe.files import expand, read_json
 from dymoe.tasks import instructions
 from dymoe.tasks.lazy import what_is_there
 from dymoe.tasks.llava import parse
-from dymoe.tasks.scoring.reading import ANNOTATIONS
+from dymoe.tasks.scoring.annotations import FILES
 from dymoe.tasks.source import Source
 
 PUBLISHED = Path(__file__).parent / "published.json"
@@ -92,7 +92,7 @@ class Layout:
         Raises:
             DymoeError: one is missing.
         """
-        paths = tuple(self.images / task / name for name in ANNOTATIONS.get(task, ()))
+        paths = tuple(self.images / task / name for name in FILES.get(task, ()))
         for path in paths:
             if not path.is_file():
                 raise DymoeError(f"{path}: no such file; {task} cannot be scored without it (docs/coin.md)")

@@ -13,19 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import parse_json, read_bytes, sha256_of
+from dymoe.files import sha256_of
 from dymoe.messages import brief
 from dymoe.tasks.llava import Names, record_id, reference
 from dymoe.tasks.recordfile import numbered, read_records
+from dymoe.tasks.scoring import annotations as files
 from dymoe.tasks.scoring import letter
 from dymoe.tasks.scoring.text import as_text
-
-ANNOTATIONS: Mapping[str, tuple[str, ...]] = {
-    "ScienceQA": ("problems.json", "pid_splits.json"),
-    "TextVQA": ("TextVQA_0.5.1_val.json",),
-    "GQA": ("testdev_balanced_questions.json",),
-}
-SPLIT = "test"
 
 
 @dataclass(frozen=True)
@@ -140,30 +134,19 @@ def read_references(path: str | Path, task: str, annotations: str | Path | None 
         raise DymoeError(f"{folder}: no such folder; give the image root (cl_dataset) or the task's folder in it")
     if task == "ScienceQA":
         return _with_problems(found, folder)
-    if task == "TextVQA":
-        return _with_answers(found, folder)
-    return _with_balance(found, folder) if task == "GQA" else found
+    return _extended(found, task, folder) if task in files.FILES else found
 
 
 def _with_problems(references: References, folder: Path) -> References:
-    problems_path, splits_path = (_find(folder, "ScienceQA", name) for name in ANNOTATIONS["ScienceQA"])
-    problems, first = _object(problems_path)
-    splits, second = _object(splits_path)
-    ids = splits.get(SPLIT)
-    if not isinstance(ids, list) or not ids:
-        raise DymoeError(f"{splits_path}: {SPLIT!r} must be a list of question ids, not {brief(ids)}")
-    records: dict[str, Mapping[str, Any]] = {}
-    for identity in map(str, ids):
-        problem = problems.get(identity)
-        if not isinstance(problem, dict):
-            raise DymoeError(f"{problems_path}: record {identity!r}: must be an object, as {splits_path} names it")
-        records[identity] = {"question_id": identity, **{key: problem.get(key) for key in ("answer", "choices")}}
+    problems_path, splits_path = (_find(folder, "ScienceQA", name) for name in files.FILES["ScienceQA"])
+    problems, ids = files.load("ScienceQA", problems_path), files.split_questions(splits_path)
+    records = {identity: {"question_id": identity, **problems.fields(identity)} for identity in ids}
     remarks = []
     outside = [identity for identity in references.records if identity not in records]
     if outside:
         remarks.append(
-            f"{len(outside)} records of {references.origin} are not in the {SPLIT} split of {splits_path} and do not "
-            f"count (first: {outside[0]!r})"
+            f"{len(outside)} records of {references.origin} are not in the {files.SPLIT} split of {splits_path} and do "
+            f"not count (first: {outside[0]!r})"
         )
     other = [key for key, record in references.records.items() if key in records and _differ(record, records[key])]
     if other:
@@ -171,67 +154,30 @@ def _with_problems(references: References, folder: Path) -> References:
             f"{len(other)} records of {references.origin} have another answer than {problems_path}, which counts "
             f"(first: {other[0]!r})"
         )
-    return References(records, str(problems_path), (*references.sources, first, second), tuple(remarks))
+    sources = (_source(problems_path, len(problems.entries)), _source(splits_path, len(ids)))
+    return References(records, str(problems_path), (*references.sources, *sources), tuple(remarks))
 
 
 def _differ(record: Mapping[str, Any], problem: Mapping[str, Any]) -> bool:
     """Whether both name an answer, and not the same."""
     try:
-        return letter.read_choice({"answer": record.get("answer")})[0] != letter.read_choice(problem)[0]
+        return letter.read_choice({"answer": record.get("answer")})[0] != problem["answer"]
     except DymoeError:
         return False
 
 
-def _with_answers(references: References, folder: Path) -> References:
-    path = _find(folder, "TextVQA", ANNOTATIONS["TextVQA"][0])
-    content, source = _object(path)
-    answers = answers_by_question(content, path)
-    return _extended(references, path, source, {key: {"answers": value} for key, value in answers.items()})
-
-
-def answers_by_question(content: Any, path: Path) -> dict[str, Any]:
-    """The answers in TextVQA's annotation file (its value, for messages its path) by question id, as they stand.
-
-    Raises:
-        DymoeError: names the first entry that cannot be used.
-    """
-    entries = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise DymoeError(f"{path}: 'data' must be a list of questions, not {brief(entries)}")
-    answers = {}
-    for number, entry in enumerate(entries, start=1):
-        where = f"{path}: record number {number} of 'data'"
-        if not isinstance(entry, dict):
-            raise DymoeError(f"{where}: must be a JSON object, not {brief(entry)}")
-        answers[_identity(entry, where)] = entry.get("answers")
-    return answers
-
-
-def _with_balance(references: References, folder: Path) -> References:
-    path = _find(folder, "GQA", ANNOTATIONS["GQA"][0])
-    content, source = _object(path)
-    more = {}
-    for identity in {record["question_id"] for record in references.records.values()}:
-        question = content.get(identity)
-        if not isinstance(question, dict):
-            continue
-        balanced = question.get("isBalanced")
-        if not isinstance(balanced, bool):
-            raise DymoeError(f"{path}: record {identity!r}: 'isBalanced' must be true or false, not {brief(balanced)}")
-        more[identity] = {key: question.get(key) for key in ("answer", "isBalanced")}
-    return _extended(references, path, source, more)
-
-
-def _extended(references: References, path: Path, source: Source, more: Mapping[str, Mapping[str, Any]]) -> References:
-    asked = {name: record["question_id"] for name, record in references.records.items()}
-    lacking = [identity for identity in asked.values() if identity not in more]
-    if lacking:
+def _extended(references: References, task: str, folder: Path) -> References:
+    """The references with what the task's annotation file says of each, which has to know them all."""
+    path = _find(folder, task, files.FILES[task][0])
+    more = files.load(task, path)
+    ids = [record["question_id"] for record in references.records.values()]
+    if lacking := [identity for identity in ids if identity not in more.entries]:
         raise DymoeError(
             f"{path}: record {lacking[0]!r} of {references.origin} is missing ({len(lacking)} are); do the two belong "
             "together?"
         )
-    records = {name: {**record, **more[asked[name]]} for name, record in references.records.items()}
-    return References(records, str(path), (*references.sources, source))
+    records = {name: {**record, **more.fields(record["question_id"])} for name, record in references.records.items()}
+    return References(records, str(path), (*references.sources, _source(path, len(more.entries))))
 
 
 def _find(folder: Path, task: str, name: str) -> Path:
@@ -241,13 +187,6 @@ def _find(folder: Path, task: str, name: str) -> Path:
     raise DymoeError(
         f"{folder}: no {name} here and none in {task}/; give the image root (cl_dataset) or its {task} folder"
     )
-
-
-def _object(path: Path) -> tuple[dict[str, Any], Source]:
-    value = parse_json(read_bytes(path), str(path))
-    if not isinstance(value, dict):
-        raise DymoeError(f"{path}: must be a JSON object, not {brief(value)}")
-    return value, _source(path, len(value))
 
 
 def _source(path: str | Path, records: int) -> Source:

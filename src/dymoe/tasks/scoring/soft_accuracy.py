@@ -26,7 +26,7 @@ def strict(prediction: str, reference: Mapping[str, Any]) -> float:
     Raises:
         DymoeError: the reference does not hold ten answers.
     """
-    return _accuracy(process_answer(prediction), _read(reference))
+    return _accuracy(process_answer(prediction), _processed(reference))
 
 
 def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
@@ -37,7 +37,7 @@ def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
     Raises:
         DymoeError: the reference does not hold ten answers.
     """
-    answers, said = _read(reference), process_answer(prediction)
+    answers, said = _processed(reference), process_answer(prediction)
     best = _accuracy(said, answers)
     both = contains_words(said, "yes") and contains_words(said, "no")
     for answer in set(answers):
@@ -58,7 +58,16 @@ def _accuracy(said: str, answers: list[str]) -> float:
     return max(0.0, total) / PEOPLE if matches else 0.0
 
 
-def _read(reference: Mapping[str, Any]) -> list[str]:
+def _processed(reference: Mapping[str, Any]) -> list[str]:
+    return [process_answer(answer) for answer in read_answers(reference)]
+
+
+def read_answers(reference: Mapping[str, Any]) -> list[str]:
+    """The ten texts of a reference, as they stand.
+
+    Raises:
+        DymoeError: there are not ten, or one is no text.
+    """
     answers = reference.get("answers")
     if isinstance(answers, list | tuple):
         answers = [as_text(answer.get("answer") if isinstance(answer, Mapping) else answer) for answer in answers]
@@ -66,4 +75,4 @@ def _read(reference: Mapping[str, Any]) -> list[str]:
         raise DymoeError(f"reference: 'answers' must be a list of {PEOPLE} texts, not {brief(answers)}")
     if len(answers) != PEOPLE:
         raise DymoeError(f"reference: 'answers' must hold {PEOPLE} texts, it holds {len(answers)}")
-    return [process_answer(answer) for answer in answers]
+    return list(answers)
