@@ -29,7 +29,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 LONG = (
     *("methods/test_matrix.py", "test_coin_recipes.py", "learning/test_sweep.py", "learning/test_processes.py"),
     *("learning/test_resume.py", "test_notebook.py", "test_readme.py", "lvlm/test_families.py"),
-    *("report/test_browser.py", "learning/test_trainer.py", "learning/test_travel.py", "evaluation/test_generate.py"),
+    *("report/test_browser.py", "learning/test_trainer.py", "share/test_share.py", "evaluation/test_generate.py"),
 )
 
 

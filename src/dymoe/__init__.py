@@ -19,7 +19,7 @@ _imports.after_import("peft", lambda: _load("dymoe.adapter"))
 if TYPE_CHECKING:
     from dymoe.adapter import DyMoEConfig, DyMoEModel, RoutingTrace, group_hash
     from dymoe.errors import DymoeError
-    from dymoe.learning.travel.loading import load_stage
+    from dymoe.share.loading import load_stage
 
 __version__ = "0.1.0"
 __all__ = ["DyMoEConfig", "DyMoEModel", "DymoeError", "RoutingTrace", "__version__", "group_hash", "load_stage"]
@@ -30,7 +30,7 @@ _HOMES = {
     "RoutingTrace": "dymoe.adapter",
     "group_hash": "dymoe.adapter",
     "DymoeError": "dymoe.errors",
-    "load_stage": "dymoe.learning.travel.loading",
+    "load_stage": "dymoe.share.loading",
 }
 
 

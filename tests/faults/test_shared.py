@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from dymoe.errors import DymoeError
 from dymoe.learning.groups import hashes
-from dymoe.learning.travel.loading import load_stage
-from dymoe.learning.travel.manifest import MANIFEST
-from dymoe.learning.travel.pull import pull
+from dymoe.share.loading import load_stage
+from dymoe.share.manifest import MANIFEST
+from dymoe.share.pull import pull
 from tests.adapter.conftest import tiny_llama
-from tests.learning.test_shared_group import NAMES, model_of, seal, share, state
+from tests.share.test_group import NAMES, model_of, seal, share, state
 
 DEFAULT, MANY = 120, 5000
 GROWTH = 300 * 2**20  # bytes of memory that all inputs together may add at their worst

@@ -21,8 +21,8 @@ from dymoe.adapter import group_hash
 from dymoe.learning.progress import Display
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
-from dymoe.learning.travel.push import push
 from dymoe.lvlm import load
+from dymoe.share.push import push
 
 TASKS = ["ImageNet", "VQAv2"]
 # Small banks; everything else at the method's defaults.

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     _, words = parse("pull", argv, ())
     if len(words) != 2:
         raise DymoeError(f"pull: expected SOURCE and FOLDER, got {len(words)} words; see dymoe pull --help")
-    from dymoe.learning.travel.pull import pull
+    from dymoe.share.pull import pull
 
     done = pull(*words)
     say(f"stages {', '.join(done.stages)}: {done.folder}")

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     if len(words) != 2:
         raise DymoeError(f"push: expected RUN and TARGET, got {len(words)} words; see dymoe push --help")
     stage = whole("push", options, "--stage")
-    from dymoe.learning.travel.push import push
+    from dymoe.share.push import push
 
     done = push(
         words[0],

@@ -291,7 +291,7 @@ def check_tree(root: Path, where: str) -> Manifest:
         raise DymoeError(f"{where}: {strange[0]}: {MANIFEST} does not list it")
     for name, expected in manifest.files.items():
         check_file(root / name, name, expected, where)
-    from dymoe.learning.travel.group import read_group
+    from dymoe.share.group import read_group
 
     for group in {group.folder: group for _, groups in manifest.stages for group in groups}.values():
         read_group(root / group.folder, group, where)

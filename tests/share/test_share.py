@@ -1,4 +1,4 @@
-"""Results travel: what is pulled is what was pushed, bit for bit, or nothing is there and one line says why."""
+"""Sharing results: what is pulled is what was pushed, bit for bit, or nothing is there and one line says why."""
 
 import json
 import os
@@ -27,12 +27,12 @@ from dymoe.errors import DymoeError
 from dymoe.files import atomic_dir
 from dymoe.learning.groups import load_group
 from dymoe.learning.recipe import load_recipe
-from dymoe.learning.travel.card import Shared, card, escape
-from dymoe.learning.travel.manifest import MANIFEST, TEXT_BYTES, Group, file_of, parse
-from dymoe.learning.travel.paths import base_kind, without_paths
-from dymoe.learning.travel.places import place_of
-from dymoe.learning.travel.push import push
 from dymoe.lvlm import load
+from dymoe.share.card import Shared, card, escape
+from dymoe.share.manifest import MANIFEST, TEXT_BYTES, Group, file_of, parse
+from dymoe.share.paths import base_kind, without_paths
+from dymoe.share.places import place_of
+from dymoe.share.push import push
 from tests.faults.kill import Killed, run_child
 from tests.learning.hub_server import Hub
 from tests.learning.tiny import write_recipe

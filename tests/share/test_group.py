@@ -20,10 +20,10 @@ from dymoe.adapter.selectors import SELECTORS
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.groups import add_group, save_group, train_group
-from dymoe.learning.travel.group import layers_of, plain_config, read_group
-from dymoe.learning.travel.loading import load_stage
-from dymoe.learning.travel.manifest import MANIFEST, TEXTS, Group, Manifest, file_of
-from dymoe.learning.travel.pull import pull
+from dymoe.share.group import layers_of, plain_config, read_group
+from dymoe.share.loading import load_stage
+from dymoe.share.manifest import MANIFEST, TEXTS, Group, Manifest, file_of
+from dymoe.share.pull import pull
 from tests.adapter.conftest import tiny_llama
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

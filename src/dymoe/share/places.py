@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from dymoe.errors import DymoeError
 from dymoe.files import expand, read_bytes
-from dymoe.learning.travel.manifest import MANIFEST, MANIFEST_BYTES, tree
+from dymoe.share.manifest import MANIFEST, MANIFEST_BYTES, tree
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dymoe.errors import DymoeError
-from dymoe.learning.travel.manifest import CONFIG, WEIGHTS, check_file, parse
-from dymoe.learning.travel.places import open_source
+from dymoe.share.manifest import CONFIG, WEIGHTS, check_file, parse
+from dymoe.share.places import open_source
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,7 +33,7 @@ def load_stage(source: str | Path, model: "nn.Module", stage: int | None = None)
 
     from dymoe.adapter import DyMoELayer
     from dymoe.learning.groups import add_group
-    from dymoe.learning.travel.group import read_group
+    from dymoe.share.group import read_group
 
     if isinstance(model, PeftModel) or any(isinstance(module, DyMoELayer) for module in model.modules()):
         raise DymoeError(f"load_stage: the {type(model).__name__} has adapters already; give the base model")

@@ -20,10 +20,10 @@ from dymoe.adapter.selectors import SELECTORS
 from dymoe.errors import DymoeError
 from dymoe.files import parse_json, read_bytes
 from dymoe.learning.groups import check_tensors, read_tensors
-from dymoe.learning.travel.manifest import CONFIG, CONFIG_BYTES, WEIGHTS, Group
-from dymoe.learning.travel.places import REPOSITORY
 from dymoe.messages import brief, shorten
 from dymoe.schema import Range, fit
+from dymoe.share.manifest import CONFIG, CONFIG_BYTES, WEIGHTS, Group
+from dymoe.share.places import REPOSITORY
 
 MOST = 1024  # experts of a layer, and rank of each
 RANKS = 8192  # of all experts of a layer together

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_dir, expand
-from dymoe.learning.travel.manifest import MANIFEST, check_strays, check_tree, file_of, parse
-from dymoe.learning.travel.places import open_source
+from dymoe.share.manifest import MANIFEST, check_strays, check_tree, file_of, parse
+from dymoe.share.places import open_source
 
 
 @dataclass(frozen=True)

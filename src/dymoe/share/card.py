@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dymoe.learning.travel.manifest import Group
-from dymoe.learning.travel.paths import base_kind
+from dymoe.share.manifest import Group
+from dymoe.share.paths import base_kind
 
 
 @dataclass(frozen=True)

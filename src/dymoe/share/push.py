@@ -10,8 +10,8 @@ from typing import Any
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_dir, json_text, read_json
 from dymoe.learning.folder import StageFolder
-from dymoe.learning.travel.card import Shared, card
-from dymoe.learning.travel.manifest import (
+from dymoe.share.card import Shared, card
+from dymoe.share.manifest import (
     CONFIG,
     MANIFEST,
     TEXTS,
@@ -22,8 +22,8 @@ from dymoe.learning.travel.manifest import (
     check_tree,
     file_of,
 )
-from dymoe.learning.travel.paths import base_kind, base_name, without_paths
-from dymoe.learning.travel.places import place_of, upload
+from dymoe.share.paths import base_kind, base_name, without_paths
+from dymoe.share.places import place_of, upload
 from dymoe.yamls import dump_yaml, read_yaml
 
 LOCAL = ("root", "images", "instructions_folder")  # of a recipe's `data`: where things are on one machine
@@ -172,7 +172,7 @@ def _groups(
     """Copy every stage's group to groups/NN-NAME; a stage's groups are those up to it, each as it was last trained."""
     from safetensors import SafetensorError, safe_open
 
-    from dymoe.learning.travel.group import layers_of, plain_config
+    from dymoe.share.group import layers_of, plain_config
 
     stages: list[tuple[str, tuple[Group, ...]]] = []
     now: dict[str, Group] = {}
