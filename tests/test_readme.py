@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from dymoe.cli import COMMANDS, main
+from dymoe.learning.catalog import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,6 +72,8 @@ def test_the_commands_name_what_there_is():
     assert all(words[0] in COMMANDS for words in shown)
     for name in [word for words in lines for word in words if word.startswith("recipes/")]:
         assert (ROOT / name).is_file(), name
+    named = {words[1] for words in shown if words[0] in ("doctor", "run", "sweep")}
+    assert named <= shipped().keys()
 
 
 def test_the_links_lead_somewhere():

@@ -75,8 +75,8 @@ def test_commands_escape_what_data_say(tmp_path, capsys, monkeypatch):
             assert lines(capsys, 2, command, "r.yaml").count("\n") == 1
     assert lines(capsys, 2, HOSTILE).count("\n") == 1
     assert lines(capsys, 2, "run", "r.yaml", f"--{HOSTILE}", "1").count("\n") == 1
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "x.yaml").write_text(f"# {HOSTILE}\n")
+    (tmp_path / "x.yaml").write_text(f"# {HOSTILE}\n")
+    monkeypatch.setattr("dymoe.learning.catalog.FOLDER", tmp_path)
     assert SHOWN in lines(capsys, 0, "list", "recipes")
 
 

@@ -6,6 +6,7 @@ then from PyTorch's own index of CPU builds. Everything lands in the environment
 `make` calls it.
 
     --dev                   with the development tools
+    --wheel FILE            this build of dymoe in place of the checkout
     --newest                with them, and the newest versions that pyproject.toml allows; says which differ
     --on-top FOLDER EXTRA   what an extra of dymoe needs, into the environment in FOLDER, on top of this one
 """
@@ -92,13 +93,13 @@ def beside_lock() -> list[str]:
     ]
 
 
-def install(*, dev: bool, newest: bool) -> None:
-    """Install torch, then dymoe with or without its development tools, as locked or as new as its ranges allow."""
+def install(*what: str, newest: bool) -> None:
+    """Install torch, then dymoe (`what` pip is to install of it), as locked or as new as its ranges allow."""
     lock = () if newest else ("--constraint", str(LOCK))
     importlib.invalidate_caches()
     install_torch(*lock)
     pip("setuptools", "--upgrade", *lock)  # builds dymoe; a build of its own environment would take the newest
-    pip("--no-build-isolation", "--editable", f"{ROOT}[dev]" if dev else str(ROOT), *lock)
+    pip("--no-build-isolation", *what, *lock)
     make_torchvision_importable()
     other = beside_lock()
     if newest:
@@ -119,7 +120,10 @@ def main() -> None:
         on_top(Path(folder), extra)
         return
     newest = "--newest" in words
-    install(dev=newest or "--dev" in words, newest=newest)
+    if "--wheel" in words:
+        install(words[words.index("--wheel") + 1], newest=newest)
+    else:
+        install("--editable", f"{ROOT}[dev]" if newest or "--dev" in words else str(ROOT), newest=newest)
     print(f"dymoe is installed in {sys.prefix} (torch {importlib.metadata.version('torch')})")
 
 

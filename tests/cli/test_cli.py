@@ -58,7 +58,7 @@ def test_a_mistake_is_one_line(words, message, capsys, tmp_path, monkeypatch):
 
 
 def test_lists(capsys):
-    for what, word in (("methods", "incmoelora"), ("streams", "pocket-coin"), ("recipes", "recipes/pocket/dymoe.yaml")):
+    for what, word in (("methods", "incmoelora"), ("streams", "pocket-coin"), ("recipes", "pocket/dymoe ")):
         assert main(["list", what]) == 0
         assert word in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dymoe.cli import main
 from dymoe.errors import DymoeError
+from dymoe.learning.catalog import shipped
 from dymoe.learning.order import NOTHING, Order
 from dymoe.learning.recipe import Recipe, Training, load_recipe, parse_overrides
 from dymoe.learning.sweep import is_sweep
@@ -124,6 +125,21 @@ def test_a_missing_recipe_names_the_nearest(tmp_path):
     write(tmp_path / "dymoe.yaml", GOOD)
     with pytest.raises(DymoeError, match=r"no such recipe; did you mean .*dymoe\.yaml"):
         load_recipe(tmp_path / "dymo.yaml")
+
+
+def test_a_name_stands_for_a_recipe_that_comes_with_dymoe(tmp_path, monkeypatch):
+    by_path = load_recipe("recipes/pocket/dymoe.yaml")
+    assert "pocket/dymoe" in shipped()
+    assert not any("accelerate" in name for name in shipped())
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("pocket/dymoe").resolved() == by_path.resolved()
+    heir = load_recipe(write(tmp_path / "mine.yaml", "inherit: pocket/dymoe\nseed: 7\n"))
+    assert heir.resolved() == {**by_path.resolved(), "seed": 7, "output": "runs/mine-seed7"}
+    with pytest.raises(DymoeError, match=r"^pocket/dymo: no such recipe; did you mean pocket/dymoe\?$"):
+        load_recipe("pocket/dymo")
+    (tmp_path / "pocket").mkdir()
+    write(tmp_path / "pocket" / "dymoe", "inherit: pocket/lora\n")
+    assert load_recipe("pocket/dymoe").method == "lora", "a file of one's own comes first"
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def dilemma_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     if len(names) != 2 or recipe.method != "dymoe":
         raise DymoeError(
             f"{path}: tasks: the token's dilemma needs two tasks learned by method dymoe, this recipe has "
-            f"{len(names)} by {recipe.method}; set tasks and method, or give a sweep (recipes/pocket/dilemma.yaml)"
+            f"{len(names)} by {recipe.method}; set tasks and method, or give a sweep (pocket/dilemma)"
         )
     row = {"recipe": path.name, "label": " -> ".join(names), "vary": {GUIDANCE: [*STRATEGIES.values()]}}
     output = str(Path("runs") / f"{path.stem}-dilemma")

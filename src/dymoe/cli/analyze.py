@@ -24,7 +24,7 @@ Look into a run, finished or not, and keep what was found as RUN/analysis/NAME.p
   overlay     for some samples: type and serving group of each patch and each word
   dynamics    token types, loss terms and entropy by layer while the run learned (read, not computed)
   dilemma     learn two tasks with the new experts open to some tokens alone: a sweep such as
-              recipes/pocket/dilemma.yaml, or a recipe of two tasks; called again it goes on; keys as in `dymoe sweep`
+              pocket/dilemma, or a recipe of two tasks; called again it goes on; keys as in `dymoe sweep`
 
   --samples N    of each task, the first N (drift, activation: those the run was asked; overlay: 3)
   --stages LIST  these stages alone, for example 1,4,8 (drift, activation)
@@ -188,9 +188,7 @@ def _dynamics(run: Path, chosen: dict[str, Any]) -> Computed:
 def _dilemma(words: Sequence[str]) -> int:
     """Learn what is missing, tell what each strategy taught and cost, keep it in the sweep's folder."""
     if not words or words[0].startswith("-"):
-        raise DymoeError(
-            "analyze dilemma: expected a sweep or a recipe of two tasks, for example recipes/pocket/dilemma.yaml"
-        )
+        raise DymoeError("analyze dilemma: expected a sweep or a recipe of two tasks, for example pocket/dilemma")
     from dymoe import analysis
     from dymoe.analysis.token_dilemma import dilemma_sweep
     from dymoe.cli.sweep import FLAGS, learn

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.cli.options import parse, whole
@@ -19,7 +18,7 @@ sizes against the published ones, questions that are both learned and asked, the
 versions; and say which of the recipes beside this one fit the machine. What was found of samples is kept in the cache,
 also for the run. Exit code 1 if something is wrong, 0 if there are only notes.
 
-  RECIPE       a YAML file, for example recipes/coin/dymoe.yaml
+  RECIPE       a YAML file, or one of `dymoe list recipes`, for example coin/dymoe
   --all        look at every sample of the files, also at those that the recipe's limits and split leave aside
   --samples N  look at the first N of each split alone
   --json       print JSON instead of tables; all samples that cannot be used are listed in it
@@ -32,8 +31,9 @@ def main(argv: Sequence[str]) -> int:
         print(HELP)
         return 0 if argv else 2
     if argv[0].startswith("-"):
-        raise DymoeError(f"doctor: expected a recipe before {brief(argv[0])}, for example recipes/coin/dymoe.yaml")
+        raise DymoeError(f"doctor: expected a recipe before {brief(argv[0])}, for example coin/dymoe")
     samples, words = _samples(argv[1:])
+    from dymoe.learning.catalog import locate
     from dymoe.learning.recipe import load_recipe
 
     recipe = load_recipe(argv[0], [word for word in words if word not in ("--all", "--json")])
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     from dymoe.learning.progress import Display
 
     ahead = Display("doctor", 0)
-    found = check(recipe, argv[0], samples, Path(argv[0]).parent, "--all" in words, ahead.inspecting)
+    found = check(recipe, argv[0], samples, locate(argv[0]).parent, "--all" in words, ahead.inspecting)
     if "--json" in words:
         print(json.dumps(found.as_dict(), indent=1, ensure_ascii=True))
         return 1 if found.wrong else 0

@@ -1,7 +1,6 @@
 """`dymoe list methods|streams|recipes`: what there is."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from dymoe.errors import DymoeError
 from dymoe.files import read_bytes
@@ -25,6 +24,10 @@ def main(argv: Sequence[str]) -> int:
 
         print("\ncompanions, which go with a method (with: [NAME] in a recipe):")
         _print(companions())
+    if argv[0] == "recipes":
+        from dymoe.learning.catalog import FOLDER, LAUNCHER
+
+        say(f"\nTheir files, and configs for `accelerate launch` in {LAUNCHER}: {FOLDER}")
     return 0
 
 
@@ -49,13 +52,8 @@ def streams() -> dict[str, str]:
 
 
 def recipes() -> dict[str, str]:
-    """Recipe files below ``recipes/``, each with the comment on its first line."""
-    found = {}
-    for path in sorted(Path("recipes").rglob("*.yaml")):
-        if path.parent.name == "accelerate":
-            continue  # configs of the launcher
-        first = read_bytes(path).decode(errors="replace").partition("\n")[0]
-        found[str(path)] = first.lstrip("# ").strip() if first.startswith("#") else ""
-    if not found:
-        raise DymoeError("list: recipes/: no recipe here; call it in a copy of the repository")
-    return found
+    """Recipes and sweeps that come with dymoe, each with the comment on its first line."""
+    from dymoe.learning.catalog import shipped
+
+    lines = {name: read_bytes(path).decode(errors="replace").partition("\n")[0] for name, path in shipped().items()}
+    return {name: line.lstrip("# ").strip() if line.startswith("#") else "" for name, line in lines.items()}

@@ -16,7 +16,7 @@ HELP = """usage: dymoe run RECIPE [--resume [--accept PART ...] | --dry-run] [--
 
 Learn the recipe's stream and write a run folder (runs/NAME unless the recipe or --output says otherwise).
 
-  RECIPE      a YAML file, for example recipes/pocket/dymoe.yaml
+  RECIPE      a YAML file, or one of `dymoe list recipes`, for example pocket/dymoe
   --resume    go on with the run in this folder from its last complete checkpoint, under the conditions it began with
   --accept PART
               go on although this differs, which run.yaml and results.json then say; once for every part:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         print(help_text())
         return 0 if argv else 2
     if argv[0].startswith("-"):
-        raise DymoeError(f"run: expected a recipe before {brief(argv[0])}, for example recipes/pocket/dymoe.yaml")
+        raise DymoeError(f"run: expected a recipe before {brief(argv[0])}, for example pocket/dymoe")
     words, accept = accepted(argv[1:])
     overrides = [word for word in words if word not in ("--resume", "--dry-run")]
     if accept and "--resume" not in words:

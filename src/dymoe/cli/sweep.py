@@ -15,7 +15,7 @@ HELP = """usage: dymoe sweep SWEEP [--dry-run] [--replace] [--accept PART ...] [
 Learn every cell (recipe, order, instructions, seed) of a sweep file, several at a time, seed by seed; write the records
 (JSON) and the table (Markdown) after each. Called again it goes on: what stands in the JSON is not learned again.
 
-  SWEEP       a YAML file, for example recipes/pocket/leaderboard.yaml
+  SWEEP       a YAML file, or one of `dymoe list recipes`, for example pocket/leaderboard
   --dry-run   print the cells that are still to be learned and stop
   --replace   drop records that this sweep would make otherwise, instead of refusing to start
   --accept PART
@@ -33,9 +33,7 @@ def main(argv: Sequence[str]) -> int:
         print(help_text())
         return 0 if argv else 2
     if argv[0].startswith("-"):
-        raise DymoeError(
-            f"sweep: expected a sweep file before {brief(argv[0])}, for example recipes/pocket/leaderboard.yaml"
-        )
+        raise DymoeError(f"sweep: expected a sweep file before {brief(argv[0])}, for example pocket/leaderboard")
     from dymoe.learning.sweep import load_sweep
 
     words, accept = accepted(argv[1:])

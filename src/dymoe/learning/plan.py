@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from dymoe.errors import DymoeError
 from dymoe.files import read_json
+from dymoe.learning.catalog import locate
 from dymoe.learning.formats import KEY, read_results
 from dymoe.learning.recipe import Recipe, load_recipe
 from dymoe.learning.records import (
@@ -52,7 +53,7 @@ class Plan:
 
     Args:
         sweep: the sweep.
-        path: its file; recipes are looked for beside it first.
+        path: its file or name (`catalog.locate`); recipes are looked for beside it first.
 
     Raises:
         DymoeError: a missing recipe, a key or value that a recipe refuses, two rows of one label, no chosen
@@ -65,7 +66,7 @@ class Plan:
         self._rows: dict[str, _Row] = {}
         rates = self._rates()
         for number, values in enumerate(sweep.recipes, start=1):
-            for row in self._entry(number, values, Path(path).parent, rates):
+            for row in self._entry(number, values, locate(path).parent, rates):
                 if row.label in self._rows:
                     raise DymoeError(
                         f"{self.where}: recipes: two rows are called {brief(row.label)}; give one another label"
@@ -202,7 +203,7 @@ class Plan:
         if not isinstance(plain, Mapping) or not isinstance(plain.get("recipe"), str):
             raise DymoeError(f"{self.where}: {where}: expected a recipe's file or a mapping with the key recipe")
         entry = build(Entry, plain, self.where, f"{where}.")
-        file = beside / entry.recipe
+        file = locate(entry.recipe, beside)
         if not os.path.isfile(file) and os.path.isfile(entry.recipe):
             file = Path(entry.recipe)
         file = Path(os.path.normpath(file))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dymoe.errors import DymoeError
 from dymoe.files import expand
+from dymoe.learning.catalog import locate, suggestion
 from dymoe.lvlm.options import ModelOptions
 from dymoe.messages import brief, shorten
 from dymoe.methods import Composed, Method, available, companion_settings, settings_of
@@ -255,7 +256,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, its base recipes (`inherit`) and the command line's overrides.
 
     Args:
-        path: YAML file; its key ``inherit`` names a recipe beside it whose keys hold unless set here.
+        path: YAML file, or the name of a recipe that comes with dymoe (``pocket/dymoe``); its key ``inherit`` names a
+            recipe beside it, or one that comes with dymoe, whose keys hold unless set here.
         overrides: command-line words, ``--training.lr 1e-3`` or ``--training.lr=1e-3``.
 
     Raises:
@@ -308,16 +310,17 @@ def parse_overrides(words: Sequence[str], cls: type = Recipe) -> dict[str, Any]:
 
 
 def read_keys(path: Path) -> dict[str, Any]:
-    """The file's keys over those of the files it inherits from.
+    """The keys of a file, or of a recipe that comes with dymoe, over those of the files it inherits from.
 
     Raises:
         DymoeError: a missing or unreadable file, a circle or an endless row of files; one line.
     """
+    path = locate(path)
     chain: list[dict[str, Any]] = []
     seen: set[str] = set()
     while True:
         if not os.path.lexists(path):
-            raise DymoeError(f"{path}: no such recipe; {_beside(path)}")
+            raise DymoeError(f"{path}: no such recipe; {suggestion(path)}")
         values = read_yaml(path)
         values = {} if values is None else values
         if not isinstance(values, dict):
@@ -335,7 +338,7 @@ def read_keys(path: Path) -> dict[str, Any]:
             raise DymoeError(f"{path}: inherit: expected the name of a recipe file, got {brief(base)}")
         if len(chain) == MOST_FILES:
             raise DymoeError(f"{path}: inherit: more than {MOST_FILES} recipes inherit one from another")
-        path = path.parent / base
+        path = locate(base, path.parent)
     merged: dict[str, Any] = {}
     for values in reversed(chain):
         merged = _merge(merged, values)
@@ -357,12 +360,6 @@ def _companions(value: Any, where: str) -> Any:
                 raise DymoeError(f"{where}: with.{shorten(str(name))}: is there twice")
             found[name] = {} if settings is None else settings
     return found
-
-
-def _beside(path: Path) -> str:
-    """What stands beside a missing recipe, for the error message."""
-    files = sorted(str(file) for file in path.parent.glob("*.y*ml")) if os.path.isdir(path.parent) else []
-    return nearest(str(path), files or [str(file) for file in sorted(Path("recipes").glob("**/*.yaml"))])
 
 
 def _merge(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
