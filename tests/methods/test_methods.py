@@ -74,7 +74,7 @@ def test_each_part_of_dymoe_is_switched_alone(change):
 @pytest.mark.parametrize(
     "name, settings, message",
     [
-        ("dymo", {}, "dymo: unknown method; did you mean dymoe?"),
+        ("dymo", {}, "unknown method 'dymo'; did you mean dymoe?"),
         ("xyz", {}, "there is "),
         ("dymoe", {"tua": 1}, "method dymoe: tua: unknown key; did you mean tau?"),
         ("lora", {"rank": "x"}, "method lora: rank: expected int, got 'x'"),

@@ -12,7 +12,7 @@ from dymoe.files import expand
 from dymoe.learning.catalog import locate, suggestion
 from dymoe.lvlm.options import ModelOptions
 from dymoe.messages import brief, shorten
-from dymoe.methods import Composed, Method, available, companion_settings, settings_of
+from dymoe.methods import Composed, Method, companion_settings, settings_of
 from dymoe.methods.base import require
 from dymoe.methods.settings import build, keys, nearest
 from dymoe.tasks.source import Source
@@ -161,9 +161,10 @@ class Recipe:
         order: order of the stream's tasks.
         instructions: which instruction templates the questions carry.
         tasks: only these tasks of the stream, none for all.
-        method: the method's name, see ``dymoe list methods``.
+        method: the method's name, see ``dymoe list methods``, or a class of your own, ``my_method.py:Mine``.
         settings: the method's own settings, see `dymoe.methods`.
-        with_: companions by name, each with its settings (key ``with``; a list of names takes their defaults).
+        with_: companions by name or as classes of your own (``my_plugin.py:Mine``), each with its settings (key
+            ``with``; a list of names takes their defaults).
         training: how each task is trained.
         evaluation: how each stage is evaluated.
         seed: of the initial experts, the order of the samples and dropout.
@@ -187,8 +188,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse an unknown method, an empty choice of tasks and a negative seed."""
-        if self.method not in available():
-            raise DymoeError(f"method: unknown method {brief(self.method)}; {nearest(self.method, available())}")
+        try:
+            settings_of(self.method)
+        except DymoeError as error:
+            raise DymoeError(f"method: {error}") from None
         require(self.tasks is None or len(self.tasks) > 0, "tasks", "at least one task", self.tasks)
         require(0 <= self.seed < 2**32, "seed", "a whole number from 0 below 2^32", self.seed)
 
@@ -237,7 +240,7 @@ class Recipe:
         method = self.build_method()
         companions: dict[str, Any] = {}
         if isinstance(method, Composed):
-            companions = {companion.name: asdict(companion) for companion in method.companions}
+            companions = {name: asdict(each) for name, each in zip(self.with_, method.companions, strict=True)}
             method = method.method
         values = {key.removesuffix("_"): value for key, value in asdict(self).items()}
         if not from_files(self.stream):

@@ -258,12 +258,14 @@ def data_description(stream: "Stream") -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that compute."""
+    """Versions of Python and of the packages that compute; of a user's own files (`dymoe.plugins`) the SHA-256."""
+    from dymoe import plugins
+
     found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     for name in OPTIONAL:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
-    return found
+    return {**found, **plugins.digests()}
 
 
 def machine() -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """The methods by name; each is one file that makes the four choices of `dymoe.methods.base`."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
+from dymoe import plugins
 from dymoe.errors import DymoeError
 from dymoe.messages import brief
 from dymoe.methods.base import Method, Probe, Stage, StageData
@@ -42,6 +45,8 @@ _METHODS: dict[str, type[Method]] = {
     )
 }
 
+T = TypeVar("T")
+
 __all__ = [
     "Companion",
     "Composed",
@@ -58,35 +63,52 @@ __all__ = [
 
 
 def available() -> dict[str, str]:
-    """Every method's name with one line on what it is."""
-    return {name: method.summary for name, method in _METHODS.items()}
+    """Every method's name with one line on what it is, those of installed packages included."""
+    return _summaries(_METHODS, "dymoe.methods", Method)
 
 
 def settings_of(name: str) -> type[Method]:
-    """The dataclass whose fields are the settings of the method `name`.
+    """The dataclass whose fields are the settings of the method `name`, which may be of a file (`dymoe.plugins`).
 
     Raises:
-        DymoeError: no such method; the nearest name is given.
+        DymoeError: no such method (the nearest name is given), or what has this name is no method.
     """
-    if name not in _METHODS:
-        raise DymoeError(f"{name}: unknown method; {nearest(name, _METHODS)}")
-    return _METHODS[name]
+    if (method := _outside(name, _METHODS, "dymoe.methods", Method)) is None:
+        raise DymoeError(f"unknown method {brief(name)}; {nearest(name, available())}")
+    return method
 
 
 def companions() -> dict[str, str]:
-    """Every companion's name with one line on what it is."""
-    return {name: companion.summary for name, companion in COMPANIONS.items()}
+    """Every companion's name with one line on what it is, those of installed packages included."""
+    return _summaries(COMPANIONS, "dymoe.companions", Companion)
 
 
 def companion_settings(name: str, where: str = "with") -> type[Companion]:
-    """The dataclass whose fields are the settings of the companion `name`.
+    """The dataclass whose fields are the settings of the companion `name`, which may be of a file (`dymoe.plugins`).
 
     Raises:
-        DymoeError: no such companion; the nearest name is given.
+        DymoeError: no such companion (the nearest name is given), or what has this name is no companion.
     """
-    if name not in COMPANIONS:
-        raise DymoeError(f"{where}: with: {brief(name)}: unknown companion; {nearest(name, COMPANIONS)}")
-    return COMPANIONS[name]
+    if (companion := _outside(name, COMPANIONS, "dymoe.companions", Companion)) is None:
+        raise DymoeError(f"{where}: with: {brief(name)}: unknown companion; {nearest(name, companions())}")
+    return companion
+
+
+def _outside(name: str, known: Mapping[str, type[T]], group: str, kind: type[T]) -> Any:
+    """The class of this name: a known one, else of a file or an installed package, else None."""
+    if name in known:
+        return known[name]
+    found = plugins.find(name, group)
+    if found is not None and not (
+        isinstance(found, type) and issubclass(found, kind) and dataclasses.is_dataclass(found) and found.name  # type: ignore[attr-defined]
+    ):
+        raise DymoeError(f"{name}: must be a dataclass with a name that inherits from dymoe.methods.{kind.__name__}")
+    return found
+
+
+def _summaries(known: Mapping[str, Any], group: str, kind: type) -> dict[str, str]:
+    found = {name: _outside(name, known, group, kind) for name in (*known, *plugins.names(group))}
+    return {name: each.summary for name, each in found.items()}
 
 
 def create(name: str, /, **settings: Any) -> Method:

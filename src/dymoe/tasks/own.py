@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dymoe import plugins
 from dymoe.errors import DymoeError
 from dymoe.files import expand
 from dymoe.messages import brief, shorten
@@ -43,7 +44,7 @@ class TaskFiles:
         test: file of test records.
         validation: file of validation records; none carves them out of the training records.
         images: image root.
-        scorer: rule by name, see `dymoe.tasks.scoring`.
+        scorer: rule by name, see `dymoe.tasks.scoring`, or a function of your own, ``my_rule.py:rule``.
         max_new_tokens: longest answer in tokens, the end token included.
     """
 
@@ -148,7 +149,9 @@ def load(path: Path, names: Sequence[str], instructions: str, source: Source) ->
 
 def _load(task: TaskFiles, source: Source) -> tuple[Task, dict[str, Index]]:
     def one(path: Path, test: bool) -> Index:
-        plan = Plan(path, task.images, test, f"own/{task.scorer}", outside_links=source.outside_links)
+        # A rule of the user's may change in its file: what is kept of the records belongs to the rule as it is.
+        rule = f"own/{task.scorer}{plugins.digests().get(task.scorer.rpartition(':')[0], '')}"
+        plan = Plan(path, task.images, test, rule, outside_links=source.outside_links)
         made = index(plan, lambda: _reference(task.scorer, test), rewrite=_answer_as(task.scorer))
         return usable(made, source.on_bad)
 

@@ -3,6 +3,8 @@
 The pocket stream's rules have plain names ("letter"). CoIN's eight tasks have two rules each: "coin/grounding" does
 what CoIN's published code does, flaw for flaw, so that numbers can be compared with published ones;
 "corrected/grounding" does what a careful benchmark would do. The task may be in any case. `runner` scores whole files.
+A rule from outside (`dymoe.plugins`) is a function ``my_rule.py:rule``, its own lenient twin, or an object with
+`strict`, `lenient` and `readable` as the modules here have them.
 
 Both are functions (prediction, reference) -> float in [0, 1]. A prediction may be any text: what cannot be read
 is wrong. A reference that cannot be read raises `DymoeError`. An answer that the lenient rule accepts and the
@@ -10,10 +12,12 @@ strict rule does not is format drift: the model still knows, but says it in anot
 """
 
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from dymoe import plugins
 from dymoe.errors import DymoeError
+from dymoe.messages import brief
 from dymoe.tasks.naming import unknown
 from dymoe.tasks.scoring import (
     coin_gqa,
@@ -108,8 +112,25 @@ def right_answer(name: str) -> Callable[[Mapping[str, Any]], str]:
     return right
 
 
-def _rule(name: str) -> ModuleType:
-    rule = _RULES.get(name) or _RULES.get(str(name).lower())
+def _rule(name: str) -> Any:
+    rule = _RULES.get(name) or _RULES.get(str(name).lower()) or plugins.find(str(name), "dymoe.scorers")
     if rule is None:
-        raise DymoeError(unknown("scoring rule", name, _RULES))
-    return rule
+        raise DymoeError(unknown("scoring rule", name, (*_RULES, *plugins.names("dymoe.scorers"))))
+    if all(hasattr(rule, part) for part in ("strict", "lenient", "readable")):
+        return rule
+    if not callable(rule):
+        raise DymoeError(f"{name}: a scoring rule must be a function or have strict, lenient and readable")
+    checked = _within(name, rule)
+    return SimpleNamespace(strict=checked, lenient=checked, readable=exact_match.readable)
+
+
+def _within(name: str, rule: Callable[..., Any]) -> Scorer:
+    """A user's function whose scores are looked at: an accuracy is a mean of numbers from 0 to 1."""
+
+    def score(prediction: str, reference: Mapping[str, Any]) -> float:
+        value = rule(prediction, reference)
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise DymoeError(f"{name}: must give a number from 0 to 1, not {brief(value)}")
+        return float(value)
+
+    return score
