@@ -85,10 +85,10 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
     from dymoe.learning.run import run
     from dymoe.lvlm.shapes import config_of, meta_model, random_lvlm
 
-    if recipe.method == "zero-shot":
-        raise DymoeError("a dry run measures training; zero-shot trains nothing")
     rows = recipe.training.samples_of_step()
     stream, sizes = made_stream(recipe, STEPS * rows, STEPS * recipe.evaluation.batch_size)
+    if not recipe.build_method().rounds(stream.tasks):
+        raise DymoeError(f"a dry run measures training; {recipe.method} trains nothing")
     shape = shape_of(meta_model(config_of(recipe.model, recipe.model_options)))
     lvlm = random_lvlm(recipe.model, recipe.training.dtype, recipe.model_options)
     watch = _Watch(f"dry run of {recipe.method}", len(stream.tasks))
