@@ -13,7 +13,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 INSTALL = runpy.run_path(str(ROOT / "tools" / "install.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-LOCKS = {"requirements.lock": ("dev", "fast"), "requirements-play.lock": ("dev", "fast", "play")}
+EXTRAS = ("pocket", "report", "fast", "dev")
+LOCKS = {"requirements.lock": EXTRAS, "requirements-play.lock": (*EXTRAS, "play")}
 MACHINES = [
     {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine}
     | {"sys_platform": "linux", "platform_system": "Linux", "implementation_name": "cpython", "os_name": "posix"}

@@ -14,13 +14,18 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
 
 
+def tracked():
+    """The paths that git tracks, links as such."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    return [Path(name) for name in listed.split("\0") if name]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel of a copy of what git tracks, so that nothing else gets into it."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "copy"
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    for name in filter(None, tracked.split("\0")):
+    for name in tracked():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
     pip = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
@@ -34,15 +39,16 @@ def scripts(wheel, tmp_path_factory):
     """The commands of a new environment that has this wheel and the lock's versions."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
-    subprocess.run([folder / "bin" / "python", ROOT / "tools" / "install.py", "--wheel", wheel], check=True)
+    install = [folder / "bin" / "python", ROOT / "tools" / "install.py"]
+    subprocess.run([*install, "--wheel", f"{wheel}[pocket]"], check=True)
     return folder / "bin"
 
 
 def test_the_wheel_holds_every_recipe_and_all_data_of_the_package(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
-    recipes = {f"dymoe/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*") if path.is_file()}
-    package = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src/dymoe").rglob("*.*") if path.is_file()}
-    assert recipes | {name for name in package if not name.endswith(".pyc")} <= held
+    wanted = {f"dymoe/{path}" for path in tracked() if path.parts[0] == "recipes"}
+    wanted |= {str(path.relative_to("src")) for path in tracked() if path.parts[0] == "src" and path.name != "recipes"}
+    assert wanted <= held
     assert not {name for name in held if name.startswith(("tests", "recipes"))}
 
 

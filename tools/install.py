@@ -5,6 +5,8 @@ without an NVIDIA GPU gets the CPU build of torch (a few hundred MB instead of s
 then from PyTorch's own index of CPU builds. Everything lands in the environment alone. Runs again only what is missing;
 `make` calls it.
 
+dymoe comes with what its pocket model and its report need (the extras `pocket` and `report`).
+
     --dev                   with the development tools
     --wheel FILE            this build of dymoe in place of the checkout
     --newest                with them, and the newest versions that pyproject.toml allows; says which differ
@@ -123,7 +125,7 @@ def main() -> None:
     if "--wheel" in words:
         install(words[words.index("--wheel") + 1], newest=newest)
     else:
-        install("--editable", f"{ROOT}[dev]" if newest or "--dev" in words else str(ROOT), newest=newest)
+        install("--editable", f"{ROOT}[pocket,report{',dev' if newest or '--dev' in words else ''}]", newest=newest)
     print(f"dymoe is installed in {sys.prefix} (torch {importlib.metadata.version('torch')})")
 
 

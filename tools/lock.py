@@ -38,4 +38,5 @@ def compile_lock(lock: Path, known: str, *extras: str) -> str:
 
 
 if __name__ == "__main__":
-    compile_lock(PLAY_LOCK, compile_lock(LOCK, "", "dev", "fast"), "dev", "fast", "play")
+    extras = ("pocket", "report", "fast", "dev")
+    compile_lock(PLAY_LOCK, compile_lock(LOCK, "", *extras), *extras, "play")

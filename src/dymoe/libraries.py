@@ -1,15 +1,49 @@
-"""What dymoe needs of other libraries beyond what they promise: looked for where it is used, an error where missing.
+"""What dymoe needs of other libraries: of its extras that they are there, of all what they do not promise.
 
-Each need has one place, which names it to a function of this module; tests/test_libraries.py holds all of them against
-the installed versions.
+Both are looked for where they are used, an error where missing. Each need of a name has one place, which names it to a
+function of this module; tests/test_libraries.py holds all of them against the installed versions.
 """
 
 import inspect
 from collections.abc import Iterable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from dymoe.errors import DymoeError
+
+EXTRAS = {
+    "pocket": ("timm", "gguf", "sentencepiece", "google.protobuf"),  # the pocket model, and a tokenizer.model
+    "report": ("pandas", "plotly", "jinja2"),
+    "play": ("gradio", "plotly"),
+    "quantization": ("bitsandbytes",),
+    "deepspeed": ("deepspeed",),
+}
+
+
+def require_extra(extra: str, use: str) -> None:
+    """Refuse to go on without the modules of one of dymoe's extras.
+
+    Args:
+        extra: its name in `EXTRAS`.
+        use: what needs it, for the message: a command, a file or a recipe's key.
+
+    Raises:
+        DymoeError: one is not installed; the message has the command that installs the extra.
+    """
+    missing = [name for name in EXTRAS[extra] if not _installed(name)]
+    if missing:
+        raise DymoeError(
+            f"{use}: needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"pip install dymoe[{extra}]"
+        )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it
+        return False
 
 
 def require_names(owner: type, *names: str) -> None:

@@ -24,7 +24,7 @@ from dymoe.learning.budget import (
 )
 from dymoe.learning.groups import stored_parameters, trainable_parameters
 from dymoe.learning.recipe import load_recipe
-from dymoe.lvlm.model import require_bitsandbytes
+from dymoe.libraries import require_extra
 from dymoe.lvlm.options import ModelOptions
 from dymoe.lvlm.shapes import meta_model, published_config
 
@@ -194,4 +194,4 @@ def test_the_page_holds_the_table_that_its_command_prints(capsys: pytest.Capture
 def test_without_bitsandbytes_the_key_that_needs_it_is_named() -> None:
     for key in ("model_options.load_in_4bit", "training.optimizer"):
         with pytest.raises(DymoeError, match=f"^{key}: needs bitsandbytes, which is not installed"):
-            require_bitsandbytes(key)
+            require_extra("quantization", key)

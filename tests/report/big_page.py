@@ -16,7 +16,7 @@ from frames import activation_frame, add_analyses, drift_frame
 from run_folders import TASKS, make_run
 
 from dymoe.analysis import store
-from dymoe.report import write_report
+from dymoe.report.page import write_report
 
 METHODS = (
     *("dymoe", "lora", "incmoelora", "moelora", "inclora", "olora"),

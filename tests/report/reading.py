@@ -6,7 +6,7 @@ from typing import Any
 
 from run_folders import write_results
 
-from dymoe.report import write_report
+from dymoe.report.page import write_report
 
 THREE = ("scienceqa", "textvqa", "imagenet")
 

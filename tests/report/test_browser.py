@@ -14,7 +14,7 @@ from reading import THREE
 from run_folders import TASKS, make_joint, make_run
 
 from dymoe.analysis import store
-from dymoe.report import write_report
+from dymoe.report.page import write_report
 
 FIRST_MATRIX = "document.querySelector('#matrices figure > .plots .heat')"
 DRAWN = """[...document.querySelectorAll('.plot')]

@@ -17,8 +17,8 @@ from run_folders import make_joint, make_run, write_results
 from dymoe.errors import DymoeError
 from dymoe.evaluation import AccuracyMatrix
 from dymoe.files import atomic_json, atomic_write, read_json
-from dymoe.report import write_report
 from dymoe.report.figures import lost_per_task, over_stages, routing_drift
+from dymoe.report.page import write_report
 from dymoe.report.plots import build
 from dymoe.report.runs import read_run, read_runs, read_sweep
 from dymoe.report.summary import Method, Stat, gather, number
@@ -399,7 +399,7 @@ def test_reading_a_run_gives_its_matrix(tmp_path: Path) -> None:
 
 
 def test_importing_the_report_does_not_import_torch() -> None:
-    code = "import sys, dymoe.report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, dymoe.report.page; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

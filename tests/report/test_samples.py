@@ -8,7 +8,7 @@ from reading import THREE, matrix_run, page
 from run_folders import make_joint, make_run, picture
 
 from dymoe.files import atomic_json, atomic_write, read_json
-from dymoe.report import write_report
+from dymoe.report.page import write_report
 from dymoe.report.runs import read_runs
 from dymoe.report.samples import PER_PAIR, Comparison, compare
 from dymoe.report.summary import gather

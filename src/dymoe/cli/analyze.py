@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
+from dymoe.libraries import require_extra
 from dymoe.messages import brief, say
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def _dilemma(words: Sequence[str]) -> int:
     """Learn what is missing, tell what each strategy taught and cost, keep it in the sweep's folder."""
     if not words or words[0].startswith("-"):
         raise DymoeError("analyze dilemma: expected a sweep or a recipe of two tasks, for example pocket/dilemma")
+    require_extra("report", "analyze dilemma")
     from dymoe import analysis
     from dymoe.analysis.token_dilemma import dilemma_sweep
     from dymoe.cli.sweep import FLAGS, learn

@@ -8,6 +8,7 @@ from typing import Any
 
 from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
+from dymoe.libraries import require_extra
 from dymoe.messages import brief, say
 
 HELP = """usage: dymoe demo [--output FOLDER] [--steps N]
@@ -34,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
         print(HELP)
         return 0
     output, steps = _options(argv)
+    for extra in ("pocket", "report"):
+        require_extra(extra, "demo")
     print(
         f"{len(TASKS)} tasks of {steps} steps ({', '.join(TASKS)}), first with IncMoELoRA, then with DyMoE; after each "
         f"task {QUESTIONS} questions of every task so far. All goes to {output}; interrupted, call it again to go on.",
@@ -47,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
     from dymoe.cli.show import show
     from dymoe.learning.formats import run_results
-    from dymoe.report import write_report
+    from dymoe.report.page import write_report
 
     for run in runs:
         show(run)

@@ -4,23 +4,23 @@ import os
 import signal
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from threading import Event
 
 from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
+from dymoe.libraries import require_extra
 from dymoe.messages import say
 
 HELP = """usage: dymoe play RUN [RUN ...] [--host ADDRESS] [--port N]
 
 Serve a page on this machine: drop a picture, ask any stage of the runs, watch the answer and which experts serve each
-patch and word. Nothing leaves the machine. Ctrl+C ends it. Needs Gradio: pip install 'gradio>=6'
+patch and word. Nothing leaves the machine. Ctrl+C ends it. Needs Gradio: pip install dymoe[play]
 
   --host ADDRESS  where to listen (127.0.0.1, which this machine alone can reach)
   --port N        the port (the first free one from 7860 on)"""
 
-INSTALL = "install it with: pip install 'gradio>=6' (the extra `play` of dymoe)"
 # Gradio reads these when it is imported.
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -61,9 +61,7 @@ def require_gradio() -> None:
     Raises:
         DymoeError: it is missing or older.
     """
-    try:
-        found = version("gradio")
-    except PackageNotFoundError:
-        raise DymoeError(f"play: needs Gradio, which is not installed; {INSTALL}") from None
-    if int(found.partition(".")[0]) < 6:
-        raise DymoeError(f"play: needs Gradio 6 or newer, here is {found}; {INSTALL}")
+    require_extra("play", "play")
+    installed = version("gradio")
+    if int(installed.partition(".")[0]) < 6:
+        raise DymoeError(f"play: needs Gradio 6 or newer, here is {installed}; pip install dymoe[play]")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dymoe.cli.options import parse
 from dymoe.errors import DymoeError
+from dymoe.libraries import require_extra
 from dymoe.messages import say
 
 HELP = """usage: dymoe report RUN [RUN ...] [--output FILE]
@@ -29,12 +30,13 @@ def main(argv: Sequence[str]) -> int:
     studies = [run for run in runs if run.suffix == ".json" and _of_dilemma(run)]
     if studies and len(runs) > 1:
         raise DymoeError(f"{studies[0]}: the results of the token's dilemma make a page of their own; give them alone")
+    require_extra("report", "report")
     if studies:
         from dymoe.report.dilemma import write_dilemma
 
         write_dilemma(first, target)
     else:
-        from dymoe.report import write_report
+        from dymoe.report.page import write_report
 
         write_report(runs, target)
     say(target)

@@ -145,7 +145,7 @@ def _twice(found: Checkup, task: "Task") -> None:
 
 def _model(found: Checkup, recipe: Recipe) -> "Lvlm | None":
     """The model's shapes with its own processor; None where the folder is not there or they do not fit."""
-    from dymoe.lvlm.model import require_bitsandbytes
+    from dymoe.libraries import require_extra
     from dymoe.lvlm.shapes import outline
 
     asked = {
@@ -154,9 +154,9 @@ def _model(found: Checkup, recipe: Recipe) -> "Lvlm | None":
     }
     for key in (key for key, wanted in asked.items() if wanted):
         try:
-            require_bitsandbytes(key)
+            require_extra("quantization", key)
         except DymoeError as error:
-            found.add("wrong", "packages", "bitsandbytes", str(error), "pip install bitsandbytes")
+            found.add("wrong", "packages", "bitsandbytes", str(error), "pip install dymoe[quantization]")
     try:
         folder = expand(recipe.model)
         if not folder.is_dir() and recipe.model_options.shape != "none":

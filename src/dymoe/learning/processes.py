@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Literal, TypeVar
 
 from dymoe.errors import DymoeError
+from dymoe.libraries import require_extra
 from dymoe.messages import say
 
 T = TypeVar("T")
@@ -124,6 +125,7 @@ def join() -> Processes:
         )
     strategy: Strategy = "ddp"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        require_extra("deepspeed", "accelerate")
         strategy = "deepspeed"
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         strategy = "fsdp"

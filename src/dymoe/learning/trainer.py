@@ -27,8 +27,7 @@ from dymoe.learning.loss import answer_logits, next_token_loss
 from dymoe.learning.order import Loader, Order
 from dymoe.learning.processes import ALONE, Processes
 from dymoe.learning.recipe import Training
-from dymoe.libraries import require_names
-from dymoe.lvlm.model import require_bitsandbytes
+from dymoe.libraries import require_extra, require_names
 from dymoe.methods import Method
 from dymoe.methods.companions import Companion
 
@@ -66,7 +65,7 @@ def training_arguments(
     if training.dtype == "float16" and not gpu:
         raise DymoeError("training.dtype: float16 needs a GPU; use bfloat16 or float32")
     if training.optimizer == "paged-adamw":
-        require_bitsandbytes("training.optimizer")
+        require_extra("quantization", "training.optimizer")
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import expand
+from dymoe.libraries import require_extra
 from dymoe.lvlm.decoder import decoder_linears, drop_capture_hooks
 from dymoe.lvlm.identity import commit
 from dymoe.lvlm.options import ModelOptions
@@ -53,7 +54,7 @@ def load(
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise DymoeError(f"dtype: {dtype!r} is not a floating dtype of torch; use bfloat16, float32 or float16")
     if options is not None and options.load_in_4bit:
-        require_bitsandbytes("model_options.load_in_4bit")
+        require_extra("quantization", "model_options.load_in_4bit")
         if name == "pocket":
             raise DymoeError("model_options.load_in_4bit: the pocket model is small and has no 4-bit form")
     if name == "pocket":
@@ -84,23 +85,6 @@ def freeze(model: "PreTrainedModel") -> "PreTrainedModel":
     if head is not None:
         head.register_forward_pre_hook(_contiguous)
     return model
-
-
-def require_bitsandbytes(key: str) -> None:
-    """Refuse to go on without bitsandbytes.
-
-    Args:
-        key: the recipe's key that needs it, for the message.
-
-    Raises:
-        DymoeError: it is not installed.
-    """
-    from importlib.util import find_spec
-
-    if find_spec("bitsandbytes") is None:
-        raise DymoeError(
-            f"{key}: needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or leave this key out"
-        )
 
 
 def _quantization(place: str, dtype: "torch.dtype", options: ModelOptions, revision: str | None) -> dict[str, Any]:

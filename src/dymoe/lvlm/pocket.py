@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
+from dymoe.libraries import require_extra
 from dymoe.lvlm import assets
 
 if TYPE_CHECKING:
@@ -139,12 +140,14 @@ def assemble(
     """Model and processor of the pocket model in `dtype`; `projector` is the shipped one unless given.
 
     Raises:
-        DymoeError: the weights are neither cached nor can be fetched, or the projector's file is broken.
+        DymoeError: the extra `pocket` is not installed, the weights are neither cached nor can be fetched, or the
+            projector's file is broken.
     """
     import torch
     from safetensors.torch import load_file
     from transformers import FastVlmForConditionalGeneration
 
+    require_extra("pocket", "model: pocket")
     language = assets.language_model(cache_dir, source)
     vision = assets.vision_tower(cache_dir, source)
     config, processor = describe(language)

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import expand
+from dymoe.libraries import require_extra
 from dymoe.lvlm.decoder import decoder_linears
-from dymoe.lvlm.model import Lvlm, freeze, processor_at, require_bitsandbytes
+from dymoe.lvlm.model import Lvlm, freeze, processor_at
 from dymoe.lvlm.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def random_lvlm(name: str, dtype: str, options: ModelOptions) -> Lvlm:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = config_of(name, options)
     if options.load_in_4bit:
-        require_bitsandbytes("model_options.load_in_4bit")
+        require_extra("quantization", "model_options.load_in_4bit")
         # Quantised while they move to the GPU, a linear at a time: the whole would not fit there.
         with torch.device("cpu"):
             model = AutoModelForImageTextToText.from_config(config, dtype=kind, trust_remote_code=False)

@@ -9,12 +9,13 @@ patch tokens of the tower's last layer but one, without the class token.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dymoe.errors import DymoeError
 from dymoe.files import read_json
+from dymoe.libraries import require_extra
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +56,6 @@ def build_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     Raises:
         DymoeError: the folder has no tokenizer, or it cannot be read.
     """
-    from importlib.util import find_spec
-
     from tokenizers import decoders, normalizers, processors
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -64,9 +63,7 @@ def build_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     if not has_model and not (folder / "tokenizer.json").exists():
         raise DymoeError(f"{folder}: no tokenizer here; expected tokenizer.model or tokenizer.json")
     if not (folder / "tokenizer.json").exists():
-        missing = [name for name in ("sentencepiece", "google.protobuf") if not _findable(name, find_spec)]
-        if missing:
-            raise DymoeError(f"{folder}: to read tokenizer.model, install sentencepiece and protobuf with pip")
+        require_extra("pocket", f"{folder / 'tokenizer.model'}")
     try:
         old: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -109,13 +106,6 @@ def _special(token: str) -> Any:
     from tokenizers import AddedToken
 
     return AddedToken(token, special=True, normalized=False)
-
-
-def _findable(name: str, find_spec: Callable[[str], Any]) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def build_config(
