@@ -1,6 +1,5 @@
 """The token's dilemma: its masks while training, its records, its table and its sentence."""
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -14,6 +13,7 @@ from dymoe.adapter import group_hash
 from dymoe.analysis.token_dilemma import STRATEGIES, complete, dilemma_sweep
 from dymoe.cli import main
 from dymoe.errors import DymoeError
+from dymoe.learning.formats import read_results
 from dymoe.learning.plan import Plan
 from tests.adapter.conftest import batch, randomise, small, tiny_llama  # noqa: F401 - batch is a fixture
 from tests.learning.tiny import write_recipe
@@ -144,7 +144,7 @@ def test_from_recipe_to_sentence_and_on_from_where_it_stopped(tmp_path, tiny_fol
     assert "Against new tokens alone" in Path("runs/two-dilemma.html").read_text(encoding="utf-8")
     frame = analysis.stored("runs/two-dilemma", "dilemma")
     assert frame["strategy"].tolist() == [*STRATEGIES]
-    records = json.loads(Path("runs/two-dilemma.json").read_text())["rows"]
+    records = read_results("runs/two-dilemma.jsonl")["rows"]
     assert frame["new_task_accuracy"].tolist() == [
         next(row["matrix"][1][1] for row in records if row["settings"]["guidance"] == mask)
         for mask in STRATEGIES.values()

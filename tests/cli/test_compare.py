@@ -6,6 +6,7 @@ import pytest
 
 from dymoe.cli import main
 from dymoe.evaluation.intervals import Answers, compare
+from dymoe.learning.formats import write_results
 from tests.methods.test_matrix import Quiet, recipe
 
 
@@ -66,14 +67,14 @@ def test_a_row_of_a_sweep_beside_runs_by_pattern(written, tmp_path, capsys):
         }
         for seed in (0, 1, 2)
     ]
-    (tmp_path / "board.json").write_text(json.dumps({"rows": rows}))
-    assert main(["compare", str(tmp_path / "mine-*"), f"{tmp_path / 'board.json'}:lora"]) == 0
+    write_results(tmp_path / "board.jsonl", {"about": {}}, rows)
+    assert main(["compare", str(tmp_path / "mine-*"), f"{tmp_path / 'board.jsonl'}:lora"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "1 tasks, 64 questions each, seeds 0, 1" in lines
     (line,) = (line for line in lines if line.startswith("MFN"))
     assert line.split()[1] == "75.0"
     assert line.endswith("more")
-    assert main(["compare", f"{tmp_path / 'board.json'}:lroa", str(tmp_path / "mine-0")]) == 2
+    assert main(["compare", f"{tmp_path / 'board.jsonl'}:lroa", str(tmp_path / "mine-0")]) == 2
     assert "has no row 'lroa'; did you mean lora?" in capsys.readouterr().err
 
 

@@ -61,11 +61,12 @@ def broken(value: Any, draw: random.Random) -> Any:
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_broken_value_anywhere_is_one_short_line_or_changes_nothing(tmp_path, sweep, seed, count):
     draw = random.Random(seed)
-    file = tmp_path / ("r.json" if sweep else "results.json")
+    file = tmp_path / ("r.jsonl" if sweep else "results.json")
     refused = 0
     for _ in range(count):
-        values = {"about": {"title": "t"}, "rows": [RECORD]} if sweep else RUN
-        file.write_text(json.dumps(broken(values, draw)))
+        values = broken([{"about": {"title": "t"}}, RECORD] if sweep else RUN, draw)
+        lines = values if sweep and isinstance(values, list) else [values]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         try:
             read_results(file) if sweep else run_results(tmp_path)
             gather(read_runs([file if sweep else tmp_path]))

@@ -13,7 +13,7 @@ from dymoe import analysis
 from dymoe.analysis.token_dilemma import STRATEGIES
 from dymoe.cli import main
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_json
+from dymoe.learning.formats import write_results
 from dymoe.report.dilemma import drift, headline, trade, write_dilemma
 
 HOSTILE = '<img src=x onerror="window.hacked=1">'
@@ -42,8 +42,8 @@ def results(folder: Path, rows: list[dict[str, Any]]) -> Path:
         "command": "dymoe analyze dilemma x.yaml",
         "machine": {"cores": 2, "gpu": None},
     }
-    atomic_json(folder / "study.json", {"about": about, "rows": rows})
-    return folder / "study.json"
+    write_results(folder / "study.jsonl", {"about": about}, rows)
+    return folder / "study.jsonl"
 
 
 def test_marks_and_table_are_the_means_and_deviations_of_the_records() -> None:
@@ -101,9 +101,9 @@ def test_unfinished_pairs_are_said_not_to_count(tmp_path: Path) -> None:
 def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DymoeError, match=r"none\.json: no such results"):
         write_dilemma(tmp_path / "none.json", tmp_path / "out.html")
-    with pytest.raises(DymoeError, match=r"study\.json: holds no finished runs yet"):
+    with pytest.raises(DymoeError, match=r"study\.jsonl: holds no finished runs yet"):
         write_dilemma(results(tmp_path, []), tmp_path / "out.html")
-    with pytest.raises(DymoeError, match=r"study\.json: .*not a record of the token's dilemma"):
+    with pytest.raises(DymoeError, match=r"study\.jsonl: .*not a record of the token's dilemma"):
         write_dilemma(results(tmp_path, [{**records()[0], "tasks": ["A"], "matrix": [[5.0]]}]), tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
 

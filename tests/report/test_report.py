@@ -17,6 +17,7 @@ from run_folders import make_joint, make_run, write_results
 from dymoe.errors import DymoeError
 from dymoe.evaluation import AccuracyMatrix
 from dymoe.files import atomic_json, atomic_write, read_json
+from dymoe.learning import formats
 from dymoe.report.figures import lost_per_task, over_stages, routing_drift
 from dymoe.report.page import write_report
 from dymoe.report.plots import build
@@ -442,7 +443,7 @@ def test_groups_that_all_have_full_weight_are_not_routed(tmp_path: Path) -> None
 
 # ---------------------------------------------------------------- a sweep's results
 
-LEADERBOARD = Path(__file__).parents[2] / "docs" / "leaderboard.json"
+LEADERBOARD = Path(__file__).parents[2] / "results" / "leaderboard.jsonl"
 
 
 def record(label: str, seed: int, matrix: list[list[float]], **more: object) -> dict[str, object]:
@@ -456,7 +457,7 @@ def record(label: str, seed: int, matrix: list[list[float]], **more: object) -> 
 def test_a_sweep_stands_for_its_runs(tmp_path: Path) -> None:
     """The page and docs/leaderboard.md are made from the same records by different code."""
     methods = {method.label: method for method in gather(read_sweep(LEADERBOARD))}
-    lines = LEADERBOARD.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    lines = Path("docs/leaderboard.md").read_text(encoding="utf-8").splitlines()
     start = next(place for place, line in enumerate(lines) if line.startswith("| method | seeds |"))
     head, _, *table = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in lines[start : lines.index("", start)]
@@ -478,9 +479,9 @@ def test_a_sweep_stands_for_its_runs(tmp_path: Path) -> None:
 
 
 def test_a_sweeps_rows_keep_their_names_beside_a_run(tmp_path: Path) -> None:
-    file = tmp_path / "tau.json"
+    file = tmp_path / "tau.jsonl"
     rows = [record(f"dymoe tau={tau}", seed, [[80], [70, 80], [tau, 70, 80]]) for tau in (10, 20) for seed in (0, 1)]
-    atomic_json(file, {"about": {}, "rows": rows})
+    formats.write_results(file, {"about": {}}, rows)
     write_results(tmp_path / "mine", method="dymoe", seed=0, stream="s", tasks=list(THREE), matrix=[[90], [90, 90]])
     methods = gather(read_runs([file, tmp_path / "mine"]))
     assert [method.label for method in methods] == ["dymoe tau=10", "dymoe tau=20", "dymoe"]
@@ -489,16 +490,16 @@ def test_a_sweeps_rows_keep_their_names_beside_a_run(tmp_path: Path) -> None:
 
 def test_results_that_make_no_page_are_refused(tmp_path: Path) -> None:
     def refused(message: str, *rows: dict[str, object]) -> None:
-        atomic_json(tmp_path / "r.json", {"rows": list(rows)})
+        formats.write_results(tmp_path / "r.jsonl", {"about": {}}, rows)
         with pytest.raises(DymoeError, match=message):
-            write_report([tmp_path / "r.json"], tmp_path / "out.html")
+            write_report([tmp_path / "r.jsonl"], tmp_path / "out.html")
         assert not (tmp_path / "out.html").exists()
 
     whole = record("a", 0, [[80], [70, 80], [60, 70, 80]])
-    refused(r"r\.json: holds no finished run yet")
-    refused(r"r\.json: rows.1.method: is missing; expected str", {"label": "a"})
-    refused(r"r\.json: rows.1: matrix.2: expected 2 accuracies", {**whole, "matrix": [[80], [70]]})
+    refused(r"r\.jsonl: holds no finished run yet")
+    refused(r"r\.jsonl: line 2: method: is missing; expected str", {"label": "a"})
+    refused(r"r\.jsonl: line 2: matrix.2: expected 2 accuracies", {**whole, "matrix": [[80], [70]]})
     turned = record("a", 0, [[80]], order="reverse", tasks=[*reversed(THREE)])
-    refused(r"r\.json: a, reverse, seed 0: tasks is .* only runs of one stream", whole, turned)
-    with pytest.raises(DymoeError, match=r"none\.json: no such file"):
-        write_report([tmp_path / "none.json"], tmp_path / "out.html")
+    refused(r"r\.jsonl: a, reverse, seed 0: tasks is .* only runs of one stream", whole, turned)
+    with pytest.raises(DymoeError, match=r"none\.jsonl: no such file"):
+        write_report([tmp_path / "none.jsonl"], tmp_path / "out.html")

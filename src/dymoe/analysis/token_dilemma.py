@@ -56,7 +56,7 @@ def dilemma_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     for key, value in parse_overrides(overrides, Sweep).items():
         set_key(values, key, value)
     sweep = build(Sweep, values, str(path))
-    sweep.results = sweep.results or f"{sweep.output}.json"
+    sweep.results = sweep.results or f"{sweep.output}.jsonl"
     sweep.table = sweep.table or f"{sweep.output}.md"
     return sweep
 
@@ -78,7 +78,7 @@ def dilemma(source: str | Path | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         DymoeError: no such file, or a record that is not of two tasks under one of the strategies.
     """
     if isinstance(source, str | Path):
-        file = Path(source) if Path(source).suffix == ".json" else Path(dilemma_sweep(source).results)
+        file = Path(source) if Path(source).suffix == ".jsonl" else Path(dilemma_sweep(source).results)
         if not file.is_file():
             raise DymoeError(f"{file}: no such results; learn them with `dymoe analyze dilemma {source}`")
         return dilemma(read_results(file)["rows"])

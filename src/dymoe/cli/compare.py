@@ -16,7 +16,7 @@ Compare two methods on the questions that both were asked: every metric with its
 paired by question and by seed, and a verdict: more, less or not told apart.
 
   A, B   a run folder; several (one a seed) as a quoted pattern, 'runs/dymoe-seed*'; or a row of a sweep's results,
-         FILE:ROW, for example docs/leaderboard.json:dymoe
+         FILE:ROW, for example results/leaderboard.jsonl:dymoe
 
 How intervals are made: docs/intervals.md."""
 

@@ -12,8 +12,8 @@ HELP = """usage: dymoe report RUN [RUN ...] [--output FILE]
 
 Write one self-contained HTML page about the runs, side by side.
 
-  RUN            a run folder, or the results of `dymoe sweep` (for example docs/leaderboard.json), which stand for all
-                 their runs; the results of `dymoe analyze dilemma` make a page of their own
+  RUN            a run folder, or the results of `dymoe sweep` (for example results/leaderboard.jsonl), which stand for
+                 all their runs; the results of `dymoe analyze dilemma` make a page of their own
   --output FILE  the page (default: RUN/report.html, or RESULTS.html beside the results, of the first RUN)"""
 
 
@@ -25,9 +25,9 @@ def main(argv: Sequence[str]) -> int:
     options, words = parse("report", argv, ("--output",))
     runs = [Path(word) for word in words]
     first = runs[0] if runs else Path()
-    given, beside = options.get("--output"), first.suffix == ".json"
+    given, beside = options.get("--output"), first.suffix == ".jsonl"
     target = Path(given) if given else first.with_suffix(".html") if beside else first / "report.html"
-    studies = [run for run in runs if run.suffix == ".json" and _of_dilemma(run)]
+    studies = [run for run in runs if run.suffix == ".jsonl" and _of_dilemma(run)]
     if studies and len(runs) > 1:
         raise DymoeError(f"{studies[0]}: the results of the token's dilemma make a page of their own; give them alone")
     require_extra("report", "report")

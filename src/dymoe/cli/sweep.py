@@ -104,18 +104,19 @@ class _Book:
 
     def write(self) -> None:
         """Both files, each in full or not at all."""
-        from dymoe.files import atomic_json, atomic_write
+        from dymoe.files import atomic_write
+        from dymoe.learning.formats import write_results
         from dymoe.learning.records import choose
         from dymoe.report.leaderboard import markdown, tuning_markdown
 
         if self.rows and not self.about.get("machine"):
             self.about = {**self.about, **{key: self.rows[-1].get(key) for key in ("machine", "versions")}}
-        results: dict[str, Any] = {"about": self.about}
+        head: dict[str, Any] = {"about": self.about}
         tuning = bool(self.plan.sweep.tune.grid)
         if tuning:
-            results["chosen"] = choose(self.rows, self.plan.cells)
-        results["rows"] = self.rows
-        atomic_json(self.plan.sweep.results, results)
+            head["chosen"] = choose(self.rows, self.plan.cells)
+        write_results(self.plan.sweep.results, head, self.rows)
+        results = {**head, "rows": self.rows}
         atomic_write(self.plan.sweep.table, tuning_markdown(results) if tuning else markdown(results))
 
 

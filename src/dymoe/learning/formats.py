@@ -4,14 +4,14 @@ Keys that are not named here pass unchecked: later versions write more of them.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from dymoe.errors import DymoeError
-from dymoe.files import read_json
+from dymoe.files import atomic_write, json_text, read_json, read_json_lines
 from dymoe.messages import brief
-from dymoe.schema import Count, Percent, Range
+from dymoe.schema import Count, Percent, Range, check
 
 Accuracies = list[Percent]
 Seconds = Annotated[float, Range(0)]
@@ -114,11 +114,10 @@ class About(TypedDict, total=False):
     versions: dict[str, Any] | None
 
 
-class SweepResults(TypedDict):
-    """The results of a sweep: its records, and the chosen rates by label of a tuning sweep."""
+class SweepHead(TypedDict):
+    """The first line of a sweep's results; the chosen rates by label of a tuning sweep. A record a line follows."""
 
-    about: NotRequired[About | None]
-    rows: list[Record]
+    about: About
     chosen: NotRequired[dict[str, float]]
 
 
@@ -270,17 +269,28 @@ def run_results(run: str | Path) -> Results:
 
 
 def read_results(file: str | Path) -> dict[str, Any]:
-    """A sweep's results (`SweepResults`); without rows if the file is not there yet.
+    """A sweep's results, JSON lines: `SweepHead`, then one `Record` a line (``rows``); none where there is no file yet.
 
     Raises:
-        DymoeError: the file is no sweep's results, or a record's accuracies do not fit its tasks.
+        DymoeError: the file is no sweep's results, or a record's accuracies do not fit its tasks; the line is named.
     """
     if not os.path.lexists(file):
         return {"about": {}, "rows": []}
-    found = read_json(file, SweepResults)
-    for number, row in enumerate(found["rows"], start=1):
-        _consistent(row, f"{file}: rows.{number}")
-    return {**found, "about": found.get("about") or {}}
+    first, *lines = [*read_json_lines(file, dict[str, Any])] or [{}]
+    head = check(first, SweepHead, f"{file}: line 1")
+    rows = [check(row, Record, f"{file}: line {number}") for number, row in enumerate(lines, start=2)]
+    for number, row in enumerate(rows, start=2):
+        _consistent(row, f"{file}: line {number}")
+    return {**head, "rows": rows}
+
+
+def write_results(file: str | Path, head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a sweep's results, a line each, atomically; `read_results` reads them.
+
+    Raises:
+        DymoeError: the file cannot be written, or a number is not finite.
+    """
+    atomic_write(file, "".join(json_text(line, file) + "\n" for line in (head, *rows)))
 
 
 def _consistent(values: Mapping[str, Any], where: str) -> None:

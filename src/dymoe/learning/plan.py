@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import read_json
 from dymoe.learning.catalog import locate
 from dymoe.learning.formats import KEY, read_results
 from dymoe.learning.recipe import Recipe, load_recipe
@@ -194,7 +193,7 @@ class Plan:
             raise DymoeError(
                 f"{self.where}: tuning: no such file {file}; run the tuning sweep first or give --tuned false"
             )
-        return read_json(file, _Tuning)["chosen"]
+        return dict(read_results(file).get("chosen", {}))
 
     def _entry(self, number: int, values: Any, beside: Path, rates: Mapping[str, float] | None) -> "Iterator[_Row]":
         """The rows that an entry makes: one, or one for every varied value."""
@@ -257,12 +256,6 @@ class Plan:
         for key in keys:
             if key in OWN:
                 raise DymoeError(f"{self.where}: {key}: the sweep's own key {OWN[key]} decides it; set that")
-
-
-class _Tuning(TypedDict):
-    """What is read of a tuning sweep's results: the chosen learning rates by label."""
-
-    chosen: dict[str, float]
 
 
 @dataclass(frozen=True)

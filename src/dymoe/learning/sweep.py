@@ -73,7 +73,7 @@ class Sweep:
         jobs: processes at a time.
         threads: CPU threads of each process.
         output: folder of the run folders (``runs/NAME`` if empty).
-        results: JSON file of the records (``OUTPUT.json`` if empty).
+        results: JSON lines of the records (``OUTPUT.jsonl`` if empty).
         table: Markdown file of the table (the results' name with .md if empty).
         reuse: results files (or patterns of them) of other sweeps whose records of the same runs are taken over.
         published: the part of the published numbers that the table sets beside its own.
@@ -97,7 +97,7 @@ class Sweep:
     reuse: list[str] = field(default_factory=list)
     published: str = ""
     tuned: bool = False
-    tuning: str = "docs/tuning.json"
+    tuning: str = "results/tuning.jsonl"
     tune: Tune = field(default_factory=Tune)
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         set_key(values, key, value)
     sweep = build(Sweep, values, where)
     sweep.output = sweep.output or os.fspath(Path("runs") / path.stem)
-    sweep.results = sweep.results or f"{sweep.output}.json"
+    sweep.results = sweep.results or f"{sweep.output}.jsonl"
     sweep.table = sweep.table or os.fspath(Path(sweep.results).with_suffix(".md"))
     if Path(sweep.table) == Path(sweep.results):
         raise DymoeError(f"{where}: table: expected another file than results, got {brief(sweep.table)}")

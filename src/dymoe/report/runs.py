@@ -94,7 +94,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             raise DymoeError(f"{path}: this run folder is given more than once; give each run once")
     runs: list[Run] = []
     for path in map(Path, paths):
-        runs += read_sweep(path) if path.suffix == ".json" else [read_run(path)]
+        runs += read_sweep(path) if path.suffix == ".jsonl" else [read_run(path)]
     first = runs[0]
     for run in runs[1:]:
         for key, here, there in (
