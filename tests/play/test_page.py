@@ -26,6 +26,12 @@ HOSTILE = "<img src=x onerror=window.hacked=1> ${window.hacked=1} {{window.hacke
 LONGEST = 8
 
 
+def pretend_gradio(monkeypatch, version: str) -> None:
+    """The words of a command line are read without Gradio, which the default test suite does not install."""
+    monkeypatch.setattr(command, "require_extra", lambda extra, use: None)
+    monkeypatch.setattr(command, "version", lambda name: version)
+
+
 def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "gradio", None)
@@ -34,7 +40,7 @@ def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "play: needs gradio, which is not installed; pip install dymoe[play]" in told
-    monkeypatch.setattr(command, "version", lambda name: "5.49.1")
+    pretend_gradio(monkeypatch, "5.49.1")
     assert main(["play", "runs/x"]) == 2
     assert "needs Gradio 6 or newer, here is 5.49.1" in capsys.readouterr().err
 
@@ -49,7 +55,7 @@ def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
     ],
 )
 def test_a_mistake_is_one_line(words, message, capsys, monkeypatch):
-    monkeypatch.setattr(command, "version", lambda name: "6.0")
+    pretend_gradio(monkeypatch, "6.0")
     assert main(["play", *words]) == 2
     told = capsys.readouterr().err.splitlines()
     assert message in told[-1]
