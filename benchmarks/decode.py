@@ -14,9 +14,10 @@ import measure
 import torch
 from counts import SHAPES, decode_bytes, linears
 from measure import interleaved, ratio, spread, write
-from models import decoder, with_group
 from step import configured
 from transformers import DynamicCache
+
+from models import decoder, with_group
 
 
 def steps(model: Any, rows: int, prompt: int, new: int, device: str, size: int) -> Callable[[], None]:

@@ -29,7 +29,7 @@ from dymoe.evaluation.generate import autocast, generate, to_device
 from dymoe.learning.groups import freeze_all, load_group
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
-from dymoe.lvlm import Collator, Lvlm, cached_features, load
+from dymoe.models import Collator, Lvlm, cached_features, load
 from dymoe.tasks import Sample, Task, load_stream
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "pocket"

@@ -13,10 +13,11 @@ import measure
 import torch
 from counts import SHAPES
 from measure import write
-from models import decoder, with_group, with_lora
 from step import Steps
 from torch import Tensor
 from torch.profiler import profile
+
+from models import decoder, with_group, with_lora
 
 
 def saved_bytes(model: Any, step: Callable[[], None]) -> int:

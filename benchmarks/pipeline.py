@@ -26,9 +26,9 @@ from PIL import Image
 from dymoe.learning.data import Data
 from dymoe.learning.groups import train_group
 from dymoe.learning.recipe import Training
-from dymoe.lvlm import Collator, cached_features, load
-from dymoe.lvlm.images import cores, decode
 from dymoe.methods import Stage, create
+from dymoe.models import Collator, cached_features, load
+from dymoe.models.images import cores, decode
 from dymoe.tasks import Sample, load_stream
 
 SIZES = {"COCO (VQAv2, GQA, Grounding)": (640, 480), "ImageNet": (500, 375), "TextVQA": (1024, 768)}  # width, height

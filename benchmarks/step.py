@@ -25,10 +25,10 @@ import measure
 import torch
 from counts import SHAPES, Counts, linears
 from measure import interleaved, ratio, spread, synchronize, write
-from models import decoder, with_group, with_lora
 from torch import nn
 
 from dymoe.adapter import DyMoELayer
+from models import decoder, with_group, with_lora
 
 
 class Steps:

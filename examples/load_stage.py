@@ -13,7 +13,7 @@ from pathlib import Path
 from peft import PeftModel
 
 import dymoe  # registers its adapter with PEFT
-from dymoe.lvlm import load
+from dymoe.models import load
 
 folder, stage = sys.argv[1], int(sys.argv[2])
 manifest = json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))

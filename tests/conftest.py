@@ -27,8 +27,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # What takes long begins first: the workers share the suite by its modules, in this order, and end together. The second
 # needs no compiled gate, so that in a fresh clone one worker compiles it and the others find it in Numba's cache.
 LONG = (
-    *("methods/test_matrix.py", "test_coin_recipes.py", "learning/test_sweep.py", "learning/test_processes.py"),
-    *("learning/test_resume.py", "test_notebook.py", "test_readme.py", "lvlm/test_families.py"),
+    *("methods/test_matrix.py", "test_coin_recipes.py", "sweep/test_sweep.py", "learning/test_distributed.py"),
+    *("learning/test_resume.py", "test_notebook.py", "test_readme.py", "models/test_families.py"),
     *("report/test_browser.py", "learning/test_trainer.py", "share/test_share.py", "evaluation/test_generate.py"),
 )
 

@@ -12,12 +12,12 @@ import torch
 from peft import get_peft_model
 
 from dymoe.adapter import DyMoEConfig
-from dymoe.learning.budget import Shape, groups_after, memory, shape_of
 from dymoe.learning.groups import stored_parameters, trainable_parameters
-from dymoe.learning.plan import Plan
 from dymoe.learning.recipe import Recipe, load_recipe
-from dymoe.learning.sweep import is_sweep, load_sweep
-from dymoe.lvlm.shapes import meta_model, published_config
+from dymoe.models.shapes import meta_model, published_config
+from dymoe.preflight.memory import Shape, groups_after, memory, shape_of
+from dymoe.sweep.plan import Plan
+from dymoe.sweep.sweep import is_sweep, load_sweep
 from tests.tasks import coin_tree
 
 ALL = sorted(Path("recipes/coin").rglob("*.yaml"))
@@ -172,7 +172,7 @@ def test_a_recipe_has_the_arithmetics_layers_and_parameters(path: Path) -> None:
 def test_a_table_is_planned_on_a_made_tree(
     path: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dymoe.report.leaderboard import published
+    from dymoe.sweep.table import published
 
     words = ["--base.data.root", str(tree), "--base.tasks", "[ImageNet]", "--base.data.templates", "true"]
     sweep = load_sweep(path, words)

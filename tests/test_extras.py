@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.libraries import EXTRAS, require_extra
-from dymoe.lvlm import load
+from dymoe.models import load
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

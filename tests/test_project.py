@@ -1,5 +1,6 @@
 """What the repository says of itself: its citation, its versions, its workflow."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -41,3 +42,30 @@ def test_the_files_that_contributors_are_sent_to_exist():
     paths = re.findall(r"`((?:src|tests|tools|recipes|docs|benchmarks)/[\w/.-]+)`", text)
     assert len(paths) > 10
     assert [path for path in links + paths if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+# From the ground up: a room imports those that stand before it (and the modules beside the rooms), never one behind it.
+ROOMS = ("tasks", "adapter", "models", "methods", "evaluation", "learning", "sweep", "preflight", "share", "analysis")
+ROOMS += ("report", "play", "cli")
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of dymoe that a file imports, at its top, in functions and for types."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.startswith("dymoe.")}
+
+
+def test_imports_go_down():
+    package = ROOT / "src" / "dymoe"
+    assert {path.parent.name for path in package.glob("*/__init__.py")} == set(ROOMS)
+    up = []
+    for place, room in enumerate(ROOMS):
+        above = tuple(f"dymoe.{other}." for other in ROOMS[place + 1 :])
+        for path in (package / room).rglob("*.py"):
+            up += [f"{path.relative_to(package)}: {name}" for name in imports(path) if f"{name}.".startswith(above)]
+    assert up == []

@@ -43,7 +43,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
 
 def test_a_shared_stage_is_loaded_as_shown(tiny_folder, tmp_path, monkeypatch):
     import dymoe
-    from dymoe.lvlm import load
+    from dymoe.models import load
     from tests.learning.tiny import write_recipe
 
     tasks, training = ["ScienceQA", "TextVQA", "GQA"], {"steps_per_task": 2, "batch_size": 2, "limit": 4}

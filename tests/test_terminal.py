@@ -9,9 +9,9 @@ import pytest
 from rich.table import Table
 
 from dymoe.cli import main
-from dymoe.learning.cells import SweepDisplay
 from dymoe.learning.progress import Display
-from dymoe.learning.records import Cell
+from dymoe.sweep.jobs import SweepDisplay
+from dymoe.sweep.records import Cell
 from dymoe.terminal import Terminal
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp\u2066[bold]b[/bold][/x]:smile:"

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from dymoe.evaluation.generate import autocast
+from dymoe.learning.distributed import ALONE
 from dymoe.learning.dynamics import Dynamics
 from dymoe.learning.groups import trace_of, train_group
 from dymoe.learning.loss import answer_logits, next_token_loss
-from dymoe.learning.processes import ALONE
 from dymoe.learning.recipe import load_recipe
-from dymoe.lvlm import Collator, cached_features, load
 from dymoe.methods import Stage
+from dymoe.models import Collator, cached_features, load
 from dymoe.tasks import load_stream
 
 

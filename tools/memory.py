@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from dymoe.learning.budget import memory, shape_of, table
 from dymoe.learning.recipe import load_recipe
-from dymoe.lvlm.shapes import meta_model, published_config
+from dymoe.models.shapes import meta_model, published_config
+from dymoe.preflight.memory import memory, shape_of, table
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "coin"
 

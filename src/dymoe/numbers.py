@@ -1,4 +1,8 @@
-"""Which numbers can be computed with."""
+"""Numbers as they are shown, and which of them can be computed with."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 SMALLEST, LARGEST = 1e-30, 1e30
 WORKABLE = f"0 or a number between {SMALLEST:g} and {LARGEST:g} in size"
@@ -11,3 +15,29 @@ def workable(value: float) -> bool:
     (True, False, False)
     """
     return value == 0 or SMALLEST <= abs(value) <= LARGEST
+
+
+def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
+    """A number as the page shows it, with a real minus sign; an en dash where there is none."""
+    if value is None:
+        return "–"
+    rounded = round(value, digits) + 0.0  # -0.0 becomes 0.0
+    return f"{rounded:+.{digits}f}".replace("-", "−") if sign else f"{rounded:.{digits}f}".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A mean over the seeds of a method and the sample standard deviation (None for a single seed)."""
+
+    mean: float
+    spread: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Stat":
+        """Mean and spread of at least one value."""
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+    def text(self, digits: int = 1, sign: bool = False) -> str:
+        """As in "61.2 ± 0.4"."""
+        spread = "" if self.spread is None else f" ± {number(self.spread, digits)}"
+        return number(self.mean, digits, sign) + spread

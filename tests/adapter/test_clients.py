@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from dymoe import DymoeError, group_hash
-from dymoe.lvlm import Collator, load
+from dymoe.models import Collator, load
 from dymoe.names import safe_name
 from dymoe.tasks import load_stream
 

@@ -7,7 +7,7 @@ import yaml
 
 from dymoe.adapter import DyMoELayer
 from dymoe.learning.groups import load_group
-from dymoe.lvlm import Collator, load
+from dymoe.models import Collator, load
 from tests.test_routing import oracle_cosine, oracle_weights
 
 TOP_K, TEMPERATURE, EXPERTS = 3, 0.1, 4  # as the recipe of the run says

@@ -11,7 +11,7 @@ from dymoe.cli import main
 from dymoe.cli.analyze import correlation_line
 from dymoe.files import atomic_json
 from dymoe.learning.groups import hashes, save_group, train_group
-from dymoe.lvlm import load
+from dymoe.models import load
 from tests.adapter.conftest import small
 
 

@@ -14,7 +14,7 @@ from dymoe.analysis.token_dilemma import STRATEGIES, complete, dilemma_sweep
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.formats import read_results
-from dymoe.learning.plan import Plan
+from dymoe.sweep.plan import Plan
 from tests.adapter.conftest import batch, randomise, small, tiny_llama  # noqa: F401 - batch is a fixture
 from tests.learning.tiny import write_recipe
 
@@ -128,7 +128,7 @@ def test_a_recipe_of_two_tasks_is_learned_under_every_strategy(tmp_path, tiny_fo
     assert [cell.seed for cell in cells] == [0] * 5 + [4] * 5
     assert [cell.recipe["settings"]["guidance"] for cell in cells[:5]] == [*STRATEGIES.values()]
     assert all(cell.recipe["tasks"] == ["ImageNet", "VQAv2"] for cell in cells)
-    shipped = dilemma_sweep("recipes/pocket/dilemma.yaml")  # its cells are planned in tests/learning/test_sweep.py
+    shipped = dilemma_sweep("recipes/pocket/dilemma.yaml")  # its cells are planned in tests/sweep/test_sweep.py
     assert shipped.vary == {"settings.guidance": [*STRATEGIES.values()]}
 
 

@@ -14,7 +14,7 @@ from dymoe.adapter import group_hash
 from dymoe.analysis.routing_drift import correlation, drift_and_forgetting, drift_by_task
 from dymoe.files import atomic_json, read_json
 from dymoe.learning.groups import load_group
-from dymoe.lvlm import load
+from dymoe.models import load
 from tests.analysis.conftest import TASKS
 from tests.analysis.oracle import EXPERTS, close, place, sample_routing, task_samples
 

@@ -12,9 +12,9 @@ from peft import get_peft_model
 from dymoe import analysis
 from dymoe.cli import main
 from dymoe.errors import DymoeError
+from dymoe.learning.callbacks import Watch
+from dymoe.learning.distributed import ALONE, Processes
 from dymoe.learning.dynamics import VALUES, Dynamics, lines, rewind
-from dymoe.learning.processes import ALONE, Processes
-from dymoe.learning.watch import Watch
 from tests.adapter.conftest import batch, randomise, small, tiny_llama  # noqa: F401 - batch is a fixture
 from tests.analysis.conftest import TASKS, recipe_at
 from tests.test_routing import (

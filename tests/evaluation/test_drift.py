@@ -2,7 +2,7 @@
 
 import pytest
 
-from dymoe.evaluation.drift import drift
+from dymoe.evaluation.metrics import drift
 from dymoe.learning.results import routing_drift
 
 

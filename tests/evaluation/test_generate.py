@@ -8,8 +8,8 @@ import torch
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import batches, evaluate, evaluated, generate
 from dymoe.learning.groups import freeze_all, train_group
-from dymoe.lvlm import Collator, ImageFeatures, load
 from dymoe.methods import Stage, create
+from dymoe.models import Collator, ImageFeatures, load
 from dymoe.tasks import Sample, Task, load_stream
 from dymoe.tasks.scoring import lenient, scorer
 from tests.learning.tiny import save_tiny

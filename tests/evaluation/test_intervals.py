@@ -5,7 +5,7 @@ import pytest
 
 from dymoe.errors import DymoeError
 from dymoe.evaluation.intervals import METRICS, Answers, accuracy, compare, digest, metric_names, metrics
-from dymoe.evaluation.matrix import AccuracyMatrix
+from dymoe.evaluation.metrics import AccuracyMatrix
 from tests.evaluation.coverage import coverage
 
 

@@ -9,11 +9,11 @@ import pytest
 
 from dymoe import methods
 from dymoe.errors import DymoeError
-from dymoe.learning.plan import Plan
 from dymoe.learning.recipe import Recipe, recipe_of, set_key
-from dymoe.learning.sweep import Entry, Sweep
 from dymoe.messages import one_line
 from dymoe.methods.settings import build, describe, keys
+from dymoe.sweep.plan import Plan
+from dymoe.sweep.sweep import Entry, Sweep
 from dymoe.tasks import own
 from dymoe.yamls import dump_yaml
 

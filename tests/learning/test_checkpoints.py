@@ -14,8 +14,8 @@ from dymoe.learning.checkpoints import last_checkpoint, mark_complete
 from dymoe.learning.groups import train_group
 from dymoe.learning.recipe import Training
 from dymoe.learning.trainer import StageTrainer, training_arguments
-from dymoe.lvlm import Collator, ImageFeatures, load
 from dymoe.methods import Stage
+from dymoe.models import Collator, ImageFeatures, load
 from dymoe.tasks import load_stream
 
 STEPS = 8

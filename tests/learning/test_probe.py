@@ -13,9 +13,9 @@ from dymoe.learning.folder import RunFolder
 from dymoe.learning.learner import Made
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
-from dymoe.lvlm import load
 from dymoe.methods import Probe
 from dymoe.methods.cmoe import CMoE
+from dymoe.models import load
 from dymoe.tasks import Stream, load_stream
 from tests.learning.tiny import write_recipe
 

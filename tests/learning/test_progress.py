@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dymoe.learning.cells import SweepDisplay
 from dymoe.learning.progress import Display
-from dymoe.learning.records import Cell
+from dymoe.sweep.jobs import SweepDisplay
+from dymoe.sweep.records import Cell
 from dymoe.terminal import Terminal
 
 

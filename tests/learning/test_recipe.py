@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.catalog import shipped
-from dymoe.learning.order import NOTHING, Order
 from dymoe.learning.recipe import Recipe, Training, load_recipe, parse_overrides
-from dymoe.learning.sweep import is_sweep
+from dymoe.learning.sampler import NOTHING, Order
 from dymoe.methods import available
 from dymoe.methods.settings import keys
+from dymoe.sweep.sweep import is_sweep
 
 # Those below recipes/accelerate are configurations of the launcher.
 FILES = sorted(path for path in Path("recipes").rglob("*.yaml") if path.parent.name != "accelerate")

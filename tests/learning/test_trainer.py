@@ -15,14 +15,14 @@ from dymoe import methods
 from dymoe.errors import DymoeError
 from dymoe.learning.groups import train_group
 from dymoe.learning.loss import answer_logits, next_token_loss
-from dymoe.learning.order import workers_for
 from dymoe.learning.recipe import Training, load_recipe
 from dymoe.learning.run import run
+from dymoe.learning.sampler import workers_for
 from dymoe.learning.trainer import StageTrainer, training_arguments
-from dymoe.lvlm import Collator, ImageFeatures, load
 from dymoe.methods import Stage
 from dymoe.methods.base import Method
 from dymoe.methods.lora import LoRA
+from dymoe.models import Collator, ImageFeatures, load
 from dymoe.tasks import load_stream
 from tests.learning.tiny import write_recipe
 
@@ -119,7 +119,7 @@ def test_worker_processes_change_nothing(tiny_folder, task, tmp_path):
      (None, False, 4, 8, 1), (None, False, 1, 8, 4)],
 )  # fmt: skip
 def test_workers_are_started_where_a_gpu_would_wait(asked, cached, gpus, processes, expected, monkeypatch):
-    monkeypatch.setattr("dymoe.learning.order.cores", lambda: 8)
+    monkeypatch.setattr("dymoe.learning.sampler.cores", lambda: 8)
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     assert workers_for(asked, cached, processes) == expected

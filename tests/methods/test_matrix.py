@@ -21,7 +21,7 @@ from dymoe.adapter import group_hash
 from dymoe.learning.progress import Display
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
-from dymoe.lvlm import load
+from dymoe.models import load
 from dymoe.share.push import push
 
 TASKS = ["ImageNet", "VQAv2"]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dymoe.cli import main
-from tests.lvlm.conftest import png
+from tests.models.conftest import png
 
 COLOURS = ("red", "blue", "green", "white")
 

@@ -12,7 +12,7 @@ from dymoe import pictures
 from dymoe.analysis import open_run
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import generate
-from dymoe.lvlm import Collator, load
+from dymoe.models import Collator, load
 from dymoe.play import ask
 from dymoe.play.ask import Runs
 from tests.test_pictures import png_header

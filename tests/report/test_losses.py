@@ -6,9 +6,10 @@ import pytest
 from reading import THREE, matrix_run, page
 from run_folders import TASKS, make_joint, make_run
 
+from dymoe.numbers import number
 from dymoe.report.losses import losses
 from dymoe.report.runs import read_runs
-from dymoe.report.summary import gather, number
+from dymoe.report.summary import gather
 from dymoe.report.words import cards, lost_most, ranked
 
 

@@ -18,11 +18,12 @@ from dymoe.errors import DymoeError
 from dymoe.evaluation import AccuracyMatrix
 from dymoe.files import atomic_json, atomic_write, read_json
 from dymoe.learning import formats
+from dymoe.numbers import Stat, number
 from dymoe.report.figures import lost_per_task, over_stages, routing_drift
 from dymoe.report.page import write_report
 from dymoe.report.plots import build
 from dymoe.report.runs import read_run, read_runs, read_sweep
-from dymoe.report.summary import Method, Stat, gather, number
+from dymoe.report.summary import Method, gather
 from dymoe.report.words import headline, remarks
 
 # ---------------------------------------------------------------- what it says

@@ -13,6 +13,7 @@ from run_folders import make_run
 
 from dymoe import analysis
 from dymoe.errors import DymoeError
+from dymoe.numbers import number
 from dymoe.report.activation_figures import activation_figures
 from dymoe.report.drift_figures import drift_and_forgetting, drift_figures
 from dymoe.report.dynamics_figures import dynamics_figures
@@ -20,7 +21,7 @@ from dymoe.report.frames import analysed, later_weight, mean_over
 from dymoe.report.overlay import overlay
 from dymoe.report.parts import Figure
 from dymoe.report.runs import read_runs
-from dymoe.report.summary import Method, gather, number
+from dymoe.report.summary import Method, gather
 
 SECTIONS = {"drift-parts", "activation", "overlay", "token-types"}
 

@@ -27,7 +27,7 @@ from dymoe.errors import DymoeError
 from dymoe.files import atomic_dir
 from dymoe.learning.groups import load_group
 from dymoe.learning.recipe import load_recipe
-from dymoe.lvlm import load
+from dymoe.models import load
 from dymoe.share.card import Shared, card, escape
 from dymoe.share.manifest import MANIFEST, TEXT_BYTES, Group, file_of, parse
 from dymoe.share.paths import base_kind, without_paths

@@ -758,8 +758,8 @@ def test_published_sizes_are_those_of_the_paper() -> None:
 
 
 def test_every_answer_of_a_conversation_is_learned(tiny_folder: Path) -> None:
-    from dymoe.lvlm import Collator
-    from dymoe.lvlm import load as load_model
+    from dymoe.models import Collator
+    from dymoe.models import load as load_model
 
     lvlm = load_model(str(tiny_folder), "float32")
     collator = Collator(lvlm)

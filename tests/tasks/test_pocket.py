@@ -13,8 +13,9 @@ from PIL import Image
 
 from dymoe.errors import DymoeError
 from dymoe.tasks.base import Stream, Task, load_stream, task_names
-from dymoe.tasks.pocket import build, classes, domains, draw, more_tasks, packages, scene_tasks, sources, stock
+from dymoe.tasks.pocket import classes, domains
 from dymoe.tasks.scoring import lenient, scorer
+from scripts.pocket import build, draw, more_tasks, packages, scene_tasks, sources, stock
 
 STREAMS = list(build.STREAMS)
 NAMES = [(stream, name) for stream in STREAMS for name in task_names(stream)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dymoe.adapter.config import DyMoEConfig
+from dymoe.adapter.decoder import decoder_linears, drop_capture_hooks
 from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.layer import DyMoELayer, DyMoELinear
 from dymoe.adapter.selection import Select, Selector
@@ -23,7 +24,6 @@ from dymoe.adapter.selectors import SELECTORS
 from dymoe.adapter.trace import RoutingTrace
 from dymoe.errors import DymoeError
 from dymoe.libraries import require_arguments, require_names
-from dymoe.lvlm.decoder import decoder_linears, drop_capture_hooks
 from dymoe.names import parts_of, safe_name
 
 require_names(BaseTuner, "_pre_injection_hook", "_prepare_adapter_config", "_create_and_replace", "_replace_module")

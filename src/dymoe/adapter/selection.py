@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dymoe.adapter.decoder import key_value_cache
 from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.trace import RoutingTrace, SelectionGradient
-from dymoe.lvlm.decoder import key_value_cache
 
 
 class Selector(GroupHolder):

@@ -12,14 +12,14 @@ from dymoe.adapter import DyMoEConfig, LayerRouting
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import autocast, batches, evaluated, to_device
 from dymoe.files import read_json
-from dymoe.learning import conditions, preflight
+from dymoe.learning import conditions, inspection
 from dymoe.learning.folder import StageFolder
 from dymoe.learning.formats import Saved
 from dymoe.learning.groups import WEIGHTS, hashes, load_group, read_tensors, set_group, trace_of
 from dymoe.learning.learner import base_model
 from dymoe.learning.recipe import Recipe, recorded
-from dymoe.lvlm import Collator, Lvlm, cached_features
-from dymoe.lvlm.identity import identity
+from dymoe.models import Collator, Lvlm, cached_features
+from dymoe.models.identity import identity
 from dymoe.tasks import Sample, Task
 
 Observer = Callable[[LayerRouting], None]
@@ -184,7 +184,7 @@ def open_run(run: "str | Path | Learned") -> Learned:
         return run
     path = Path(run)
     recipe = recorded(path)
-    stream = preflight.load(recipe) if recipe.data.on_bad == "skip" else recipe.load_stream()
+    stream = inspection.load(recipe) if recipe.data.on_bad == "skip" else recipe.load_stream()
     rounds = recipe.build_method().rounds(stream.tasks)
     if not rounds:
         raise DymoeError(f"{path}: method {recipe.method} has no experts, so there is no routing to look at")

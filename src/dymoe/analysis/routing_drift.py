@@ -15,8 +15,8 @@ from dymoe.analysis.learned import Learned, Tell, open_run, silently
 from dymoe.analysis.storage import joined
 from dymoe.analysis.tokens import KINDS, image_tokens, kinds
 from dymoe.errors import DymoeError
-from dymoe.evaluation.drift import drift as drift_of
-from dymoe.evaluation.matrix import AccuracyMatrix
+from dymoe.evaluation.metrics import AccuracyMatrix
+from dymoe.evaluation.metrics import drift as drift_of
 from dymoe.learning.formats import run_results
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class _Watch:
 
 
 def drift_by_task(frame: pd.DataFrame) -> pd.DataFrame:
-    """The drift of each task at each stage (see `dymoe.evaluation.drift`), a mean over tokens and wrapped layers.
+    """The drift of each task at each stage (`evaluation.metrics.drift`), a mean over tokens and wrapped layers.
 
     Args:
         frame: of `drift`.

@@ -11,7 +11,7 @@ from dymoe.analysis.storage import COLUMNS
 from dymoe.errors import DymoeError
 from dymoe.evaluation import AccuracyMatrix
 from dymoe.learning.formats import read_results
-from dymoe.learning.sweep import Sweep, is_sweep, load_sweep
+from dymoe.sweep.sweep import Sweep, is_sweep, load_sweep
 
 GUIDANCE = "settings.guidance"
 # Which tokens reach the new experts while the second task is learned -> the mask that does it (`dymoe.routing`).

@@ -17,7 +17,7 @@ from dymoe.analysis.tokens import KINDS, PADDING, image_tokens, kinds, patch_gri
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import to_device
 from dymoe.files import atomic_write
-from dymoe.lvlm import Collator, Lvlm
+from dymoe.models import Collator, Lvlm
 from dymoe.routing import TokenType, token_types
 from dymoe.tasks import Sample
 
@@ -185,7 +185,7 @@ def seen_picture(lvlm: Lvlm, sample: Sample) -> Any:
     import numpy as np
     from PIL import Image
 
-    from dymoe.lvlm.images import decode
+    from dymoe.models.images import decode
 
     picture = decode(cast(bytes, sample.image))
     processor: Any = lvlm.processor.image_processor  # type: ignore[attr-defined]

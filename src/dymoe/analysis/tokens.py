@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dymoe.lvlm import Lvlm
+from dymoe.models import Lvlm
 
 KINDS = ("image", "instruction", "answer")
 PADDING = -1

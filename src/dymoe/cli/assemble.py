@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
         print(HELP)
         return 0 if argv else 2
     found = _options(argv)
-    from dymoe.lvlm.llava import assemble
+    from dymoe.models.llava import assemble
 
     done = assemble(
         found["--llm"],

@@ -9,7 +9,7 @@ from dymoe.errors import DymoeError
 from dymoe.messages import brief
 
 if TYPE_CHECKING:
-    from dymoe.learning.findings import Checkup, Finding
+    from dymoe.preflight.findings import Checkup, Finding
 
 HELP = """usage: dymoe doctor RECIPE [--all] [--samples N] [--json] [--KEY VALUE ...]
 
@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
     from dymoe.learning.recipe import load_recipe
 
     recipe = load_recipe(argv[0], [word for word in words if word not in ("--all", "--json")])
-    from dymoe.learning.doctor import check
     from dymoe.learning.progress import Display
+    from dymoe.preflight.doctor import check
 
     ahead = Display("doctor", 0)
     found = check(recipe, argv[0], samples, locate(argv[0]).parent, "--all" in words, ahead.inspecting)

@@ -10,7 +10,7 @@ from dymoe.messages import brief, say
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dymoe.learning.dryrun import Measured
+    from dymoe.preflight.dryrun import Measured
 
 HELP = """usage: dymoe run RECIPE [--resume [--accept PART ...] | --dry-run] [--KEY VALUE ...]
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     if "--dry-run" in words:
         return _dry_run(recipe, overrides)
     require_folder(recipe.model)
-    from dymoe.learning.processes import first, together
+    from dymoe.learning.distributed import first, together
 
     command = shlex.join(["dymoe", "run", argv[0], *overrides, "--resume"])
     try:
@@ -89,7 +89,7 @@ def accepted(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def _dry_run(recipe: Any, overrides: Sequence[str]) -> int:
     """Measure, print, and write JSON where --output says so."""
     from dymoe.files import atomic_json
-    from dymoe.learning.dryrun import as_dict, dry_run
+    from dymoe.preflight.dryrun import as_dict, dry_run
     from dymoe.terminal import tables
 
     output = recipe.output if any(word.partition("=")[0] == "--output" for word in overrides) else ""
@@ -107,7 +107,7 @@ def _table(rows: "Sequence[Measured]") -> "Table":
     """The measurement as a table for a terminal."""
     from rich.table import Table
 
-    from dymoe.learning.dryrun import published
+    from dymoe.preflight.dryrun import published
 
     made = Table(title="Dry run: random weights, made data")
     heads = ("task", "s/step", "tokens/s", "answers/s", "peak GB", "by arithmetic", "steps", "hours", "hours to ask")

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     if argv[0].startswith("-"):
         raise DymoeError(f"sweep: expected a sweep file before {brief(argv[0])}, for example pocket/leaderboard")
-    from dymoe.learning.sweep import load_sweep
+    from dymoe.sweep.sweep import load_sweep
 
     words, accept = accepted(argv[1:])
     overrides = [word for word in words if word not in FLAGS]
@@ -52,12 +52,12 @@ def learn(sweep: Any, path: str, argv: Sequence[str], command: str, accept: Sequ
         command: what goes on with it.
         accept: in what a cell that was begun may differ here (`dymoe run --accept`).
     """
-    from dymoe.learning.cells import only_one
     from dymoe.learning.formats import read_results
-    from dymoe.learning.plan import Plan
+    from dymoe.sweep.jobs import only_one
+    from dymoe.sweep.plan import Plan
 
     if sweep.published:
-        from dymoe.report.leaderboard import published
+        from dymoe.sweep.table import published
 
         published(sweep.published)
     plan = Plan(sweep, path)
@@ -106,8 +106,8 @@ class _Book:
         """Both files, each in full or not at all."""
         from dymoe.files import atomic_write
         from dymoe.learning.formats import write_results
-        from dymoe.learning.records import choose
-        from dymoe.report.leaderboard import markdown, tuning_markdown
+        from dymoe.sweep.records import choose
+        from dymoe.sweep.table import markdown, tuning_markdown
 
         if self.rows and not self.about.get("machine"):
             self.about = {**self.about, **{key: self.rows[-1].get(key) for key in ("machine", "versions")}}
@@ -122,7 +122,7 @@ class _Book:
 
 def _work(plan: Any, todo: Sequence[Any], book: _Book, command: str, accept: Sequence[str]) -> int:
     """Learn what is missing, tell what failed."""
-    from dymoe.learning.cells import SweepDisplay, work
+    from dymoe.sweep.jobs import SweepDisplay, work
 
     sweep = plan.sweep
     failed: list[tuple[Any, str]] = []
@@ -142,8 +142,8 @@ def _work(plan: Any, todo: Sequence[Any], book: _Book, command: str, accept: Seq
 
 def help_text() -> str:
     """The usage with every key of a sweep file, its type and default."""
-    from dymoe.learning.sweep import Sweep
     from dymoe.methods.settings import describe
+    from dymoe.sweep.sweep import Sweep
 
     rows = [(f"--{key}", kind, default) for key, kind, default in describe(Sweep)]
     width = max(len(key) for key, _, _ in rows)

@@ -1,5 +1,5 @@
 """Answering, scoring and the accuracy matrix with its metrics."""
 
-from dymoe.evaluation.matrix import AccuracyMatrix
+from dymoe.evaluation.metrics import AccuracyMatrix
 
 __all__ = ["AccuracyMatrix"]

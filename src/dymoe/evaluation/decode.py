@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dymoe.adapter.decoder import key_value_cache
 from dymoe.errors import DymoeError
 from dymoe.libraries import require_names, untested
-from dymoe.lvlm.decoder import key_value_cache
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
     from dymoe.adapter.trace import RoutingTrace
-    from dymoe.lvlm import Collator, Lvlm
+    from dymoe.models import Collator, Lvlm
     from dymoe.tasks import Sample, Task
 
 

@@ -9,7 +9,7 @@ from transformers import TextIteratorStreamer
 from dymoe.evaluation.generate import generate
 
 if TYPE_CHECKING:
-    from dymoe.lvlm import Collator, Lvlm
+    from dymoe.models import Collator, Lvlm
     from dymoe.tasks import Sample
 
 

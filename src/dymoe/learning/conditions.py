@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_write
 from dymoe.learning.folder import FREE
-from dymoe.lvlm.options import ModelOptions
+from dymoe.models.options import ModelOptions
 from dymoe.schema import Count, check
 from dymoe.yamls import dump_yaml, read_yaml
 

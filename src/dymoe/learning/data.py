@@ -8,7 +8,7 @@ from dymoe.learning.recipe import Training
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dymoe.lvlm import Collator
+    from dymoe.models import Collator
     from dymoe.tasks import Sample
 
 

@@ -16,7 +16,7 @@ from dymoe.adapter import RoutingTrace
 from dymoe.adapter.trace import STATISTICS, TERMS
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_write, read_bytes
-from dymoe.learning.processes import Processes
+from dymoe.learning.distributed import Processes
 
 VALUES = (*STATISTICS, *TERMS)
 

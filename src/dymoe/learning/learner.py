@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 from dymoe.errors import DymoeError
 from dymoe.learning import clock
 from dymoe.learning.data import Data
+from dymoe.learning.distributed import Processes
 from dymoe.learning.folder import RunFolder, StageFolder, remove_checkpoints
 from dymoe.learning.formats import Trained
-from dymoe.learning.processes import Processes
 from dymoe.learning.progress import Display
 from dymoe.learning.recipe import Recipe
 from dymoe.learning.results import routing_over_steps, write_results
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import TrainerCallback
 
-    from dymoe.lvlm import Collator, ImageFeatures, Lvlm
+    from dymoe.models import Collator, ImageFeatures, Lvlm
     from dymoe.tasks import Sample, Stream, Task
 
 
@@ -79,7 +79,7 @@ class Learner:
         revision: str | None = None,
     ) -> "Learner":
         """Load the base model and the groups that earlier stages trained."""
-        from dymoe.lvlm import Collator, cached_features
+        from dymoe.models import Collator, cached_features
 
         _quiet()
         if processes.wrapped:
@@ -267,12 +267,12 @@ class Learner:
         import torch
 
         from dymoe.adapter import group_hash
+        from dymoe.learning.callbacks import Watch
         from dymoe.learning.checkpoints import last_checkpoint
         from dymoe.learning.dynamics import Dynamics, rewind
         from dymoe.learning.groups import trace_of
-        from dymoe.learning.order import workers_for
+        from dymoe.learning.sampler import workers_for
         from dymoe.learning.trainer import StageTrainer, training_arguments
-        from dymoe.learning.watch import Watch
 
         assert self.model is not None
         model, processes = self.model, self.processes
@@ -399,7 +399,7 @@ def base_model(recipe: Recipe, revision: str | None = None) -> "Lvlm":
 
 def _loaded(recipe: Recipe, revision: str | None) -> "Lvlm":
     """The recipe's base model."""
-    from dymoe.lvlm import load
+    from dymoe.models import load
 
     return load(recipe.model, recipe.training.dtype, options=recipe.model_options, revision=revision)
 

@@ -8,11 +8,10 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from dymoe.evaluation.drift import drift
 from dymoe.evaluation.intervals import answers
-from dymoe.evaluation.matrix import AccuracyMatrix
+from dymoe.evaluation.metrics import AccuracyMatrix, drift
 from dymoe.files import atomic_json
-from dymoe.learning import clock, conditions, preflight
+from dymoe.learning import clock, conditions, inspection
 from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.recipe import Recipe
 from dymoe.pictures import for_browser
@@ -80,7 +79,7 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
     reports = [_report(stage) for stage in done]
     if any(reports):
         results["reports"] = reports
-    if left_out := preflight.counts(folder.path / preflight.SKIPPED):
+    if left_out := inspection.counts(folder.path / inspection.SKIPPED):
         results["left_out"] = left_out
     results.update(computed_by(run))
     atomic_json(folder.path / "results.json", results)
@@ -176,7 +175,7 @@ def _probe_seconds(stage: StageFolder) -> float:
 
 
 def routing_drift(routing: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Earlier task -> its drift (see `dymoe.evaluation.drift`), one value for every stage since the task was learned.
+    """Earlier task -> its drift (`evaluation.metrics.drift`), one value for every stage since the task was learned.
 
     A task without drift at some stage (no group of its own, or nothing is routed) is left out.
 

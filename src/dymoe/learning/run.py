@@ -1,7 +1,7 @@
 """A run from its recipe to its folder: the stream is read and checked, then learned stage by stage (`Learner`).
 
 Every process of a run goes through this. They learn and ask together; process 0 alone writes, and decides what is
-decided by looking at the disk (`dymoe.learning.processes`).
+decided by looking at the disk (`dymoe.learning.distributed`).
 """
 
 import json
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json, atomic_write, read_bytes
-from dymoe.learning import conditions, preflight
+from dymoe.learning import conditions, inspection
 from dymoe.learning.checkpoints import last_checkpoint
 from dymoe.learning.conditions import Description, State
+from dymoe.learning.distributed import join
 from dymoe.learning.folder import RunFolder, StageFolder, remove_checkpoints, verify
 from dymoe.learning.learner import Learner, Made
-from dymoe.learning.processes import join
 from dymoe.learning.progress import Display, silent
 from dymoe.learning.recipe import Recipe
 from dymoe.learning.results import shown_samples, write_results
@@ -56,7 +56,7 @@ def run(
         raise DymoeError("a dry run works in one process; start it without a launcher")
     method = recipe.build_method()
     ahead = Display(f"{recipe.method} on {recipe.stream}", 0, None if processes.main else silent())
-    stream = checked(preflight.load(recipe, ahead.inspecting) if made is None else made.stream, recipe)
+    stream = checked(inspection.load(recipe, ahead.inspecting) if made is None else made.stream, recipe)
     rounds = method.rounds(stream.tasks)
     folder = RunFolder(Path(recipe.output), resume, processes.main)
     try:
@@ -103,7 +103,7 @@ class _Start:
         Raises:
             DymoeError: the run is not this one, or a file is not as it was written.
         """
-        from dymoe.lvlm.identity import identity
+        from dymoe.models.identity import identity
 
         path, evaluation = self.folder.path, self.recipe.evaluation
         here: Description = {
@@ -160,7 +160,7 @@ class _Start:
         note_skipped(folder, self.stream)
         shown = (self.recipe.evaluation.split, self.recipe.evaluation.limit)
         atomic_json(folder.path / "samples.json", shown_samples(self.stream.tasks, *shown))
-        notes += preflight.left_out(self.stream.skipped, folder.path / preflight.SKIPPED)
+        notes += inspection.left_out(self.stream.skipped, folder.path / inspection.SKIPPED)
         if folder.begun:
             asked = self.stages or [folder.zero_shot]
             notes.append(found_again(folder.path, [stage.done is not None for stage in asked]))
@@ -190,7 +190,7 @@ def found_again(path: Path, done: Sequence[bool]) -> str:
 def note_skipped(folder: RunFolder, stream: "Stream") -> None:
     """List the records that were left out in skipped.jsonl and say so in events.jsonl, once per list."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in stream.skipped)
-    file = folder.path / preflight.SKIPPED
+    file = folder.path / inspection.SKIPPED
     if text.encode() != (read_bytes(file) if file.is_file() else b""):  # all may have been mended since
         counts = Counter(row["file"] for row in stream.skipped)
         atomic_write(file, text)

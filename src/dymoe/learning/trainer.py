@@ -19,14 +19,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json, read_json, reason
-from dymoe.learning import whole
+from dymoe.learning import sharded
 from dymoe.learning.checkpoints import mark_complete
+from dymoe.learning.distributed import ALONE, Processes
 from dymoe.learning.divergence import Divergence
 from dymoe.learning.groups import WEIGHTS, of_group, read_tensors, set_group, trace_of, write_group
 from dymoe.learning.loss import answer_logits, next_token_loss
-from dymoe.learning.order import Loader, Order
-from dymoe.learning.processes import ALONE, Processes
 from dymoe.learning.recipe import Training
+from dymoe.learning.sampler import Loader, Order
 from dymoe.libraries import require_extra, require_names
 from dymoe.methods import Method
 from dymoe.methods.companions import Companion
@@ -316,8 +316,8 @@ class StageTrainer(Trainer):
             name -> tensor on the CPU in process 0; nothing in the others, which only take part.
         """
         model = self.accelerator.unwrap_model(self.model)
-        names = [name for name in whole.named(model) if ".dymoe_" in name and (every or of_group(name, self.group))]
-        return whole.parameters(model, names, keep=self.processes.main)
+        names = [name for name in sharded.named(model) if ".dymoe_" in name and (every or of_group(name, self.group))]
+        return sharded.parameters(model, names, keep=self.processes.main)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the training group alone, whole however it is held."""
@@ -352,7 +352,7 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Transformers' optimizer; the order of its parameters is kept by name."""
         optimizer = super().create_optimizer(model)
-        names = {parameter: name for name, parameter in whole.named(cast(nn.Module, self.model)).items()}
+        names = {parameter: name for name, parameter in sharded.named(cast(nn.Module, self.model)).items()}
         self._names = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         return optimizer
 
@@ -362,7 +362,7 @@ class StageTrainer(Trainer):
             self._load_from_checkpoint(resume_from_checkpoint)  # while every process holds whole parameters
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self._cut and self.is_deepspeed_enabled:
-            whole.let_layers_gather(cast(Any, self.model).base_model.layers())
+            sharded.let_layers_gather(cast(Any, self.model).base_model.layers())
         if resume_from_checkpoint is not None:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
@@ -373,7 +373,7 @@ class StageTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-        state = whole.optimizer_state(cast(nn.Module, self.model), optimizer.optimizer, keep=self.args.should_save)
+        state = sharded.optimizer_state(cast(nn.Module, self.model), optimizer.optimizer, keep=self.args.should_save)
         if self.args.should_save:
             torch.save({"by_name": state}, Path(output_dir) / OPTIMIZER)
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER)
@@ -387,7 +387,7 @@ class StageTrainer(Trainer):
             return
         state = kept.get("by_name") or {self._names[place]: one for place, one in kept["state"].items()}
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-        whole.load_optimizer_state(cast(nn.Module, self.model), optimizer.optimizer, state)
+        sharded.load_optimizer_state(cast(nn.Module, self.model), optimizer.optimizer, state)
         schedule = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
         # One entry a parameter group, all the same; DeepSpeed drops the groups that are empty.
         groups = len(scheduler.base_lrs)

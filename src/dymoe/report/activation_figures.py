@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
+from dymoe.numbers import number
 from dymoe.report.frames import Analysed, analysed, made, missing, routed
 from dymoe.report.parts import Choice, Figure, Keys, Plot, Table
 from dymoe.report.plots import COLOURS, build, escape, positions, room
-from dymoe.report.summary import Method, number
+from dymoe.report.summary import Method
 
 if TYPE_CHECKING:
     import pandas as pd

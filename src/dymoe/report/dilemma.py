@@ -9,10 +9,10 @@ import plotly.graph_objects as go
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_write
+from dymoe.numbers import Stat, number
 from dymoe.report.layout import render
 from dymoe.report.parts import Figure, Plot, Sign, Table
 from dymoe.report.plots import MARKERS, build, error_bars, escape, listed
-from dymoe.report.summary import Stat, number
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
+from dymoe.numbers import number
 from dymoe.report.frames import ALL, PARTS, Analysed, analysed, later_weight, made, mean_over, missing, routed
 from dymoe.report.heatmaps import heatmap
-from dymoe.report.leaderboard import rank_correlation
 from dymoe.report.parts import Choice, Figure, Heatmap, Keys, Plot, Sign, Table
 from dymoe.report.plots import MARKERS, build, colour, escape, marker, signs
-from dymoe.report.summary import Method, number
+from dymoe.report.summary import Method
+from dymoe.sweep.table import rank_correlation
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from dymoe.numbers import number
 from dymoe.report.heatmaps import heatmap
 from dymoe.report.parts import Figure, Heatmap, Table
 from dymoe.report.plots import build, colour, error_bars, escape, line, listed, marker, positions, room, signs
-from dymoe.report.summary import Method, number
+from dymoe.report.summary import Method
 
 
 def side_by_side(methods: Sequence[Method]) -> Figure:

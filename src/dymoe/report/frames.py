@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dymoe.evaluation.drift import ROUNDING
+from dymoe.evaluation.metrics import ROUNDING
 from dymoe.report.runs import Run
 from dymoe.report.summary import Method
 
@@ -89,7 +89,7 @@ def later_weight(frame: "pd.DataFrame") -> "pd.DataFrame":
 
     Returns:
         Columns task, stage, layer, projection, part, later (0..1), changed (0..1), tokens. Tasks that have no drift
-        (see `dymoe.evaluation.drift`) are left out.
+        (see `dymoe.evaluation.metrics.drift`) are left out.
     """
     place = {group: number for number, group in enumerate(dict.fromkeys(frame["group"]))}
     own = frame["task"].map(place)

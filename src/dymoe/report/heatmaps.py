@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from dymoe.numbers import number
 from dymoe.report.parts import Cell, Heatmap, Keys
 from dymoe.report.plots import clip
-from dymoe.report.summary import number
 
 
 def heatmap(

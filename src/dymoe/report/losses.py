@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from dymoe.numbers import Stat, number
 from dymoe.report.heatmaps import heatmap
 from dymoe.report.parts import Figure, Heatmap, Table
-from dymoe.report.summary import Method, Stat, number
+from dymoe.report.summary import Method
 from dymoe.report.words import ranked
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.files import atomic_write
+from dymoe.numbers import number
 from dymoe.report import figures
 from dymoe.report.activation_figures import activation_figures
 from dymoe.report.drift_figures import drift_figures
@@ -15,7 +16,7 @@ from dymoe.report.overlay import Overlay, overlay
 from dymoe.report.parts import Figure, Table
 from dymoe.report.runs import Run, read_runs
 from dymoe.report.samples import Comparison, compare
-from dymoe.report.summary import METRICS, Method, gather, number
+from dymoe.report.summary import METRICS, Method, gather
 from dymoe.report.words import cards, headline, lost_most, remarks
 
 

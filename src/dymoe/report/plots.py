@@ -12,8 +12,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.io.json import to_json_plotly
 
+from dymoe.numbers import Stat
 from dymoe.report.parts import Keys, Plot, Sign
-from dymoe.report.summary import Method, Stat
+from dymoe.report.summary import Method
 
 COLOURS = 8
 LABEL = 20

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.evaluation.drift import ROUNDING, drift
-from dymoe.evaluation.matrix import AccuracyMatrix
+from dymoe.evaluation.metrics import ROUNDING, AccuracyMatrix, drift
 from dymoe.files import read_json
 from dymoe.learning.formats import KEY, RoutingWeights, read_results, run_results
-from dymoe.learning.records import told
 from dymoe.messages import brief, shorten
+from dymoe.sweep.records import told
 
 STAGE_FOLDER = re.compile(r"(\d+)-.+")
 
@@ -31,7 +30,7 @@ class Routing:
     weights: Mapping[str, tuple[float, ...]]
 
     def drift(self, task: str) -> float | None:
-        """The task's drift (see `dymoe.evaluation.drift`), in 0..1, None where there is none or it was not asked."""
+        """The task's drift (`evaluation.metrics.drift`), in 0..1, None where there is none or it was not asked."""
         return drift(task, self.groups, self.weights[task]) if task in self.weights else None
 
     @property

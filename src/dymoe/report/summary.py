@@ -6,35 +6,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dymoe.numbers import Stat
 from dymoe.report.runs import Run
 
 METRICS = ("MFT", "MFN", "MAA", "BWT", "BWT_T-1")
-
-
-def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
-    """A number as the page shows it, with a real minus sign; an en dash where there is none."""
-    if value is None:
-        return "–"
-    rounded = round(value, digits) + 0.0  # -0.0 becomes 0.0
-    return f"{rounded:+.{digits}f}".replace("-", "−") if sign else f"{rounded:.{digits}f}".replace("-", "−")
-
-
-@dataclass(frozen=True)
-class Stat:
-    """A mean over the seeds of a method and the sample standard deviation (None for a single seed)."""
-
-    mean: float
-    spread: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Stat":
-        """Mean and spread of at least one value."""
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-    def text(self, digits: int = 1, sign: bool = False) -> str:
-        """As in "61.2 ± 0.4"."""
-        spread = "" if self.spread is None else f" ± {number(self.spread, digits)}"
-        return number(self.mean, digits, sign) + spread
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from dymoe.numbers import number
 from dymoe.report.layout import environment
 from dymoe.report.parts import Sign
 from dymoe.report.plots import COLOURS
-from dymoe.report.summary import number
 
 if TYPE_CHECKING:
     import pandas as pd

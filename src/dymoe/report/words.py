@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dymoe.numbers import number
 from dymoe.report.runs import Run
-from dymoe.report.summary import Method, number
+from dymoe.report.summary import Method
 
 # Points below which a loss is not told: the page shows one digit.
 SEEN = 0.05

@@ -170,7 +170,7 @@ def _loading(shared: Shared) -> str:
 ```python
 import json, dymoe  # dymoe registers its adapter with PEFT
 from peft import PeftModel
-from dymoe.lvlm import load
+from dymoe.models import load
 
 folder, stage = {shared.where!a}, {last}
 base = load({base!a}).model  # any way to load it with transformers will do

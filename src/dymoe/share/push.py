@@ -212,7 +212,7 @@ def first_stages(results: dict[str, Any], count: int, where: str) -> dict[str, A
     Raises:
         DymoeError: it lacks what a run writes.
     """
-    from dymoe.evaluation.matrix import AccuracyMatrix
+    from dymoe.evaluation.metrics import AccuracyMatrix
     from dymoe.learning.results import format_drift
 
     for key in ("tasks", "matrix", "method", "stream", "seed", "base"):

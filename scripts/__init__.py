@@ -1,0 +1,1 @@
+"""What ran once and is kept for the record; run from the repository's root."""

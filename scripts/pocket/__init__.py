@@ -1,0 +1,1 @@
+"""How the pocket streams and the pocket model's projector were made."""

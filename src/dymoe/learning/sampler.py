@@ -1,0 +1,114 @@
+"""Which samples a training step takes: a function of seed and step, whatever number of processes shares the step."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dymoe.models.images import cores
+
+NOTHING = -1  # in place of a sample: this process has none left in the step
+
+
+class Order(Sampler[list[int]]):
+    """This process's micro-batches of an epoch.
+
+    The epoch's order is one permutation for all processes, cut into pieces of `size`; they are dealt to the processes
+    in turn. So k processes take together what one process takes in k micro-batches, also from the last, short pieces
+    (accelerate's own sampler fills those up with samples from the beginning).
+
+    Args:
+        count: samples.
+        size: samples per micro-batch.
+        seed: of the order; the epoch's number is added.
+        rank: this process.
+        processes: all of them.
+    """
+
+    def __init__(self, count: int, size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
+        self.count = count
+        self.size = size
+        self.seed = seed
+        self.rank = rank
+        self.processes = processes
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.count // (self.size * self.processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        for start in range(self.rank * self.size, len(self) * self.size * self.processes, self.size * self.processes):
+            yield order[start : start + self.size] or [NOTHING]
+
+
+def workers_for(asked: int | None, cached: bool, processes: int = 1) -> int:
+    """How many worker processes make batches ahead.
+
+    Args:
+        asked: by the recipe, None to choose.
+        cached: whether the features of the pictures are there, so that a batch is text alone.
+        processes: of the run; one works on each of a machine's GPUs.
+    """
+    if asked is not None:
+        return asked
+    if cached or not torch.cuda.is_available():
+        return 0
+    return min(4, max(1, cores() // min(processes, torch.cuda.device_count()) - 1))
+
+
+class Loader(DataLoader[Any]):
+    """Collated micro-batches in an `Order`; the trainer tells the epoch.
+
+    A process without a sample in a step still takes part in it, with a batch in which nothing is learned.
+
+    Args:
+        samples: what is trained on.
+        collator: makes a batch of samples.
+        order: their order.
+        options: further arguments of torch's DataLoader.
+    """
+
+    def __init__(
+        self, samples: Sequence[Any], collator: Callable[[Sequence[Any]], Any], order: Order, **options: Any
+    ) -> None:
+        def collate(places: list[int]) -> Any:
+            if places != [NOTHING]:
+                return collator([samples[place] for place in places])
+            batch = collator([samples[0]])
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+            return batch
+
+        if options.get("num_workers"):
+            # Forked: a worker inherits samples and tokenizer as they are, and touches no GPU.
+            options = {"multiprocessing_context": "fork", "worker_init_fn": _begin_worker, **options}
+        super().__init__(_Places(order.count), batch_sampler=order, collate_fn=collate, **options)
+        self._order = order
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration gives."""
+        self._order.set_epoch(epoch)
+
+
+def _begin_worker(number: int) -> None:
+    """A forked tokenizer works in one thread; said so, it does not warn of it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class _Places(Dataset[int]):
+    """Gives back the number it is asked for; `Loader` collates the samples of these numbers."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: int) -> int:
+        return place

@@ -1,0 +1,240 @@
+"""Everything that can be checked before a run begins: data, lengths, disk, memory, time, versions."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dymoe.errors import DymoeError
+from dymoe.files import expand
+from dymoe.learning.inspection import WORTHLESS, inspect
+from dymoe.learning.recipe import Recipe
+from dymoe.names import parts_of, safe_names
+from dymoe.preflight.capacity import fits, holds, known_shape, times
+from dymoe.preflight.findings import Checkup, Level
+
+if TYPE_CHECKING:
+    from dymoe.learning.inspection import Inspection, Progress
+    from dymoe.models import Lvlm
+    from dymoe.tasks import Stream, Task
+
+# What is checked of samples: the kinds of `dymoe.learning.inspection.Unusable`, and what mends them.
+CHECKS = {"pictures": ("picture",), "tokens": ("text",), "references": ("reference",), "answers": WORTHLESS}
+MENDS = {
+    "pictures": "fetch these files again, or data.on_bad: skip",
+    "tokens": "mend or shorten these records, model_options.max_length, or data.on_bad: skip",
+    "references": "mend these records, or data.on_bad: skip",
+    "answers": "mend the records, the task's scorer or its max_new_tokens",
+}
+ASSEMBLE = "dymoe assemble builds it (docs/models.md); or give --model FOLDER"
+
+
+def check(
+    recipe: Recipe,
+    path: str = "recipe",
+    samples: int | None = None,
+    beside: Path | None = None,
+    everything: bool = False,
+    progress: "Progress | None" = None,
+) -> Checkup:
+    """Check everything; nothing is written but what the cache keeps of the data.
+
+    Args:
+        recipe: the experiment.
+        path: where it comes from, for the findings.
+        samples: look at the first so many of each split; all that the run takes when None.
+        beside: a folder of recipes; which of them fit this machine is told.
+        everything: look at every sample of the data, whatever the recipe's limits.
+        progress: called while samples are looked at.
+    """
+    found = Checkup()
+    _versions(found)
+    stream = _data(found, recipe)
+    lvlm = _model(found, recipe)
+    lengths: dict[str, tuple[float, int]] = {}
+    if stream is not None and lvlm is not None:
+        _names(found, stream, lvlm)
+    if stream is not None:
+        inspected = inspect(stream, recipe, lvlm, progress, samples, everything)
+        _samples(found, recipe, inspected, lvlm is not None)
+        lengths = {each.task: each.tokens for each in inspected if each.split == "train"}
+        for task in stream.tasks:
+            _twice(found, task)
+    shape = known_shape(recipe, lvlm)
+    holds(found, recipe, path, shape, max((longest for _, longest in lengths.values()), default=0))
+    if stream is not None:
+        times(found, recipe, stream, shape, lengths)
+    if beside is not None:
+        fits(found, beside)
+    return found
+
+
+def _data(found: Checkup, recipe: Recipe) -> "Stream | None":
+    """Load the stream; for CoIN also look at its indexes."""
+    if recipe.stream == "coin":
+        _coin(found, recipe)
+    try:
+        stream = recipe.load_stream()
+    except DymoeError as error:
+        said = str(error)
+        if not any(finding.level == "wrong" and finding.found in said for finding in found.findings):
+            found.add("wrong", "records", recipe.stream, said, "mend or fetch what is named (docs/coin.md)")
+        return None
+    for task in stream.tasks:
+        for split in ("train", recipe.evaluation.split):
+            if not getattr(task, split):
+                found.add("wrong", "records", task.name, f"no {split} samples", "choose another split or more data")
+    count = sum(len(task.train) + len(task.test) for task in stream.tasks)
+    found.add("fine", "records", recipe.stream, f"{count:,} samples can be read, tasks: {len(stream.tasks)}")
+    if stream.skipped:
+        first = stream.skipped[0]
+        told = f"{len(stream.skipped)} left out, the first: {first['file']}: record {first['record']}: {first['error']}"
+        found.add("note", "records", recipe.stream, told, "mend them, or leave data.on_bad: skip")
+    return stream
+
+
+def _coin(found: Checkup, recipe: Recipe) -> None:
+    """Sizes, repeated ids and bad records of CoIN's files."""
+    from dymoe.tasks.coin import check as coin
+    from dymoe.tasks.coin.layout import find
+    from dymoe.tasks.coin.stream import indexes
+
+    names = recipe.task_names()
+    try:
+        layout = find(recipe.data, recipe.instructions, names)
+    except DymoeError as error:
+        found.add("wrong", "folders", "data.root", str(error), "give --data.root FOLDER (docs/coin.md)")
+        return
+    found.add("fine", "folders", str(layout.instructions), f"layout {layout.variant}, pictures in {layout.images}")
+    compared = recipe.data.scoring == "coin"
+    for name in names:
+        try:
+            both = indexes(layout, name, recipe.data)
+        except DymoeError as error:
+            found.add("wrong", "records", name, str(error), "fetch the file, or leave the task out with --tasks")
+            continue
+        for size in coin.sizes(both):
+            if not size.right:
+                told = f"{size.found:,} {size.what} records, {size.published:,} are published"
+                mend = "fetch the published files; with data.scoring: corrected other sizes are a note"
+                found.add("wrong" if compared else "note", "size", name, told, mend)
+        for each in (both.train, both.test):
+            if each.bad:
+                first = each.bad[0]
+                told = f"{len(each.bad)} cannot be used, the first: record {first['record']}: {first['error']}"
+                level: Level = "wrong" if recipe.data.on_bad == "error" else "note"
+                found.add(level, "records", str(each.path), told, "mend them; data.on_bad: skip leaves them out")
+            if each.repeated_ids:
+                found.add("note", "ids", str(each.path), f"{each.repeated_ids} ids are there more than once")
+
+
+def _twice(found: Checkup, task: "Task") -> None:
+    """Samples that are trained on and asked."""
+    from dymoe.tasks.coin.check import overlap
+
+    same = overlap(task.train, task.test)
+    if same:
+        first, second = same[0]
+        told = f"{len(same)} training questions are asked in the test too, the first: {first!r} and {second!r}"
+        found.add("wrong", "train in test", task.name, told, "leave them out of the training file")
+    asked = {sample.id for sample in task.test}
+    shared = sum(sample.id in asked for sample in task.train)
+    if shared:
+        found.add("note", "ids", task.name, f"{shared} ids stand in training and test; fine if they name two things")
+
+
+def _model(found: Checkup, recipe: Recipe) -> "Lvlm | None":
+    """The model's shapes with its own processor; None where the folder is not there or they do not fit."""
+    from dymoe.libraries import require_extra
+    from dymoe.models.shapes import outline
+
+    asked = {
+        "model_options.load_in_4bit": recipe.model_options.load_in_4bit,
+        "training.optimizer": recipe.training.optimizer == "paged-adamw",
+    }
+    for key in (key for key, wanted in asked.items() if wanted):
+        try:
+            require_extra("quantization", key)
+        except DymoeError as error:
+            found.add("wrong", "packages", "bitsandbytes", str(error), "pip install dymoe[quantization]")
+    try:
+        folder = expand(recipe.model)
+        if not folder.is_dir() and recipe.model_options.shape != "none":
+            raise DymoeError("no such folder")
+        made = outline(recipe.model, recipe.model_options)
+    except DymoeError as error:
+        told = f"{error}; special tokens, token lengths and max_new_tokens were not checked"
+        there = expand(recipe.model).is_dir()
+        found.add("wrong", "model", recipe.model, told, "mend this folder's files" if there else ASSEMBLE)
+        return None
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        found.add("wrong", "model", recipe.model, "no safetensors in this folder", ASSEMBLE)
+    return made
+
+
+def _names(found: Checkup, stream: "Stream", lvlm: "Lvlm") -> None:
+    """Every task's name can name a group of this model."""
+    try:
+        safe_names(stream.names, "task", parts_of(lvlm.model))
+    except DymoeError as error:
+        found.add("wrong", "names", stream.name, str(error), "give the task another name")
+
+
+def _samples(found: Checkup, recipe: Recipe, inspected: "Sequence[Inspection]", read: bool) -> None:
+    """What the look at every sample that the run takes says, task by task.
+
+    Args:
+        found: what is added to.
+        recipe: what is done with samples that cannot be used, and the longest that is taken.
+        inspected: of all splits.
+        read: whether the texts were read by the model's processor.
+    """
+    skips = recipe.data.on_bad == "skip"
+    for each in inspected:
+        found.unusable += [{"task": each.task, "split": each.split, **asdict(one)} for one in each.unusable]
+        for what, kinds in CHECKS.items():
+            bad = [one for one in each.unusable if one.kind in kinds]
+            if not bad:
+                continue
+            told = f"{len(bad)} of {each.samples} {each.split} samples, the first: {bad[0]}"
+            level: Level = "note" if skips and len(each.unusable) < each.samples else "wrong"
+            if what == "answers":
+                told += f"; accuracy reaches {each.reachable:.1f} % at most"
+                level = "wrong" if each.hopeless else "note"
+            found.add(level, what, each.task, told, "they are left out" if skips else MENDS[what])
+    for task in dict.fromkeys(each.task for each in inspected):
+        splits = [each for each in inspected if each.task == task]
+        looked = ", ".join(f"{each.samples} {each.split}" for each in splits)
+        if not any(one.kind == "picture" for each in splits for one in each.unusable):
+            found.add("fine", "pictures", task, f"all can be read ({looked} samples looked at)")
+        mean, longest = splits[0].tokens
+        if read and not any(one.kind == "text" for each in splits for one in each.unusable):
+            limit = recipe.model_options.max_length
+            found.add("fine", "tokens", task, f"mean {mean:.0f}, longest {longest} of {limit} ({looked} samples)")
+
+
+def _versions(found: Checkup) -> None:
+    """Installed packages against what dymoe needs."""
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from packaging.requirements import Requirement
+
+    from dymoe.learning.results import versions
+
+    found.machine["versions"] = versions()
+    wrong = 0
+    for text in requires("dymoe") or []:
+        need = Requirement(text)
+        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            have = version(need.name)
+        except PackageNotFoundError:
+            have = ""
+        if not have or not need.specifier.contains(have, prereleases=True):
+            wrong += 1
+            told = f"{have or 'not installed'}, needed is {need.specifier or 'any'}"
+            found.add("wrong", "packages", need.name, told, f"pip install '{need.name}{need.specifier}'")
+    if not wrong:
+        told = ", ".join(f"{name} {value}" for name, value in found.machine["versions"].items())
+        found.add("fine", "packages", "dymoe", told)
