@@ -49,6 +49,37 @@ def listed(names: Iterable[str], longest: int = 2 * LONGEST) -> str:
     return ", ".join(names[:count]) + more
 
 
+def nearest(name: object, options: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: the option most like it, else the options there are.
+
+    Case does not count, and of dotted options their last part may be meant.
+
+    >>> nearest("tua", ["tau", "top_k"])
+    'did you mean tau?'
+    """
+    from difflib import get_close_matches  # here, since `dymoe --help` needs none
+
+    options, name = list(options), str(name).lower()
+    whole = {option.lower(): option for option in options}
+    close = get_close_matches(name, whole, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {whole[close[0]]}?"
+    last = {option.lower().rsplit(".", 1)[-1]: option for option in options}
+    close = get_close_matches(name.rsplit(".", 1)[-1], last, n=1)
+    if close:
+        return f"did you mean {last[close[0]]}?"
+    return f"there is {listed(options)}" if options else "there is none"
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """Say that `name` is no known `kind`, and which is nearest to it.
+
+    >>> unknown("order", "reversed", ["origin", "reverse"])
+    "unknown order 'reversed'; did you mean reverse?"
+    """
+    return f"unknown {kind} {brief(name)}; {nearest(name, known)}"
+
+
 def printable(text: str) -> str:
     r"""`text` with everything escaped that a terminal would obey, line ends too: ``\x1b[31m`` for red letters."""
     return _OBEYED.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)

@@ -694,11 +694,11 @@ def test_ones_own_json_and_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("scorer: soft", "scoring: soft", r"tasks\.plates\.scoring: unknown key 'scoring': did you mean 'scorer'"),
+        ("scorer: soft", "scoring: soft", r"tasks\.plates\.scoring: unknown key 'scoring'; did you mean scorer"),
         (
             "soft_accuracy",
             "soft_acuracy",
-            r"tasks\.plates\.scorer: unknown scoring rule .*mean 'soft_accuracy'",
+            r"tasks\.plates\.scorer: unknown scoring rule .*mean soft_accuracy",
         ),
         ("max_new_tokens: 9", "max_new_tokens: 0", r"tasks\.plates\.max_new_tokens: expected a whole number from 1"),
         ("    train: plates.parquet\n", "", r"tasks\.plates\.train: it is missing"),

@@ -73,7 +73,7 @@ def test_any_reference_scores_or_raises_the_one_error(name: str, reference: dict
 
 def test_an_unknown_rule_names_the_nearest() -> None:
     for find in (scorer, lenient):
-        with pytest.raises(DymoeError, match="unknown scoring rule 'exact-match': did you mean 'exact_match'"):
+        with pytest.raises(DymoeError, match="unknown scoring rule 'exact-match'; did you mean exact_match"):
             find("exact-match")
 
 

@@ -284,8 +284,8 @@ def test_rule_names() -> None:
     assert rule_name("coin", "GQA", "sefe") == ("coin/gqa", "GQA")
     assert rule_name("coin", "scienceqa", "sefe") == ("sefe/scienceqa", "ScienceQA")
     for words, message in (
-        (("corect", "GQA"), "unknown rule 'corect': did you mean 'corrected'"),
-        (("coin", "grouding"), "unknown task 'grouding': did you mean 'Grounding'"),
+        (("corect", "GQA"), "unknown rule 'corect'; did you mean corrected"),
+        (("coin", "grouding"), "unknown task 'grouding'; did you mean Grounding"),
         (("coin", "GQA", "hide"), "unknown variant 'hide'"),
         (("corrected", "ScienceQA", "sefe"), "the corrected rule has no variants"),
     ):

@@ -41,11 +41,11 @@ def test_the_stream_has_its_tasks_in_order(stream: Stream) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "pocket_coin"}, "unknown stream 'pocket_coin': did you mean 'pocket-coin'"),
-        ({"order": "reversed"}, "unknown order 'reversed': did you mean 'reverse'"),
-        ({"instructions": "10types"}, "unknown instruction type '10types': did you mean '10type'"),
-        ({"tasks": ["scienceqa"]}, "unknown task 'scienceqa': did you mean 'ScienceQA'"),
-        ({"tasks": ["zzz"]}, "unknown task 'zzz': Known: ScienceQA, TextVQA"),
+        ({"name": "pocket_coin"}, "unknown stream 'pocket_coin'; did you mean pocket-coin"),
+        ({"order": "reversed"}, "unknown order 'reversed'; did you mean reverse"),
+        ({"instructions": "10types"}, "unknown instruction type '10types'; did you mean 10type"),
+        ({"tasks": ["scienceqa"]}, "unknown task 'scienceqa'; did you mean ScienceQA"),
+        ({"tasks": ["zzz"]}, "unknown task 'zzz'; there is ScienceQA, TextVQA"),
         ({"tasks": ["GQA", "GQA"]}, "a task is named twice in GQA, GQA"),
         ({"tasks": []}, "tasks: none asked for; stream 'pocket-coin' has ScienceQA"),
     ],

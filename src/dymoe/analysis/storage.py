@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_write, read_bytes
+from dymoe.messages import nearest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,8 +48,6 @@ def file_of(run: str | Path, name: str) -> Path:
         DymoeError: there is no such analysis.
     """
     if name not in COLUMNS:
-        from dymoe.methods.settings import nearest
-
         raise DymoeError(f"analyze: {name}: unknown analysis; {nearest(name, COLUMNS)}")
     return Path(run) / "analysis" / f"{name}.parquet"
 

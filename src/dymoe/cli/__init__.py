@@ -26,7 +26,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 2 unusable input (told in one line), 130 interrupted."""
     from dymoe.errors import DymoeError
-    from dymoe.messages import one_line, say, shorten
+    from dymoe.messages import nearest, one_line, say, shorten
 
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -39,8 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         if words[0] not in COMMANDS:
-            from dymoe.methods.settings import nearest
-
             raise DymoeError(f"{shorten(words[0])}: unknown command; {nearest(words[0], COMMANDS)}")
         if words[0] != "run" and "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
             raise DymoeError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dymoe.cli.options import parse, whole
 from dymoe.errors import DymoeError
 from dymoe.libraries import require_extra
-from dymoe.messages import brief, say
+from dymoe.messages import brief, nearest, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,8 +44,6 @@ def main(argv: Sequence[str]) -> int:
     if name == "dilemma":
         return _dilemma(words)
     if name not in OPTIONS:
-        from dymoe.methods.settings import nearest
-
         raise DymoeError(f"analyze: {name}: unknown analysis; {nearest(name, [*OPTIONS, 'dilemma'])}")
     options, runs = parse(f"analyze {name}", words, OPTIONS[name])
     if len(runs) != 1:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dymoe.errors import DymoeError
+from dymoe.messages import nearest
 
 if TYPE_CHECKING:
     from dymoe.evaluation.intervals import Answers
@@ -72,7 +73,6 @@ def runs(name: str) -> "list[Answers]":
     """
     from dymoe.evaluation.intervals import Answers
     from dymoe.learning.formats import read_results, run_results
-    from dymoe.methods.settings import nearest
 
     file, colon, label = name.rpartition(":")
     if colon and Path(file).is_file():

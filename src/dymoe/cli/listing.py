@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from dymoe.errors import DymoeError
 from dymoe.files import read_bytes
-from dymoe.messages import say
+from dymoe.messages import nearest, say
 
 WHAT = ("methods", "streams", "recipes")
 
@@ -15,8 +15,6 @@ def main(argv: Sequence[str]) -> int:
         print("usage: dymoe list methods|streams|recipes\n\nPrint the names there are, each with what it is.")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     if argv[0] not in WHAT:
-        from dymoe.methods.settings import nearest
-
         raise DymoeError(f"list: {argv[0]}: unknown; {nearest(argv[0], WHAT)}")
     _print({"methods": methods, "streams": streams, "recipes": recipes}[argv[0]]())
     if argv[0] == "methods":

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dymoe.errors import DymoeError
-from dymoe.messages import brief
+from dymoe.messages import brief, nearest
 
 
 def parse(
@@ -14,7 +14,6 @@ def parse(
     Raises:
         DymoeError: an unknown option, one without its value, or one given twice.
     """
-    from dymoe.methods.settings import nearest
 
     options: dict[str, str] = {}
     found: list[str] = []

@@ -6,7 +6,7 @@ In a checkout that folder is a link to `recipes/` at the root; a wheel holds the
 import os
 from pathlib import Path
 
-from dymoe.methods.settings import nearest
+from dymoe.messages import nearest
 
 FOLDER = (Path(__file__).parents[1] / "recipes").resolve()
 LAUNCHER = "accelerate"  # holds configs of `accelerate launch`, which are no recipes

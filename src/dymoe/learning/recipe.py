@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from dymoe.errors import DymoeError
 from dymoe.files import expand
 from dymoe.learning.catalog import locate, suggestion
-from dymoe.messages import brief, shorten
+from dymoe.messages import brief, nearest, shorten
 from dymoe.methods import Composed, Method, companion_settings, settings_of
 from dymoe.methods.base import require
-from dymoe.methods.settings import build, keys, nearest
+from dymoe.methods.settings import build, keys
 from dymoe.models.options import ModelOptions
 from dymoe.tasks.source import Source
 from dymoe.yamls import parse_yaml, read_yaml

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from dymoe import plugins
 from dymoe.errors import DymoeError
-from dymoe.messages import brief
+from dymoe.messages import brief, nearest, unknown
 from dymoe.methods.base import Method, Probe, Stage, StageData
 from dymoe.methods.cmoe import CMoE
 from dymoe.methods.companions import COMPANIONS, Companion, Composed
@@ -22,7 +22,7 @@ from dymoe.methods.olora import OLoRA
 from dymoe.methods.proglora import ProgLoRA
 from dymoe.methods.same import SAME
 from dymoe.methods.sefe import SEFE
-from dymoe.methods.settings import build, nearest
+from dymoe.methods.settings import build
 from dymoe.methods.zero_shot import ZeroShot
 
 _METHODS: dict[str, type[Method]] = {
@@ -74,7 +74,7 @@ def settings_of(name: str) -> type[Method]:
         DymoeError: no such method (the nearest name is given), or what has this name is no method.
     """
     if (method := _outside(name, _METHODS, "dymoe.methods", Method)) is None:
-        raise DymoeError(f"unknown method {brief(name)}; {nearest(name, available())}")
+        raise DymoeError(unknown("method", name, available()))
     return method
 
 

@@ -1,33 +1,16 @@
 """Typed settings: a dataclass filled from plain values, every mistake told in one line that names the key."""
 
 import dataclasses
-import difflib
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from dymoe.errors import DymoeError
-from dymoe.messages import brief, listed, shorten
+from dymoe.messages import brief, nearest, shorten
 from dymoe.numbers import WORKABLE, workable
 from dymoe.schema import fit, refuse, type_name
 
 T = TypeVar("T")
-
-
-def nearest(name: str, options: Iterable[str]) -> str:
-    """The end of an error message: the option most like `name`, else the options there are.
-
-    >>> nearest("tua", ["tau", "top_k"])
-    'did you mean tau?'
-    """
-    options = sorted(options)
-    last = {option.rsplit(".", 1)[-1]: option for option in options}
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    if not close:
-        close = [last[match] for match in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1)]
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"there is {listed(options)}" if options else "there is none"
 
 
 def keys(cls: type, prefix: str = "") -> list[str]:
@@ -114,7 +97,7 @@ def _refuse_unknown(cls: type, values: Any, prefix: str) -> None:
     fields = _fields(cls)
     for key, value in values.items():
         if key not in fields:
-            options = {prefix + name for name in fields} | set(keys(cls, prefix))
+            options = sorted({prefix + name for name in fields} | set(keys(cls, prefix)))
             word = shorten(str(key))
             raise DymoeError(f"{prefix}{word}: unknown key; {nearest(f'{prefix}{word}', options)}")
         if dataclasses.is_dataclass(fields[key]):

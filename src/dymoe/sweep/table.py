@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.messages import brief
+from dymoe.messages import brief, nearest
 from dymoe.numbers import Stat, number
 
 REFERENCE = "lora"  # training time is told relative to this row
@@ -118,7 +118,6 @@ def published(name: str) -> dict[str, Any]:
     Raises:
         DymoeError: there is no such part.
     """
-    from dymoe.methods.settings import nearest
 
     parts = json.loads(files("dymoe.sweep").joinpath("published.json").read_text(encoding="utf-8"))["parts"]
     if name not in parts:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dymoe.errors import DymoeError
-from dymoe.messages import brief
+from dymoe.messages import brief, unknown
 from dymoe.tasks.instructions import TYPES
-from dymoe.tasks.naming import unknown
 from dymoe.tasks.source import Source
 
 ORDERS = ("origin", "reverse", "alphabet")

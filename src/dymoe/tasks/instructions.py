@@ -11,7 +11,7 @@ from typing import Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import read_json
-from dymoe.tasks.naming import unknown
+from dymoe.messages import unknown
 
 TYPES = ("original", "diverse", "10type")
 PATH = Path(__file__).parent / "instructions.json"

@@ -19,13 +19,12 @@ from typing import Any
 from dymoe import plugins
 from dymoe.errors import DymoeError
 from dymoe.files import expand
-from dymoe.messages import brief, shorten
+from dymoe.messages import brief, shorten, unknown
 from dymoe.names import safe_names
 from dymoe.tasks.base import Stream, Task
 from dymoe.tasks.index import Index, Plan, Reference, held_out, index, listed, usable
 from dymoe.tasks.lazy import Records, View
 from dymoe.tasks.llava import Record, read_box
-from dymoe.tasks.naming import unknown
 from dymoe.tasks.source import Source
 from dymoe.yamls import read_yaml
 

@@ -17,8 +17,7 @@ from typing import Any
 
 from dymoe import plugins
 from dymoe.errors import DymoeError
-from dymoe.messages import brief
-from dymoe.tasks.naming import unknown
+from dymoe.messages import brief, unknown
 from dymoe.tasks.scoring import (
     coin_gqa,
     coin_grounding,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.naming import unknown
+from dymoe.messages import unknown
 from dymoe.tasks.scoring import COIN_TASKS, coin_ocrvqa, iou, lenient, readable, scorer
 from dymoe.tasks.scoring.reading import (
     Prediction,
