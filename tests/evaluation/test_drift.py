@@ -2,8 +2,7 @@
 
 import pytest
 
-from dymoe.evaluation.metrics import drift
-from dymoe.learning.results import routing_drift
+from dymoe.evaluation.metrics import drift, routing_drift
 
 
 @pytest.mark.parametrize(

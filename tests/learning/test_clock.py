@@ -5,7 +5,7 @@ import time
 import torch
 
 from dymoe.learning import clock
-from dymoe.learning.results import machine
+from dymoe.learning.conditions import machine
 
 
 def test_without_an_accelerator_the_cpus_time_is_counted(monkeypatch):

@@ -285,7 +285,7 @@ class Opened(Counter[str]):
 
 
 def test_no_image_is_opened_before_it_is_asked_for(trees: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from dymoe.learning.results import data_description
+    from dymoe.learning.conditions import data_description
 
     opened = Opened().watch(monkeypatch)
     shutil.rmtree(cache_folder(), ignore_errors=True)

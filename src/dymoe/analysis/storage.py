@@ -71,7 +71,7 @@ def store(run: str | Path, name: str, frame: "pd.DataFrame", facts: Mapping[str,
     file = file_of(run, name)
     if set(frame.columns) != set(COLUMNS[name]):
         raise ValueError(f"{name}: expected the columns {COLUMNS[name]}, got {tuple(frame.columns)}")
-    from dymoe.learning.results import versions
+    from dymoe.learning.conditions import versions
 
     table = pa.Table.from_pandas(frame[[*COLUMNS[name]]], preserve_index=False)
     described = json.dumps({"analysis": name, **facts, "versions": versions()}, ensure_ascii=False).encode()

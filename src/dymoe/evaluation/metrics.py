@@ -1,4 +1,4 @@
-"""The accuracy matrix A[t][i] of a stream, the metrics that are read off it, and routing drift."""
+"""From the cells of a run's stages to its numbers: matrix, metrics, forgetting, drift of format and of routing."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -170,3 +170,94 @@ def drift(task: str, groups: Sequence[str], weights: Sequence[float]) -> float |
     if task not in groups or math.fsum(weights) > 1 + ROUNDING:
         return None
     return math.fsum(weights[groups.index(task) + 1 :])
+
+
+def routing_drift(routing: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Earlier task -> its `drift`, one value for every stage since the task was learned.
+
+    A task without drift at some stage (no group of its own, or nothing is routed) is left out.
+
+    Args:
+        routing: routing.json of the stages in order; without groups where a method routes nothing.
+    """
+    found: dict[str, list[float | None]] = {}
+    for stage in routing:
+        for task, row in stage.get("tasks", {}).items():
+            found.setdefault(task, []).append(drift(task, stage["groups"], row["weight"]))
+    return {
+        task: [round(value, 4) for value in values if value is not None]
+        for task, values in found.items()
+        if None not in values
+    }
+
+
+def format_drift(
+    strict: Sequence[Sequence[float]], lenient: Sequence[Sequence[float]], tasks: Sequence[str]
+) -> dict[str, float]:
+    """Points of a task's loss since it was learned that are format alone, by task.
+
+    The loss under the strict rule minus the loss under the lenient one: what the model still knows but says
+    in another task's form. Strict loss = format drift + lenient loss, exactly, so it may be below 0 (the form
+    got better while the content got worse).
+
+    Args:
+        strict: accuracy matrix in percent, row t over tasks 1..t.
+        lenient: the same under the format-tolerant rules.
+        tasks: names in learned order.
+    """
+    last = len(strict) - 1
+
+    def lost(rows: Sequence[Sequence[float]], task: int) -> float:
+        return rows[task][task] - rows[last][task]
+
+    return {tasks[i]: lost(strict, i) - lost(lenient, i) for i in range(last + 1)}
+
+
+def of_matrix(
+    strict: Sequence[Sequence[float]], lenient: Sequence[Sequence[float]], tasks: Sequence[str]
+) -> dict[str, Any]:
+    """What results.json says of the two accuracy matrices of the tasks learned so far.
+
+    Raises:
+        DymoeError: `strict` is no accuracy matrix.
+    """
+    matrix = AccuracyMatrix(strict, tasks[: len(strict)])
+    return {
+        "matrix": strict,
+        "lenient_matrix": lenient,
+        "metrics": matrix.to_dict(),
+        "forgetting": matrix.forgetting_by_task(),
+        "format_drift": format_drift(strict, lenient, tasks),
+    }
+
+
+def accuracies(
+    tasks: Sequence[str],
+    learned: Sequence[Sequence[str]],
+    stages: Sequence[Mapping[str, Mapping[str, Any]]],
+    zero_shot: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """A run's accuracies and metrics as results.json holds them.
+
+    Stages that learn a task each give a matrix. Where one learns several, nothing was "just learned" or can be
+    forgotten: what counts is the level of all tasks after it (`joint`), as without stages it is `zero_shot`.
+
+    Args:
+        tasks: all tasks' names in learned order.
+        learned: the tasks that each stage learns, of all stages.
+        stages: of each stage that is done, task -> its "strict" and "lenient" accuracy in percent and its "samples".
+        zero_shot: the same of the base model before it learns; empty where it was not asked.
+    """
+    known: dict[str, Any] = {"zero_shot": [zero_shot[task]["strict"] for task in tasks]} if zero_shot else {}
+    asked = stages if learned else [zero_shot]
+    known["samples"] = {task: cell["samples"] for row in asked for task, cell in row.items()}
+    strict, lenient = ([[cell[rule] for cell in row.values()] for row in stages] for rule in ("strict", "lenient"))
+    if learned and all(len(names) == 1 for names in learned):
+        return {**known, **(of_matrix(strict, lenient, tasks) if strict else _NO_MATRIX)}
+    if learned:
+        known |= {"joint": strict[-1] if strict else None, "lenient_joint": lenient[-1] if lenient else None}
+    level = known.get("joint" if learned else "zero_shot")
+    return {**_NO_MATRIX, **known, "metrics": {"MFN": _mean(level)} if level else {}}
+
+
+_NO_MATRIX: dict[str, Any] = {"matrix": [], "lenient_matrix": [], "metrics": {}, "forgetting": {}, "format_drift": {}}

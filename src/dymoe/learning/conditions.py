@@ -5,13 +5,20 @@ machine, with the same data of the tasks it has begun. What differs otherwise is
 (`ACCEPTABLE`) and written down.
 """
 
+import hashlib
+import os
+import platform
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
+from dymoe import plugins
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_write
+from dymoe.learning import clock
 from dymoe.learning.folder import FREE
 from dymoe.models.options import ModelOptions
 from dymoe.schema import Count, check
@@ -29,6 +36,9 @@ ACCEPTABLE = {
 }
 # How a step's samples are shared out; what they come to together is compared instead.
 SHARED = ("training.gradient_accumulation", "training.samples_per_step")
+# Those that compute; of the second row what is installed.
+PACKAGES = ("dymoe", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")
+OPTIONAL = ("torchvision", "timm", "numba", "triton", "bitsandbytes", "deepspeed")
 # It changes nothing but which records can be used, and these are compared as data.
 LENGTH = "model_options.max_length"
 
@@ -102,7 +112,6 @@ def data_of(stream: "Stream", split: str, limit: int | None) -> Data:
         limit: at most so many samples of it.
     """
     from dymoe.evaluation.generate import evaluated
-    from dymoe.learning.results import data_description
     from dymoe.tasks.lazy import fingerprint
 
     tasks: dict[str, Fingerprints] = {
@@ -115,10 +124,65 @@ def data_of(stream: "Stream", split: str, limit: int | None) -> Data:
     return {**data_description(stream), "tasks": tasks}  # type: ignore[typeddict-item]
 
 
+def data_description(stream: "Stream") -> dict[str, Any]:
+    """Sizes of the tasks and a fingerprint over every sample.
+
+    A sample in memory counts with its text, answer and picture. Samples on disk count with their index's fingerprint,
+    which was computed when the records were read: texts, answers, references, and of each picture file the path and the
+    size, not the contents; so this takes no longer for big data. Their tasks also say how they are scored.
+    """
+    from dymoe.tasks.lazy import Records
+
+    digest = hashlib.sha256()
+    sizes: dict[str, dict[str, int]] = {}
+    rules: dict[str, dict[str, Any]] = {}
+    for task in stream.tasks:
+        sizes[task.name] = {split: len(getattr(task, split)) for split in ("train", "validation", "test")}
+        for split in ("train", "validation", "test"):
+            samples = getattr(task, split)
+            if isinstance(samples, Records):
+                digest.update(f"{task.name}\0{split}\0{samples.fingerprint}".encode())
+                rules[task.name] = {"scorer": task.scorer, "max_new_tokens": task.max_new_tokens}
+                continue
+            for sample in samples:
+                for part in (task.name, split, sample.id, sample.question, sample.answer):
+                    digest.update(part.encode() + b"\0")
+                digest.update(hashlib.sha256(sample.image or b"").digest())
+    return {"samples": sizes, "fingerprint": digest.hexdigest(), **({"scorers": rules} if rules else {})}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that compute; of a user's own files (`dymoe.plugins`) the SHA-256."""
+    found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    for name in OPTIONAL:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {**found, **plugins.digests()}
+
+
+def machine() -> dict[str, Any]:
+    """What the run was computed on, and by which clock its seconds are counted (`learning.clock`).
+
+    `kernels` are those that choose the experts on a CPU: of Numba where it works, else torch's.
+    """
+    import torch
+
+    from dymoe.adapter.ops import numba
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "kernels": "numba" if numba.available() else "torch",
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "clock": clock.clock(),
+    }
+
+
 def environment(stage: int) -> Environment:
     """What computes here, from stage `stage` on."""
-    from dymoe.learning.results import machine, versions
-
     return {"stage": stage, "versions": versions(), "machine": machine()}
 
 

@@ -46,16 +46,22 @@ EVALUATED = ("training.json", "scores.json", "routing.json", "predictions/*.json
 
 
 class StageFolder:
-    """Paths and state of one stage below ``stages/NN-name``."""
+    """Paths and state of one stage below ``stages/NN-name``; `tasks` are the names of those that it learns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tasks: Sequence[str] = ()) -> None:
         self.path = path
+        self.tasks = tuple(tasks)
         self.adapter = path / "adapter"
         self.trainer = path / "trainer"
         self.probe = path / "probe"
         self.memory = path / MEMORY
         self.predictions = path / "predictions"
         self.dynamics = path / "dynamics.jsonl"
+
+    @property
+    def name(self) -> str:
+        """The stage's name, without its number."""
+        return self.path.name.partition("-")[2]
 
     @property
     def trained(self) -> bool:
@@ -311,9 +317,9 @@ class RunFolder:
         """The folder of what the base model answers."""
         return StageFolder(self.path / "zero-shot")
 
-    def stage(self, index: int, name: str) -> StageFolder:
-        """The folder of stage `index`, counted from 1."""
-        return StageFolder(self.path / "stages" / f"{index:02d}-{name}")
+    def stage(self, index: int, name: str, tasks: Sequence[str] = ()) -> StageFolder:
+        """The folder of stage `index`, counted from 1, which learns `tasks`."""
+        return StageFolder(self.path / "stages" / f"{index:02d}-{name}", tasks)
 
     def clear_partial(self) -> None:
         """Remove what a killed process left of writes that it did not finish, and nothing else."""

@@ -245,7 +245,7 @@ def inspect(
 
 def _taken(recipe: "Recipe", everything: bool) -> Iterator[tuple[str, int | None]]:
     """Splits that a run takes, and how many samples of each."""
-    if everything or recipe.method != "zero-shot":
+    if everything or recipe.trains:
         yield "train", None if everything else recipe.training.limit
     yield "validation", None  # some methods look at samples of it that they choose themselves
     if everything or recipe.evaluation.split == "test":

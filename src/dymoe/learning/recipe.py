@@ -195,6 +195,11 @@ class Recipe:
         require(self.tasks is None or len(self.tasks) > 0, "tasks", "at least one task", self.tasks)
         require(0 <= self.seed < 2**32, "seed", "a whole number from 0 below 2^32", self.seed)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the method learns anything."""
+        return settings_of(self.method).trains
+
     def build_method(self, where: str = "recipe") -> Method:
         """The method with this recipe's settings and companions.
 

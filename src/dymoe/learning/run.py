@@ -60,7 +60,10 @@ def run(
     rounds = method.rounds(stream.tasks)
     folder = RunFolder(Path(recipe.output), resume, processes.main)
     try:
-        stages = [folder.stage(index, name) for index, (name, _) in enumerate(rounds, start=1)]
+        stages = [
+            folder.stage(index, name, [task.name for task in tasks])
+            for index, (name, tasks) in enumerate(rounds, start=1)
+        ]
         shown_as = (f"{recipe.method} on {recipe.stream}", len(rounds))
         with display or Display(*shown_as, None if processes.main else silent()) as shown:
             if processes.main:

@@ -109,6 +109,7 @@ class Method:
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    trains: ClassVar[bool] = True  # whether it has stages
 
     lora_alpha: float = 128.0
     lora_dropout: float = 0.05

@@ -18,7 +18,8 @@ class ZeroShot(Method):
 
     name: ClassVar[str] = "zero-shot"
     summary: ClassVar[str] = "the base model as it is, never trained (lower bound)"
+    trains: ClassVar[bool] = False
 
     def rounds(self, tasks: Sequence[Task]) -> list[tuple[str, tuple[Task, ...]]]:
-        """None."""
+        """No stage: nothing is learned."""
         return []

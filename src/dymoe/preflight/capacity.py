@@ -101,7 +101,7 @@ def times(
         mean, longest = lengths.get(task.name, (0.0, 0))
         row: dict[str, Any] = {"task": task.name, "train": len(task.train), "test": len(task.test)}
         row |= {"tokens_mean": round(mean, 1), "tokens_longest": longest, "hours": None}
-        if shape is not None and mean and recipe.method != "zero-shot":
+        if shape is not None and mean and recipe.trains:
             steps = training.steps_per_task
             # Not whole steps: the last one of an epoch takes the samples that are left.
             samples = min(len(task.train), training.limit or len(task.train)) * (training.epochs or 1.0)

@@ -219,7 +219,7 @@ def _versions(found: Checkup) -> None:
 
     from packaging.requirements import Requirement
 
-    from dymoe.learning.results import versions
+    from dymoe.learning.conditions import versions
 
     found.machine["versions"] = versions()
     wrong = 0

@@ -87,7 +87,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
 
     rows = recipe.training.samples_of_step()
     stream, sizes = made_stream(recipe, STEPS * rows, STEPS * recipe.evaluation.batch_size)
-    if not recipe.build_method().rounds(stream.tasks):
+    if not recipe.trains:
         raise DymoeError(f"a dry run measures training; {recipe.method} trains nothing")
     shape = shape_of(meta_model(config_of(recipe.model, recipe.model_options)))
     lvlm = random_lvlm(recipe.model, recipe.training.dtype, recipe.model_options)
@@ -265,7 +265,7 @@ def _noise() -> bytes:
 
 def as_dict(rows: Sequence[Measured], recipe: Recipe) -> dict[str, Any]:
     """The measurement as plain values, with what it was made on."""
-    from dymoe.learning.results import machine, versions
+    from dymoe.learning.conditions import machine, versions
 
     return {
         "recipe": recipe.resolved(),

@@ -280,7 +280,7 @@ def memory(recipe: "Recipe", shape: Shape, stage: int, tokens: int | None = None
     """
     method = recipe.build_method()
     training, options = recipe.training, recipe.model_options
-    learns = recipe.method != "zero-shot"
+    learns = recipe.trains
     groups = groups_after(method, stage) if learns else Groups(())
     tokens = tokens or shape.image_tokens + TEXT
     sizes = [group_parameters(shape, config, older) for config, older in zip(groups.configs, groups.older, strict=True)]

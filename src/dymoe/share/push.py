@@ -212,8 +212,7 @@ def first_stages(results: dict[str, Any], count: int, where: str) -> dict[str, A
     Raises:
         DymoeError: it lacks what a run writes.
     """
-    from dymoe.evaluation.metrics import AccuracyMatrix
-    from dymoe.learning.results import format_drift
+    from dymoe.evaluation.metrics import AccuracyMatrix, of_matrix
 
     for key in ("tasks", "matrix", "method", "stream", "seed", "base"):
         if key not in results:
@@ -233,9 +232,7 @@ def first_stages(results: dict[str, Any], count: int, where: str) -> dict[str, A
     for key in ("matrix", "lenient_matrix", "group_hashes", "steps", "resumed_at", "reports"):
         if key in cut:
             cut[key] = cut[key][:count]
-    matrix = AccuracyMatrix(cut["matrix"], learned)
-    cut["metrics"], cut["forgetting"] = matrix.to_dict(), matrix.forgetting_by_task()
-    cut["format_drift"] = format_drift(cut["matrix"], cut.get("lenient_matrix") or cut["matrix"], tasks)
+    cut |= of_matrix(cut["matrix"], cut.get("lenient_matrix") or cut["matrix"], learned)
     cut["seconds"] = {key: row[:count] for key, row in results.get("seconds", {}).items()}
     cut["drift"] = {
         task: row[: count - tasks.index(task)] for task, row in results.get("drift", {}).items() if task in learned

@@ -140,8 +140,8 @@ def data_fingerprint(
 
     `reader` is (model, its options, method), on which depends which samples ``on_bad: skip`` leaves out.
     """
+    from dymoe.learning.conditions import data_description
     from dymoe.learning.recipe import Evaluation, Training
-    from dymoe.learning.results import data_description
     from dymoe.learning.run import checked
 
     chosen: dict[str, Any] = {"order": order, "instructions": instructions, "tasks": tasks, "seed": seed}
