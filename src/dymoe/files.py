@@ -76,8 +76,8 @@ def _not_finite(value: Any, key: str = "") -> str | None:
     if not isinstance(value, Mapping | list | tuple):
         return None
     entries = value.items() if isinstance(value, Mapping) else enumerate(value)
-    found = (_not_finite(inner, f"{key}.{name}" if key else str(name)) for name, inner in entries)
-    return next((name for name in found if name), None)
+    keys = (_not_finite(inner, f"{key}.{name}" if key else str(name)) for name, inner in entries)
+    return next((name for name in keys if name), None)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def safe_names(names: Iterable[object], what: str = "name", parts: Mapping[str, 
 
 
 def free_name(wanted: str, others: Iterable[str]) -> str:
-    """`wanted`, with underscores behind it until none of the others is the same name."""
+    """`name`, with underscores behind it until none of the others is the same name."""
     folded = {fold(other) for other in others}
     while fold(wanted) in folded:
         wanted += "_"

@@ -69,19 +69,19 @@ def fit(value: Any, kind: Any, key: str, texts: bool = False) -> Any:
         return {name: fit(item, arguments[1], _join(key, name), texts) for name, item in value.items()}
     if typing.is_typeddict(kind) and isinstance(value, Mapping):
         return _keys(value, kind, key, texts)
-    given = _spelled(value) if texts else value
+    result = _spelled(value) if texts else value
     if kind is None or kind is type(None):
         good = value is None
     elif origin is Literal:
-        given, good = value, any(value == option and type(value) is type(option) for option in arguments)
+        result, good = value, any(value == option and type(value) is type(option) for option in arguments)
     elif kind in (bool, str):
-        given = value if kind is str else given
-        good = isinstance(given, kind)
+        result = value if kind is str else result
+        good = isinstance(result, kind)
     else:
-        given, good = _number(given, kind) if kind in (int, float) or origin is Annotated else (value, False)
+        result, good = _number(result, kind) if kind in (int, float) or origin is Annotated else (value, False)
     if not good:
         refuse(value, kind, key)
-    return given
+    return result
 
 
 def _number(value: Any, kind: Any) -> tuple[Any, bool]:

@@ -107,16 +107,16 @@ class _Loader(yaml.SafeLoader):
         node.value = pairs
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        keys: set[Any] = set()
         if isinstance(node, MappingNode):
             self.flatten_mapping(node)
             for name, _ in node.value:
                 key = self.construct_object(name, deep=True)
                 if not isinstance(key, Hashable):
                     continue  # PyYAML itself refuses it
-                if key in seen:
+                if key in keys:
                     raise ConstructorError(None, None, f"the key {brief(key)} is there twice", name.start_mark)
-                seen.add(key)
+                keys.add(key)
         return super().construct_mapping(node, deep)
 
 

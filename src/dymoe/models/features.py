@@ -80,7 +80,7 @@ class ImageFeatures:
         Raises:
             DymoeError: the image is broken.
         """
-        return self._taken([("", image)])[0]
+        return self._lookup([("", image)])[0]
 
     def of_samples(self, samples: "Sequence[Sample]") -> list[torch.Tensor]:
         """The tokens of each sample's image, as `get`; what is not there is computed together.
@@ -88,18 +88,18 @@ class ImageFeatures:
         Raises:
             DymoeError: an image is broken; the message names its sample.
         """
-        return self._taken(list(_named_images(samples)))
+        return self._lookup(list(_named_images(samples)))
 
     def _encode(self, inputs: dict[str, Any]) -> Sequence[torch.Tensor]:
         return encode(self._lvlm, inputs)
 
-    def _taken(self, named: Sequence[tuple[str, bytes]]) -> list[torch.Tensor]:
+    def _lookup(self, named: Sequence[tuple[str, bytes]]) -> list[torch.Tensor]:
         keys = [hashlib.sha256(image).digest() for _, image in named]
-        found = {key: self._kept[key] for key in keys if key in self._kept}
-        for key in found:
+        features = {key: self._kept[key] for key in keys if key in self._kept}
+        for key in features:
             self._kept.move_to_end(key)
-        found.update(self._computed(pair for key, pair in zip(keys, named, strict=True) if key not in found))
-        return [found[key] for key in keys]
+        features.update(self._computed(pair for key, pair in zip(keys, named, strict=True) if key not in features))
+        return [features[key] for key in keys]
 
     def _computed(self, named: Iterable[tuple[str, bytes]]) -> Iterator[tuple[bytes, torch.Tensor]]:
         """Key and features of what is not kept yet, computed in batches, kept as they come."""
@@ -128,9 +128,9 @@ class ImageFeatures:
         """Encode at most one batch of prepared images."""
         if not batch:
             return
-        made = [future.result() for _, future in batch]
-        made += [made[-1]] * (self._batch_size - len(made))
-        encoded = self._encode(joined(made))
+        inputs = [future.result() for _, future in batch]
+        inputs += [inputs[-1]] * (self._batch_size - len(inputs))
+        encoded = self._encode(joined(inputs))
         self.as_tensor = isinstance(encoded, torch.Tensor)
         for (key, _), value in zip(batch, encoded[: len(batch)], strict=True):
             value = value.cpu().clone()
@@ -162,7 +162,7 @@ def _prepared(lvlm: "Lvlm", name: str, image: bytes) -> dict[str, Any]:
         raise DymoeError(f"{name}{error}") from error
 
 
-def joined(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What an image processor made of single pictures as it would have made it of all of them.
 
     Tensors are put one behind the other, smaller ones filled up with zeros at the end of each further dimension.
@@ -174,14 +174,14 @@ def joined(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
         shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
         if all(list(value.shape[1:]) == shape for value in values):
             return torch.cat(values)
-        whole = values[0].new_zeros(sum(len(value) for value in values), *shape)
+        padded = values[0].new_zeros(sum(len(value) for value in values), *shape)
         start = 0
         for value in values:
-            whole[(slice(start, start + len(value)), *map(slice, value.shape[1:]))] = value
+            padded[(slice(start, start + len(value)), *map(slice, value.shape[1:]))] = value
             start += len(value)
-        return whole
+        return padded
 
-    return {name: one([each[name] for each in made]) for name in made[0]}
+    return {name: one([each[name] for each in parts]) for name in parts[0]}
 
 
 def same(first: Any, second: Any) -> bool:

@@ -52,27 +52,27 @@ def commit(name: str, cache_dir: Path | None = None, revision: str | None = None
 
     try:
         # The client keeps a file of a commit in a folder of the commit's name.
-        found = Path(hf_hub_download(name, "config.json", revision=revision, cache_dir=cache_dir)).parent.name
+        sha = Path(hf_hub_download(name, "config.json", revision=revision, cache_dir=cache_dir)).parent.name
     except (OSError, ValueError, RuntimeError) as error:  # the client's errors are of these kinds
         at = f" at {revision}" if revision else ""
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DymoeError(
             f"model {name!r}{at}: cannot be fetched from the Hub ({first}); give 'pocket', a folder or a Hub id"
         ) from error
-    if not COMMIT.fullmatch(found):
-        raise DymoeError(f"model {name!r}: the Hub names no commit of it ({found!r})")
-    return found
+    if not COMMIT.fullmatch(sha):
+        raise DymoeError(f"model {name!r}: the Hub names no commit of it ({sha!r})")
+    return sha
 
 
 def _pocket(cache_dir: Path | None) -> list[tuple[str, str]]:
     """Name and SHA-256 of every file of the pocket model; those of its parts were compared when they were opened."""
     from dymoe.models import assets, pocket
 
-    found = [(pocket.PROJECTOR.name, sha256_of(pocket.PROJECTOR))]
+    digests = [(pocket.PROJECTOR.name, sha256_of(pocket.PROJECTOR))]
     for part in (assets.language_model(cache_dir), assets.vision_tower(cache_dir)):
         files = read_json(part / assets.MANIFEST)["files"]
-        found += [(f"{part.name}/{name}", entry["sha256"]) for name, entry in sorted(files.items())]
-    return found
+        digests += [(f"{part.name}/{name}", entry["sha256"]) for name, entry in sorted(files.items())]
+    return digests
 
 
 def _digest(files: "zip[tuple[str, str]] | list[tuple[str, str]]") -> str:

@@ -138,14 +138,14 @@ def _projector_names(weights: Weights) -> dict[str, str]:
         DymoeError: no projector, another depth, or other tensors beside it.
     """
     (file,) = weights.files
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for key in weights.shapes:
         ours = re.fullmatch(r"(?:.*\.)?multi_modal_projector\.(linear_[12]\.(?:weight|bias))", key)
         theirs = re.fullmatch(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)", key)
         if ours:
-            found[ours[1]] = key
+            names[ours[1]] = key
         elif theirs and theirs[1] in PROJECTOR:
-            found[f"{PROJECTOR[theirs[1]]}.{theirs[2]}"] = key
+            names[f"{PROJECTOR[theirs[1]]}.{theirs[2]}"] = key
         elif theirs and theirs[1] is None:
             raise DymoeError(f"{file}: {key}: a projector of one linear (LLaVA 1.0); LLaVA-1.5's is mlp2x_gelu")
         elif theirs:
@@ -159,9 +159,9 @@ def _projector_names(weights: Weights) -> dict[str, str]:
             )
     for layer, name in PROJECTOR.items():
         for leaf in ("weight", "bias"):
-            if f"{name}.{leaf}" not in found:
+            if f"{name}.{leaf}" not in names:
                 raise DymoeError(f"{file}: model.mm_projector.{layer}.{leaf} is missing; LLaVA-1.5's is mlp2x_gelu")
-    return found
+    return names
 
 
 def _plan(config: "LlavaConfig", weights: Mapping[str, Weights], language: Path, tower: Path) -> list[_Part]:
@@ -182,7 +182,7 @@ def _plan(config: "LlavaConfig", weights: Mapping[str, Weights], language: Path,
     prefix = "vision_model." if any(key.startswith("vision_model.") for key in weights["vision"].shapes) else ""
     parts = []
     for name, shape in expected.items():
-        source, places, where = shape, weights["llm"], language
+        source, origin, where = shape, weights["llm"], language
         if name == "lm_head.weight":
             key, published = name, "language_model.lm_head.weight"
         elif name.startswith("model.language_model."):
@@ -190,24 +190,24 @@ def _plan(config: "LlavaConfig", weights: Mapping[str, Weights], language: Path,
             key, published = f"model.{rest}", f"language_model.model.{rest}"
         elif name.startswith("model.vision_tower."):
             rest = name.removeprefix("model.vision_tower.").removeprefix("vision_model.")
-            key, published, places, where = prefix + rest, f"vision_tower.vision_model.{rest}", weights["vision"], tower
+            key, published, origin, where = prefix + rest, f"vision_tower.vision_model.{rest}", weights["vision"], tower
         else:
             rest = name.removeprefix("model.multi_modal_projector.")
-            key, published, places = named[rest], f"multi_modal_projector.{rest}", weights["projector"]
-            where = places.files[0]
+            key, published, origin = named[rest], f"multi_modal_projector.{rest}", weights["projector"]
+            where = origin.files[0]
         if key in ("model.embed_tokens.weight", "lm_head.weight"):
             source = (_text_rows(language), *shape[1:])
-        if key not in places.shapes:
+        if key not in origin.shapes:
             raise DymoeError(f"{where}: tensor {key} is missing; is the download complete?")
-        if places.shapes[key] != source:
+        if origin.shapes[key] != source:
             raise DymoeError(
-                f"{places.file_of(key)}: tensor {key} is {_by(places.shapes[key])}; expected {_by(source)} "
-                f"{_expectation(places is weights['projector'])}"
+                f"{origin.file_of(key)}: tensor {key} is {_by(origin.shapes[key])}; expected {_by(source)} "
+                f"{_expectation(origin is weights['projector'])}"
             )
-        parts.append(_Part(published, places, key, shape, source))
+        parts.append(_Part(published, origin, key, shape, source))
     _check_left_over(weights, parts, config)
-    order = {file: number for places in weights.values() for number, file in enumerate(places.files)}
-    kinds = {id(places): number for number, places in enumerate(weights.values())}
+    order = {file: number for origin in weights.values() for number, file in enumerate(origin.files)}
+    kinds = {id(origin): number for number, origin in enumerate(weights.values())}
     return sorted(parts, key=lambda part: (kinds[id(part.weights)], order[part.weights.file_of(part.key)]))
 
 
@@ -229,16 +229,16 @@ def _check_left_over(weights: Mapping[str, Weights], parts: Sequence[_Part], con
     """Refuse tensors that would be dropped without a word; CLIP's text half and computed buffers are no loss."""
     used = {(id(part.weights), part.key) for part in parts}
     for kind in ("llm", "vision"):
-        places = weights[kind]
-        for key in places.shapes:
-            if (id(places), key) in used or _COMPUTED.fullmatch(key):
+        source = weights[kind]
+        for key in source.shapes:
+            if (id(source), key) in used or _COMPUTED.fullmatch(key):
                 continue
             if kind == "vision" and key.startswith(("text_", "logit_scale", "visual_projection", "text_model.")):
                 continue
             if kind == "llm" and key == "lm_head.weight" and config.tie_word_embeddings:
                 continue
             raise DymoeError(
-                f"{places.file_of(key)}: tensor {key} has no place in "
+                f"{source.file_of(key)}: tensor {key} has no place in "
                 + ("Llama; give Vicuna itself, not a LLaVA" if kind == "llm" else "CLIP's vision tower")
             )
 
@@ -283,8 +283,8 @@ def _write_weights(
         del tensors
     if len(shards) > 1:
         total = sum(math.prod(part.shape) for part in parts) * dtype.itemsize
-        places = {part.name: name for name, shard in zip(names, shards, strict=True) for part in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        shard_of = {part.name: name for name, shard in zip(names, shards, strict=True) for part in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
         atomic_json(folder / INDEXES[0], index)
 
 
@@ -295,11 +295,11 @@ def _converted(part: _Part, dtype: "torch.dtype") -> "torch.Tensor":
     old = part.weights.read(part.key)
     if not old.is_floating_point() or not bool(torch.isfinite(old).all()):
         raise DymoeError(f"{part.weights.file_of(part.key)}: tensor {part.key} holds NaN, infinity or no floats")
-    made = torch.empty(part.shape, dtype=dtype)
-    made[tuple(slice(size) for size in part.source)] = old.to(dtype)
+    result = torch.empty(part.shape, dtype=dtype)
+    result[tuple(slice(size) for size in part.source)] = old.to(dtype)
     if part.shape != part.source:
-        made[part.source[0] :] = new_rows(old, part.shape[0] - part.source[0]).to(dtype)
-    return made
+        result[part.source[0] :] = new_rows(old, part.shape[0] - part.source[0]).to(dtype)
+    return result
 
 
 def new_rows(old: "torch.Tensor", count: int, seed: int = 0) -> "torch.Tensor":
@@ -340,9 +340,9 @@ def _manifest(
         "vision": ("config.json", "preprocessor_config.json"),
     }
     inputs: dict[str, Any] = {}
-    for kind, (name, place) in {"llm": language, "vision": tower}.items():
-        files = [*weights[kind].files, *(place / file for file in settings[kind] if (place / file).exists())]
-        revision = {} if expand(name).is_dir() else {"revision": place.name}
+    for kind, (name, source) in {"llm": language, "vision": tower}.items():
+        files = [*weights[kind].files, *(source / file for file in settings[kind] if (source / file).exists())]
+        revision = {} if expand(name).is_dir() else {"revision": source.name}
         inputs[kind] = {"name": name, **revision, "files": {file.name: _fingerprint(file) for file in files}}
     (file,) = weights["projector"].files
     inputs["projector"] = {"name": str(file), "files": {file.name: _fingerprint(file)}}
@@ -365,7 +365,7 @@ def _fingerprint(file: Path) -> dict[str, Any]:
 def image_backend(folder: Path) -> str | None:
     """How an assembled folder wants its pictures scaled ("pil"), None for any other folder."""
     try:
-        said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return str(said["image_backend"])
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return str(manifest["image_backend"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -87,7 +87,7 @@ def freeze(model: "PreTrainedModel") -> "PreTrainedModel":
     return model
 
 
-def _quantization(place: str, dtype: "torch.dtype", options: ModelOptions, revision: str | None) -> dict[str, Any]:
+def _quantization(source: str, dtype: "torch.dtype", options: ModelOptions, revision: str | None) -> dict[str, Any]:
     """What makes transformers load the decoder's linears in 4 bits and nothing else; empty without."""
     if not options.load_in_4bit:
         return {}
@@ -96,17 +96,17 @@ def _quantization(place: str, dtype: "torch.dtype", options: ModelOptions, revis
 
     from dymoe.models.shapes import meta_model
 
-    model = meta_model(AutoConfig.from_pretrained(place, trust_remote_code=False, revision=revision))
+    model = meta_model(AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision))
     inside = set(decoder_linears(model))
     outside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in inside]
-    made = BitsAndBytesConfig(
+    config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=options.quant_type,
         bnb_4bit_use_double_quant=options.double_quant,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=outside,
     )
-    return {"quantization_config": made}
+    return {"quantization_config": config}
 
 
 def _from_transformers(
@@ -118,20 +118,20 @@ def _from_transformers(
     if name.startswith((".", "/", "~")) and not expand(name).is_dir():
         raise DymoeError(f"model {name!r}: no such folder; give 'pocket', a folder or a Hub id")
     local = expand(name).is_dir()
-    place = str(expand(name)) if local else name
+    source = str(expand(name)) if local else name
     if not local:
         revision = commit(name, cache_dir, revision)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            place,
+            source,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             cache_dir=cache_dir,
             revision=revision,
-            **_quantization(place, dtype, options, revision),
+            **_quantization(source, dtype, options, revision),
         )
-        processor = processor_at(place, cache_dir, revision)
+        processor = processor_at(source, cache_dir, revision)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DymoeError(
@@ -143,7 +143,7 @@ def _from_transformers(
     return model, processor
 
 
-def processor_at(place: str, cache_dir: Path | None = None, revision: str | None = None) -> Any:
+def processor_at(source: str, cache_dir: Path | None = None, revision: str | None = None) -> Any:
     """The processor of a folder or Hub id, of the latter at a commit if `revision` names one.
 
     A folder that `dymoe assemble` wrote scales pictures as LLaVA's training did; transformers alone would not.
@@ -152,6 +152,6 @@ def processor_at(place: str, cache_dir: Path | None = None, revision: str | None
 
     from dymoe.models.llava import image_backend
 
-    backend = image_backend(Path(place))
+    backend = image_backend(Path(source))
     how = {} if backend is None else {"backend": backend}
-    return AutoProcessor.from_pretrained(place, trust_remote_code=False, cache_dir=cache_dir, revision=revision, **how)
+    return AutoProcessor.from_pretrained(source, trust_remote_code=False, cache_dir=cache_dir, revision=revision, **how)

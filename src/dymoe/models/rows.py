@@ -7,8 +7,10 @@ Row = dict[str, torch.Tensor]  # a value for each token by column: (tokens, ...)
 
 def extended(row: Row, answer: list[int]) -> Row:
     """The row with the answer; in other columns the answer's tokens are what the prompt's last token is: text."""
-    made = {name: torch.cat([value, value[-1:].expand(len(answer), *value.shape[1:])]) for name, value in row.items()}
-    return {**made, "input_ids": torch.cat([row["input_ids"], torch.tensor(answer)])}
+    columns = {
+        name: torch.cat([value, value[-1:].expand(len(answer), *value.shape[1:])]) for name, value in row.items()
+    }
+    return {**columns, "input_ids": torch.cat([row["input_ids"], torch.tensor(answer)])}
 
 
 def filled(rows: list[Row]) -> list[Row]:

@@ -117,9 +117,9 @@ def outline(name: str, options: ModelOptions) -> Lvlm:
             raise DymoeError(f"model {name!r}: its processor cannot be loaded ({first})") from error
         if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
             raise DymoeError(f"model {name!r}: its processor has no tokenizer and image processor")
-    made = Lvlm(meta_model(config), processor)
-    check_processor(made, name)
-    return made
+    lvlm = Lvlm(meta_model(config), processor)
+    check_processor(lvlm, name)
+    return lvlm
 
 
 def random_lvlm(name: str, dtype: str, options: ModelOptions) -> Lvlm:
@@ -158,7 +158,7 @@ def quantize(model: "PreTrainedModel", dtype: Any, options: ModelOptions) -> Non
         parent, _, leaf = path.rpartition(".")
         holder = model.get_submodule(parent)
         old: Any = getattr(holder, leaf)
-        made = bnb.nn.Linear4bit(
+        quantized = bnb.nn.Linear4bit(
             old.in_features,
             old.out_features,
             bias=old.bias is not None,
@@ -166,16 +166,16 @@ def quantize(model: "PreTrainedModel", dtype: Any, options: ModelOptions) -> Non
             compress_statistics=options.double_quant,
             quant_type=options.quant_type,
         )
-        made.weight = bnb.nn.Params4bit(
+        quantized.weight = bnb.nn.Params4bit(
             old.weight.data,
             requires_grad=False,
             compress_statistics=options.double_quant,
             quant_type=options.quant_type,
-            module=made,
+            module=quantized,
         )
         if old.bias is not None:
-            made.bias = old.bias
-        setattr(holder, leaf, made)
+            quantized.bias = old.bias
+        setattr(holder, leaf, quantized)
 
 
 def processor_of(name: str, config: Any) -> Any:
@@ -188,10 +188,10 @@ def processor_of(name: str, config: Any) -> Any:
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     pixels = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
-    return build_processor(made_tokenizer(), config, pixels)
+    return build_processor(word_tokenizer(), config, pixels)
 
 
-def made_tokenizer() -> Any:
+def word_tokenizer() -> Any:
     """A tokenizer of Vicuna's size that makes one token of every word; the words are w0, w1, .."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -199,9 +199,9 @@ def made_tokenizer() -> Any:
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, PIECES)}}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    made = PreTrainedTokenizerFast(
+    result = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="left"
     )
-    made.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    made.add_special_tokens({"pad_token": "<pad>"})
-    return made
+    result.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    result.add_special_tokens({"pad_token": "<pad>"})
+    return result

@@ -88,7 +88,7 @@ def build_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     backend.no_padding()
     backend.no_truncation()
     # Not LlamaTokenizer: that class builds its own normaliser when it is loaded again.
-    made = PreTrainedTokenizerFast(
+    result = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=old.bos_token,
         eos_token=old.eos_token,
@@ -97,9 +97,9 @@ def build_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         model_max_length=MAX_LENGTH,
         clean_up_tokenization_spaces=False,
     )
-    made.add_special_tokens({"additional_special_tokens": [_special(IMAGE_TOKEN)]})
-    made.add_special_tokens({"pad_token": _special(PAD_TOKEN)})
-    return made
+    result.add_special_tokens({"additional_special_tokens": [_special(IMAGE_TOKEN)]})
+    result.add_special_tokens({"pad_token": _special(PAD_TOKEN)})
+    return result
 
 
 def _special(token: str) -> Any:
@@ -118,17 +118,17 @@ def build_config(
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-    said = read_config(language)
-    if said.get("model_type") != "llama" or "mm_projector_type" in said or "mm_vision_tower" in said:
-        named = said.get("model_type")
+    llama = read_config(language)
+    if llama.get("model_type") != "llama" or "mm_projector_type" in llama or "mm_vision_tower" in llama:
+        named = llama.get("model_type")
         raise DymoeError(
             f"{language / 'config.json'}: model_type {named!r} is not a plain Llama; give Vicuna itself (for example "
             "lmsys/vicuna-7b-v1.5), not a LLaVA: an instruction-tuned one has seen the benchmark's tasks"
         )
-    seen = read_config(tower)
-    if seen.get("model_type") not in ("clip", "clip_vision_model"):
+    clip = read_config(tower)
+    if clip.get("model_type") not in ("clip", "clip_vision_model"):
         raise DymoeError(
-            f"{tower / 'config.json'}: model_type {seen.get('model_type')!r} is not CLIP; give CLIP ViT-L/14-336 "
+            f"{tower / 'config.json'}: model_type {clip.get('model_type')!r} is not CLIP; give CLIP ViT-L/14-336 "
             "(openai/clip-vit-large-patch14-336)"
         )
     try:
@@ -169,10 +169,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         DymoeError: it is missing or no mapping.
     """
-    said = read_json(folder / "config.json")
-    if not isinstance(said, dict):
+    values = read_json(folder / "config.json")
+    if not isinstance(values, dict):
         raise DymoeError(f"{folder / 'config.json'}: expected a mapping")
-    return said
+    return values
 
 
 def pixel_settings(tower: Path) -> dict[str, Any]:
@@ -184,15 +184,15 @@ def pixel_settings(tower: Path) -> dict[str, Any]:
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     file = tower / "preprocessor_config.json"
-    said = read_json(file) if file.exists() else {}
-    found = {
-        "image_mean": said.get("image_mean", OPENAI_CLIP_MEAN),
-        "image_std": said.get("image_std", OPENAI_CLIP_STD),
+    settings = read_json(file) if file.exists() else {}
+    pixels = {
+        "image_mean": settings.get("image_mean", OPENAI_CLIP_MEAN),
+        "image_std": settings.get("image_std", OPENAI_CLIP_STD),
     }
-    for key, value in found.items():
+    for key, value in pixels.items():
         if not isinstance(value, list) or len(value) != 3 or not all(isinstance(x, int | float) for x in value):
             raise DymoeError(f"{file}: {key} is {value!r}; expected three numbers")
-    return found
+    return pixels
 
 
 def build_processor(
