@@ -1,6 +1,7 @@
 """The loop's probe: it decides, it can be interrupted, and a run that probed in vain is the run that did not."""
 
 import json
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,9 +68,12 @@ def test_the_results_carry_the_methods_report(whole):
     one, two = results["reports"]
     assert one["growth"]["parameters"] == one["growth"]["parameters_everywhere"]
     assert two["growth"]["parameters"] < two["growth"]["parameters_everywhere"]
-    assert one["locator"] == {"accuracy": 1.0, "by_task": {"ImageNet": 1.0}, "samples": {"ImageNet": 6}}
-    assert set(two["locator"]["by_task"]) == {"ImageNet", "VQAv2"}
-    assert two["locator"]["accuracy"] == pytest.approx(sum(two["locator"]["by_task"].values()) / 2)
+    all_right = {"accuracy": 100.0, "chosen": {"ImageNet": 6}, "right": [1] * 6}
+    assert one["locator"] == {"accuracy": 100.0, "tasks": {"ImageNet": all_right}}
+    assert set(two["locator"]["tasks"]) == {"ImageNet", "VQAv2"}
+    accuracies = [row["accuracy"] for row in two["locator"]["tasks"].values()]
+    assert two["locator"]["accuracy"] == pytest.approx(sum(accuracies) / 2)
+    assert [100 * statistics.fmean(row["right"]) for row in two["locator"]["tasks"].values()] == accuracies
     assert "probe" not in one
     assert two["probe"]["steps"] == 5
     for stage in (whole / "stages").iterdir():

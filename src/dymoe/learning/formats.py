@@ -33,6 +33,21 @@ class Answered(TypedDict):
     scores: list[list[Annotated[float, Range(0, 1)]]]
 
 
+class Located(TypedDict):
+    """Of one task's prompts: percent for which the locator was right, what it chose how often, right or not of each."""
+
+    accuracy: Percent
+    chosen: dict[str, Count]
+    right: list[Annotated[int, Range(0, 1)]]
+
+
+class Locator(TypedDict):
+    """How often a task locator was right after a stage: percent, the mean over the tasks seen, and by task."""
+
+    accuracy: Percent
+    tasks: dict[str, Located]
+
+
 Facts = TypedDict(
     "Facts",
     {
@@ -76,6 +91,7 @@ class Results(Facts):
     metrics: NotRequired[dict[str, float]]
     trainable_parameters: NotRequired[Count]
     stored_parameters: NotRequired[Count]
+    reports: NotRequired[list[dict[str, Any]]]
 
 
 class _Training(TypedDict):
@@ -98,6 +114,7 @@ class Record(Facts):
     trainable_parameters: Count
     stored_parameters: Count
     recipe: _Recipe
+    locator: NotRequired[Locator]
     of: NotRequired[str]
     rate: NotRequired[float]
 
@@ -108,6 +125,7 @@ class About(TypedDict, total=False):
     title: str
     command: str
     published: str
+    reference: str
     seeds: list[Count]
     budget: dict[str, Any]
     machine: dict[str, Any] | None

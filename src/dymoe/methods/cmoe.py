@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dymoe.errors import DymoeError
 from dymoe.methods.base import Method, Probe, Stage, StageData, require
+from dymoe.methods.reports import add_report, report_locator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 # Towers have linears of the same names.
 FFN = r"(?!.*(vision|visual|audio)).*\.(gate_proj|up_proj|down_proj)"
-DECISION, REPORT = "decision.json", "report.json"
+DECISION = "decision.json"
 
 
 @dataclass
@@ -223,10 +224,9 @@ class CMoE(Method):
     def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Fit the group's task locator to the task's own prompts, then report."""
         from dymoe.adapter.selectors.vae import VaeSelector
-        from dymoe.files import atomic_json
 
         selector = model.base_model.selector
-        report = {"growth": self._growth(model, stage)}
+        add_report(stage, growth=self._growth(model, stage))
         if isinstance(selector, VaeSelector):  # a companion may have put another in its place
             samples = self.training_samples(stage)
             if self.locator_samples is not None and self.locator_samples < len(samples):
@@ -240,8 +240,7 @@ class CMoE(Method):
                 self.locator_batch,
                 stage.seed,
             )
-            report["locator"] = self._locator(model, selector, (*stage.seen, *stage.tasks), data)
-        atomic_json(stage.memory / REPORT, report)
+            report_locator(stage, self._chosen(model, selector, (*stage.seen, *stage.tasks), data))
 
     def _growth(self, model: Any, stage: Stage) -> dict[str, Any]:
         """Layers that got experts and parameters added, beside those that expanding every layer now would add."""
@@ -258,18 +257,16 @@ class CMoE(Method):
         counts = {"candidates": len(layers), "parameters": added, "parameters_everywhere": everywhere}
         return {"expanded": expanded, **counts}
 
-    def _locator(self, model: Any, selector: Any, tasks: Sequence[Task], data: StageData) -> dict[str, Any]:
-        """Share of the validation prompts of each task seen whose own router the locator picks, and of all."""
+    def _chosen(self, model: Any, selector: Any, tasks: Sequence[Task], data: StageData) -> dict[str, list[str]]:
+        """Of every task seen: whose router the locator picks for each of its validation prompts."""
         groups = list(selector.active_adapters)
-        right, asked = {}, {}
+        chosen = {}
         for task in tasks:
             samples = list(task.validation[: self.locator_report])
             if samples and task.name in groups:
                 features = selector.take_features(model, data.batches(samples), data.autocast)
-                found = selector.locate(features, groups) == groups.index(task.name)
-                right[task.name], asked[task.name] = int(found.sum()), len(samples)
-        accuracy = sum(right.values()) / sum(asked.values()) if asked else None
-        return {"accuracy": accuracy, "by_task": {name: right[name] / asked[name] for name in asked}, "samples": asked}
+                chosen[task.name] = [groups[place] for place in selector.locate(features, groups).tolist()]
+        return chosen
 
 
 class Activations:

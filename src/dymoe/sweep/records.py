@@ -171,6 +171,9 @@ def record(cell: Cell) -> dict[str, Any]:
     if made != cell.fingerprint:
         raise DymoeError(f"{cell.folder}: the run is not the one planned (fingerprint differs); remove the folder")
     kept = {name: value for name, value in results.items() if name in COPIED}
+    last = (results.get("reports") or [{}])[-1]
+    if "locator" in last:
+        kept["locator"] = last["locator"]
     return {**names_of(cell), "fingerprint": cell.fingerprint, **kept, "recipe": dict(cell.recipe)}
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_json
 from dymoe.methods.base import Stage, StageData, require
 from dymoe.methods.companions.base import Companion
 from dymoe.methods.companions.measuring import some, trained_group
+from dymoe.methods.reports import report_locator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from dymoe.adapter import DyMoEConfig
     from dymoe.tasks import Sample
 
-FILE = "task-router.json"
 FEATURES = "task-router.safetensors"
 
 
@@ -86,15 +84,15 @@ class TaskRouter(Companion):
             selector.fit(group, task.name, prompt_features(model, data, samples))
         config = model.peft_config[group]
         config.selector_options = {**config.selector_options, "tasks": list(selector.tasks[group])}
-        atomic_json(stage.memory / FILE, self._report(model, stage, data))
+        report_locator(stage, self._chosen(model, stage, data))
 
-    def _report(self, model: Any, stage: Stage, data: StageData) -> dict[str, Any]:
-        """Accuracy in percent and what was chosen, by task."""
+    def _chosen(self, model: Any, stage: Stage, data: StageData) -> dict[str, list[str]]:
+        """Of every task seen that has validation prompts: the task chosen for each of them."""
         selector = model.base_model.selector
         group, groups = trained_group(model), list(selector.active_adapters)
         names = [task for _, task in selector.classes(groups)]
         known, fresh = _earlier_features(stage.earlier), {}
-        tasks: dict[str, Any] = {}
+        chosen = {}
         for task in (*stage.seen, *stage.tasks):
             if not task.validation:
                 continue
@@ -103,15 +101,12 @@ class TaskRouter(Companion):
                 samples = some(task.validation, self.check, f"task-router/{task.name}")
                 known[task.name] = fresh[task.name] = prompt_features(model, data, samples).cpu()
             places = selector.nearest(known[task.name].to(selector.dymoe_means[group].device), groups)
-            chosen = Counter(names[place] for place in places.tolist())
-            accuracy = 100.0 * chosen[task.name] / len(places)
-            tasks[task.name] = {"accuracy": accuracy, "samples": len(places), "chosen": dict(chosen.most_common())}
+            chosen[task.name] = [names[place] for place in places.tolist()]
         if fresh:
             from dymoe.methods.parameters import save_tensors
 
             save_tensors(stage.memory / FEATURES, fresh)
-        mean = sum(row["accuracy"] for row in tasks.values()) / len(tasks) if tasks else None
-        return {"group": group, "accuracy": mean, "tasks": tasks}
+        return chosen
 
 
 def _earlier_features(folders: Sequence[Path]) -> dict[str, Tensor]:
