@@ -16,6 +16,7 @@ import yaml
 
 from dymoe.cli import main
 from dymoe.errors import DymoeError
+from dymoe.evaluation.intervals import Answers, compare, metrics
 from dymoe.learning.formats import read_results, write_results
 from dymoe.learning.recipe import load_recipe
 from dymoe.sweep.jobs import _Job, _stop, last_line, stage_of
@@ -24,6 +25,7 @@ from dymoe.sweep.records import choose
 from dymoe.sweep.sweep import is_sweep, load_sweep
 from tests.learning.test_resume import COMMAND
 from tests.learning.tiny import write_recipe
+from tests.sweep.test_table import numbers
 
 LORA = {"method": "lora", "settings": {"rank": 2, "lora_dropout": 0.0}, "tasks": ["ImageNet"], "seed": 7}
 DYMOE = {"method": "dymoe", "settings": {"num_experts": 2, "rank": 2, "top_k": 2}, "tasks": ["ImageNet"]}
@@ -177,6 +179,8 @@ def test_the_same_run_of_another_sweep_is_taken_over(tmp_path):
         ({"tune": {"grid": [0.0]}}, "tune.grid: expected numbers above 0"),
         ({"tuned": True, "tuning": "none.jsonl"}, "tuning: no such file none.jsonl; run the tuning sweep first"),
         ({"published": "leaderbord"}, "published: no published numbers 'leaderbord'; did you mean leaderboard?"),
+        ({"reference": "dymo"}, "sweep.yaml: reference: no row 'dymo'; did you mean dymoe?"),
+        ({"reference": "dymoe", "tune": {"grid": [0.1]}}, "reference: expected none in a tuning sweep, got 'dymoe'"),
         ({"table": "same.md", "results": "same.md"}, "table: expected another file than results"),
     ],
 )
@@ -282,10 +286,11 @@ def test_a_sweep_is_interrupted_fails_in_part_and_ends_whole(tiny_folder, tmp_pa
     small = {"training": {"steps_per_task": 3, "limit": 12}, "evaluation": {"limit": 4}}
     write_recipe(tmp_path / "dymoe.yaml", tiny_folder, **small)
     lora = yaml.safe_load(write_recipe(tmp_path / "lora.yaml", tiny_folder, **small).read_text())
-    lora.update(method="lora", settings={"rank": 2, "lora_dropout": 0.0})
+    lora.update({"method": "lora", "settings": {"rank": 2, "lora_dropout": 0.0}, "with": ["task-router"]})
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(lora))
     path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump({"title": "Two", "recipes": ["dymoe.yaml", "lora.yaml"], "seeds": [0, 1]}))
+    two = {"title": "Two", "recipes": ["dymoe.yaml", "lora.yaml"], "seeds": [0, 1], "reference": "dymoe"}
+    path.write_text(yaml.safe_dump(two))
     places = [
         "--output",
         str(tmp_path / "runs"),
@@ -344,24 +349,43 @@ def test_a_sweep_is_interrupted_fails_in_part_and_ends_whole(tiny_folder, tmp_pa
     assert set(found[cells[0].key]["drift"]) == {"ImageNet", "VQAv2"}
 
     # The table against the run folders.
-    head, mine = [
+    by_label = {label: [found[cell.key] for cell in cells if cell.label == label] for label in ("dymoe", "lora")}
+    table = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in (tmp_path / "t.md").read_text().splitlines()
-        if line.startswith(("| method | seeds", "| dymoe | 2 |"))
+        if line.startswith(("| method | seeds", "| dymoe | 2 |", "| lora | 2 |"))
     ]
-    matrices = [found[cell.key]["matrix"] for cell in cells if cell.label == "dymoe"]
-    final = [(matrix[1][0] + matrix[1][1]) / 2 for matrix in matrices]
-    change = [(matrix[1][0] - matrix[0][0]) / 2 for matrix in matrices]
-    told = dict(zip(head, mine, strict=True))
-    assert told["MFN"] == f"{statistics.mean(final):.1f} ± {statistics.stdev(final):.1f}"
-    bwt = f"{statistics.mean(change) + 0.0:+.1f} ± {statistics.stdev(change):.1f}".replace("-", "−")
-    assert told["BWT"] == bwt
+    told = {row[0]: dict(zip(table[0], row, strict=True)) for row in table[1:]}
+    final, change = {}, {}
+    for label, results in by_label.items():
+        matrices = [one["matrix"] for one in results]
+        final[label] = statistics.mean((matrix[1][0] + matrix[1][1]) / 2 for matrix in matrices)
+        change[label] = statistics.mean((matrix[1][0] - matrix[0][0]) / 2 for matrix in matrices)
+        intervals = metrics([Answers.of(one, label) for one in results])
+        for name, value in (("MFN", final[label]), ("BWT", change[label])):
+            assert told[label][name] == intervals[name].text(sign=name == "BWT")
+            assert numbers(told[label][name])[0] == pytest.approx(value, abs=0.051)
+    differences = compare(*([Answers.of(one, label) for one in by_label[label]] for label in ("lora", "dymoe")))
+    for name, values in (("MFN", final), ("BWT", change)):
+        cell = told["lora"][f"{name} against dymoe"]
+        assert cell == f"{differences[name].text(sign=True)}, {differences[name].verdict}"
+        assert numbers(cell)[0] == pytest.approx(values["lora"] - values["dymoe"], abs=0.051)
+        assert told["dymoe"][f"{name} against dymoe"] == "–"
+    located = [
+        json.loads((cell.folder / "stages" / "02-VQAv2" / "method" / "report.json").read_text())["locator"]
+        for cell in cells
+        if cell.label == "lora"
+    ]
+    assert [row["locator"] for row in whole["rows"] if row["label"] == "lora"] == located
+    right = statistics.mean(row["accuracy"] for row in located)
+    assert numbers(told["lora"]["locator"])[0] == pytest.approx(right, abs=0.051)
+    assert told["dymoe"]["locator"] == "–"
     weights = [
         json.loads((cell.folder / "stages" / "02-VQAv2" / "routing.json").read_text())["tasks"]["ImageNet"]["weight"][1]
         for cell in cells
         if cell.label == "dymoe"
     ]
-    assert float(told["drift"].split(" ")[0]) == pytest.approx(100 * statistics.mean(weights), abs=0.06)
+    assert float(told["dymoe"]["drift"].split(" ")[0]) == pytest.approx(100 * statistics.mean(weights), abs=0.06)
 
     # The records are enough: without the run folders nothing is learned again.
     shutil.rmtree(tmp_path / "runs")

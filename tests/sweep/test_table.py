@@ -3,8 +3,10 @@
 import json
 import math
 import random
+import re
 import statistics
 
+import numpy as np
 import pytest
 
 from dymoe.errors import DymoeError
@@ -78,6 +80,89 @@ def test_the_row_of_a_method_against_an_oracle():
     assert found["time"] == f"{33 / 22:.2f} ± 0.00"
     assert cells(page(rows), "lora")["drift"] == "–"
     assert "| dymoe | 35.0 ± 5.0 | 45.0 ± 5.0 | 55.0 ± 5.0 |" in page(rows)
+
+
+def answered(label, seed, right, asked=100, questions="digest", **changes):
+    """A record of one task of which the first `right` questions of `asked` were answered rightly."""
+    mfn = 100 * right / asked
+    scores = {"A": {"questions": questions, "scores": [[1] * right + [0] * (asked - right)]}}
+    same = {"tasks": ["A"], "matrix": [[mfn]], "forgetting": {"A": 0.0}, "answers": scores}
+    return row(label, seed, **{**same, "metrics": {"MFN": mfn, "MFT": mfn, "MAA": mfn, "BWT": 0.0}, **changes})
+
+
+def numbers(cell):
+    """Value, low and high of a cell such as "−1.0 (−2.5 to +0.5)"."""
+    return [float(part) for part in re.findall(r"[+-]?\d+\.\d", cell.replace("−", "-"))]
+
+
+def test_intervals_by_hand():
+    """Beta(31, 1), of 30 right of 30, has the distribution function x^31: its 2.5 % quantile is 0.025^(1/31)."""
+    text = page([answered("sure", 0, 30, 30), row("old")])
+    value, low, high = numbers(cells(text, "sure")["MFN"])
+    assert (value, high) == (100.0, 100.0)
+    assert low == pytest.approx(100 * 0.025 ** (1 / 31), abs=0.5)
+    assert f"| sure | {cells(text, 'sure')['MFN']} | – | – |" in text, "the task's accuracy at the end"
+    assert cells(text, "old")["MFN"] == "50.0"
+    # A, all right just learned and half right at the end; B all right: MFN (50 + 100) / 2, BWT (50 - 100) / 2.
+    stages = {"A": [[1] * 30, [1] * 15 + [0] * 15], "B": [[1] * 30]}
+    held = {task: {"questions": task, "scores": scores} for task, scores in stages.items()}
+    staged = page([row("staged", tasks=["A", "B"], answers=held, forgetting={}, format_drift={}, drift={})])
+    found = {name: numbers(cells(staged, "staged")[name])[0] for name in ("MFN", "MAA", "BWT", "MFT")}
+    assert found == {"MFN": 75.0, "MAA": 87.5, "BWT": -25.0, "MFT": 100.0}
+    at_the_end = [numbers(cell)[0] for cell in staged.splitlines()[-1].split("|")[2:4]]
+    assert at_the_end == [50.0, 100.0]
+    assert "In brackets" in text
+    assert "In brackets" not in page([row("old")])
+
+
+def test_a_row_beside_the_reference_by_hand():
+    """Ten of a hundred questions more and none less: the share won has nearly the quantiles of Beta(11, 91)."""
+    rows = [answered("ours", 0, 60), answered("dymoe", 0, 50), answered("dymoe", 1, 99), answered("like", 0, 51)]
+    rows += [answered("worse", 0, 20), answered("other", 0, 50, questions="else"), row("old"), row("apart", seed=7)]
+    joint = answered("joint", 0, 90, matrix=[], joint=[90.0], metrics={"MFN": 90.0}, forgetting={})
+    rows += [answered("ours", 0, 60, order="reverse"), joint]
+    text = page(rows, reference="dymoe")
+    found = cells(text, "ours")
+    value, low, high = numbers(found["MFN against dymoe"].partition(",")[0])
+    random = np.random.default_rng(0).beta(11, 91, 100_000)
+    assert value == 10.0, "seed 1 of the reference has no pair"
+    assert low == pytest.approx(100 * np.percentile(random, 2.5), abs=2.5)
+    assert high == pytest.approx(100 * np.percentile(random, 97.5), abs=2.5)
+    for label, verdict in (("ours", "more"), ("like", "not told apart"), ("worse", "less")):
+        assert cells(text, label)["MFN against dymoe"].endswith(f"), {verdict}")
+    assert found["BWT against dymoe"].endswith(", not told apart")
+    for label in ("dymoe", "old", "other", "apart", "ours, reverse"):
+        assert cells(text, label)["MFN against dymoe"] == "–"
+    missing = next(line for line in text.splitlines() if line.startswith("Not compared with dymoe: "))
+    assert "old (no scores of single questions)" in missing
+    assert "other (task 'A': other questions were asked" in missing
+    assert "ours, reverse (that row is not there" in missing
+    assert "dymoe (" not in missing
+
+
+def test_the_reference_is_compared_with_nothing_where_no_record_can_be():
+    old = [row(), row("lora"), answered("new", 0, 3)]
+    for text in (page(old, reference="dymoe"), page([answered("a", 0, 1), answered("b", 0, 2)])):
+        assert "gainst" not in text
+        assert "Not compared" not in text
+
+
+def test_how_often_the_locator_is_right():
+    def locator(*right):
+        tasks = {name: {"accuracy": 100 * sum(row) / len(row), "chosen": {}, "right": row} for name, row in right}
+        return {"accuracy": statistics.fmean(row["accuracy"] for row in tasks.values()), "tasks": tasks}
+
+    one, two = locator(("A", [1] * 30)), locator(("A", [1] * 30), ("B", [1] * 15 + [0] * 15))
+    text = page([row("sure", locator=one), row("half", locator=two), row()])
+    value, low, high = numbers(cells(text, "sure")["locator"])
+    assert (value, high) == (100.0, 100.0)
+    assert low == pytest.approx(100 * 0.025 ** (1 / 31), abs=0.5)
+    value, low, high = numbers(cells(text, "half")["locator"])
+    assert value == 75.0
+    assert 60 < low < 75 < high < 90
+    assert cells(text, "dymoe")["locator"] == "–"
+    assert "*Locator*" in text
+    assert "ocator" not in page([row()])
 
 
 def test_rows_are_sorted_and_fewer_seeds_are_said():
@@ -204,6 +289,13 @@ def test_the_tuning_page_marks_what_was_chosen():
     assert "| lora | **30.0** | 30.0 | 0.0002 |" in text
     assert "| dymoe | 10.0 | **20.0** | 0.002 |" in text
     assert "| ewc | 5.0 | – | – |" in text
+    assert "In brackets" not in text
+    rows = [answered("lora lr=0.1", 0, 30, 30, of="lora", rate=0.1)]
+    text = tuning_markdown({"about": {}, "rows": rows, "chosen": {"lora": 0.1}})
+    low = numbers(text.splitlines()[-1])[1]
+    assert text.splitlines()[-1].startswith("| lora | **100.0 (")
+    assert low == pytest.approx(100 * 0.025 ** (1 / 31), abs=0.5)
+    assert "In brackets" in text
 
 
 def test_nothing_finished_is_a_page_too():

@@ -82,6 +82,7 @@ def _about(plan: Any, command: str) -> dict[str, Any]:
         "title": sweep.title,
         "command": command,
         "published": sweep.published,
+        "reference": sweep.reference,
         "seeds": sweep.seeds,
         "budget": plan.budget(),
     }

@@ -13,7 +13,7 @@ from dymoe.errors import DymoeError
 from dymoe.learning.catalog import locate
 from dymoe.learning.formats import KEY, read_results
 from dymoe.learning.recipe import Recipe, load_recipe
-from dymoe.messages import brief, shorten
+from dymoe.messages import brief, nearest, shorten
 from dymoe.methods.settings import build
 from dymoe.sweep.records import (
     Cell,
@@ -71,6 +71,10 @@ class Plan:
                         f"{self.where}: recipes: two rows are called {brief(row.label)}; give one another label"
                     )
                 self._rows[row.label] = row
+        if sweep.reference and sweep.reference not in self._rows:
+            raise DymoeError(
+                f"{self.where}: reference: no row {brief(sweep.reference)}; {nearest(sweep.reference, self._rows)}"
+            )
         # Seed by seed: what an interrupted sweep leaves is a whole table of fewer seeds.
         places = product(sweep.seeds, sweep.orders, sweep.instructions, self._rows)
         self.cells = [self.cell(label, order, kind, seed) for seed, order, kind, label in places]

@@ -77,6 +77,7 @@ class Sweep:
         table: Markdown file of the table (the results' name with .md if empty).
         reuse: results files (or patterns of them) of other sweeps whose records of the same runs are taken over.
         published: the part of the published numbers that the table sets beside its own.
+        reference: the label of the row that the table compares every other with, paired on the same questions.
         tuned: take each row's learning rate from `tuning`.
         tuning: the results of a tuning sweep.
         tune: makes this sweep a tuning sweep.
@@ -96,6 +97,7 @@ class Sweep:
     table: str = ""
     reuse: list[str] = field(default_factory=list)
     published: str = ""
+    reference: str = ""
     tuned: bool = False
     tuning: str = "results/tuning.jsonl"
     tune: Tune = field(default_factory=Tune)
@@ -111,6 +113,7 @@ class Sweep:
         for key in ("jobs", "threads"):
             require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
         require(not (self.tuned and self.tune.grid), "tuned", "false in a tuning sweep", self.tuned)
+        require(not (self.reference and self.tune.grid), "reference", "none in a tuning sweep", self.reference)
 
 
 def _refuse_empty(vary: Mapping[str, Sequence[Any]]) -> None:

@@ -4,16 +4,18 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
 from dymoe.errors import DymoeError
+from dymoe.evaluation.intervals import Answers, Interval, accuracy, compare, metrics
 from dymoe.messages import brief, nearest
 from dymoe.numbers import Stat, number
 
-REFERENCE = "lora"  # training time is told relative to this row
+UNIT = "lora"  # the row whose training time is 1
 METRICS = ("MFN", "MAA", "BWT", "MFT")
-SHARED = ("MFN", "BWT")  # whose order is compared with the published one
+SHARED = ("MFN", "BWT")  # compared with the published order, and with the sweep's reference
 PUBLISHED_STREAM = "coin"  # that the published numbers are of
 FEWEST = 3  # rows below which a rank correlation says nothing
 
@@ -24,8 +26,16 @@ under the lenient one) and *drift* (percent of routing weight that a task's toke
 means over all tasks but the last. *Trained* parameters are the last task's and *stored* ones all that is kept, in
 millions."""
 TIME = f"""
-*Time* is training time relative to `{REFERENCE}` of the same seed (without a GPU: CPU time), where both ran on a like
+*Time* is training time relative to `{UNIT}` of the same seed (without a GPU: CPU time), where both ran on a like
 machine without a break."""
+INTERVALS = """ In brackets,
+where the records hold the scores of single questions, the 95 % interval over questions and seeds (docs/intervals.md);
+that of a row with one seed holds for this training alone."""
+LOCATOR = """
+*Locator*: percent of validation prompts for which a task locator is right after the last task, mean over tasks."""
+PAIRED = """
+*Against {reference}*: the row's value minus that of `{reference}`, paired by question and by the seeds that both have,
+with its interval, and what the row is: more, less or not told apart."""
 
 Row = Mapping[str, Any]
 
@@ -38,7 +48,7 @@ class Line:
     order: str
     instructions: str
     rows: tuple[Row, ...]
-    references: tuple[Row | None, ...]
+    units: tuple[Row | None, ...]
 
     def stat(self, value: Callable[[Row], float | None]) -> Stat | None:
         """Mean and spread over the seeds that have the number; None where no seed has it."""
@@ -49,14 +59,81 @@ class Line:
         """One of the metrics, as the records hold it."""
         return self.stat(lambda row: row["metrics"].get(name))
 
+    @cached_property
+    def runs(self) -> list[Answers]:
+        """The scores of single questions, a run a seed; none where a record lacks them."""
+        return answers(self.rows)
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """The metrics with their 95 % intervals; none without the scores of single questions."""
+        return metrics(self.runs) if self.runs else {}
+
+    def metric_text(self, name: str) -> str:
+        """One of the metrics with its interval, or with the spread over seeds where there is none."""
+        sign = name == "BWT"
+        return self.intervals[name].text(sign) if name in self.intervals else _text(self.metric(name), sign=sign)
+
+    def task_text(self, task: str) -> str:
+        """Accuracy on a task at the end, likewise."""
+        if self.runs and all(task in run.scores for run in self.runs):
+            return accuracy([run.scores[task][-1] for run in self.runs]).text()
+        return _text(self.stat(lambda row: final(row).get(task)))
+
+    def locator_text(self) -> str:
+        """How often the task locator was right after the last task, of the records that say it."""
+        found = [
+            Answers(
+                tasks=tuple(row["locator"]["tasks"]),
+                scores={task: [located["right"]] for task, located in row["locator"]["tasks"].items()},
+                questions=dict.fromkeys(row["locator"]["tasks"], ""),
+            )
+            for row in self.rows
+            if "locator" in row
+        ]
+        # The mean over tasks at one time, which is what MFN is.
+        return metrics(found)["MFN"].text() if found else "–"
+
     def time(self) -> Stat | None:
-        """Training time relative to the reference's of the same seed, where both are told and comparable."""
+        """Training time relative to the `UNIT`'s of the same seed, where both are told and comparable."""
         known = []
-        for row, reference in zip(self.rows, self.references, strict=True):
-            mine, other = training_seconds(row), training_seconds(reference) if reference else None
-            if mine and other and reference and row.get("machine") == reference.get("machine"):
+        for row, unit in zip(self.rows, self.units, strict=True):
+            mine, other = training_seconds(row), training_seconds(unit) if unit else None
+            if mine and other and unit and row.get("machine") == unit.get("machine"):
                 known.append(mine / other)
         return Stat.of(known) if known else None
+
+
+def answers(rows: Sequence[Row]) -> list[Answers]:
+    """The scores of single questions of each record; none where one lacks them, as those of earlier versions do."""
+    return [Answers.of(row, row["label"]) for row in rows] if all(row.get("answers") for row in rows) else []
+
+
+def paired(found: Sequence[Line], reference: str) -> dict[str, dict[str, Interval] | str]:
+    """By row its differences to the reference of the same order and instructions, or why there are none.
+
+    The reference itself is left out. Nothing where no two rows have the scores of single questions.
+
+    Args:
+        found: all rows.
+        reference: the label of one.
+    """
+    beside = {(line.order, line.instructions): line for line in found if line.label == reference}
+    differences: dict[str, dict[str, Interval] | str] = {}
+    for line in found:
+        other = beside.get((line.order, line.instructions))
+        if line is other:
+            continue
+        if other is None:
+            differences[_name(line)] = "that row is not there with this order and instructions"
+        elif not (line.runs and other.runs):
+            differences[_name(line)] = "no scores of single questions"
+        else:
+            try:
+                differences[_name(line)] = compare(line.runs, other.runs)
+            except DymoeError as error:
+                differences[_name(line)] = str(error)
+    return {} if all(isinstance(difference, str) for difference in differences.values()) else differences
 
 
 def training_seconds(row: Row) -> float | None:
@@ -80,8 +157,8 @@ def lines(rows: Sequence[Row]) -> list[Line]:
     found = []
     for place, members in gathered.items():
         members.sort(key=lambda row: int(row["seed"]))
-        references = tuple(by_place.get((REFERENCE, *_place(row)[1:])) for row in members)
-        found.append(Line(*place, tuple(members), references))
+        units = tuple(by_place.get((UNIT, *_place(row)[1:])) for row in members)
+        found.append(Line(*place, tuple(members), units))
     return sorted(found, key=lambda line: (-_mean(line.metric("MFN")), line.label, line.order, line.instructions))
 
 
@@ -129,8 +206,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The page of a sweep: what was run, the table, accuracy at the end, the published rows beside it.
 
     Args:
-        results: the sweep's JSON: ``about`` (title, command, budget, seeds, machine, versions, published) and
-            ``rows``.
+        results: the sweep's JSON: ``about`` (title, command, budget, seeds, machine, versions, published, reference)
+            and ``rows``.
     """
     about, rows = results["about"], results["rows"]
     head = [f"# {about.get('title') or 'Sweep'}", "", *_head(about)]
@@ -138,7 +215,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         return "\n".join([*head, "", "No run is finished yet.", ""])
     found = lines(rows)
     planned = len({*(about.get("seeds") or ()), *(row["seed"] for row in rows)})
-    parts = [*head, "", *_table(found, planned), "", *_notes(found, planned), "", *_at_the_end(found)]
+    reference = about.get("reference") or ""
+    differences = paired(found, reference)
+    table, notes = _table(found, planned, reference, differences), _notes(found, planned, reference, differences)
+    parts = [*head, "", *table, "", *notes, "", *_at_the_end(found)]
     if about.get("published"):
         parts += ["", *_beside(found, published(about["published"]))]
     return "\n".join([*parts, ""])
@@ -155,21 +235,22 @@ def tuning_markdown(results: Mapping[str, Any]) -> str:
     if not rows:
         return "\n".join([*head, "No run is finished yet.", ""])
     grid = sorted({row["rate"] for row in rows})
-    scores: dict[str, dict[float, list[float]]] = {}
+    tried: dict[str, dict[float, list[Row]]] = {}
     for row in rows:
-        scores.setdefault(row["of"], {}).setdefault(row["rate"], []).append(row["metrics"]["MFN"])
+        tried.setdefault(row["of"], {}).setdefault(row["rate"], []).append(row)
+    intervals = INTERVALS if any(row.get("answers") for row in rows) else ""
     head += [
         "Mean final accuracy (MFN, percent) on the validation split by learning rate. The best is chosen (bold), of",
-        "equals the smaller rate; a method whose grid is not complete has none.",
+        f"equals the smaller rate; a method whose grid is not complete has none.{intervals}",
         "",
     ]
     table = [_cells(["method", *(f"{rate:g}" for rate in grid), "chosen"]), _rule(len(grid) + 2)]
-    for method in sorted(scores):
+    for method in sorted(tried):
         cells = []
         for rate in grid:
-            values = scores[method].get(rate)
-            text = Stat.of(values).text() if values else "–"
-            cells.append(f"**{text}**" if values and chosen.get(method) == rate else text)
+            members = tried[method].get(rate)
+            text = Line(method, "", "", tuple(members), ()).metric_text("MFN") if members else "–"
+            cells.append(f"**{text}**" if members and chosen.get(method) == rate else text)
         table.append(_cells([method, *cells, f"{chosen[method]:g}" if method in chosen else "–"]))
     return "\n".join([*head, *table, ""])
 
@@ -208,17 +289,23 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 
-def _table(found: Sequence[Line], planned: int) -> list[str]:
+def _table(
+    found: Sequence[Line], planned: int, reference: str, differences: Mapping[str, dict[str, Interval] | str]
+) -> list[str]:
     """One line of the table for each row, best final accuracy first."""
     rates = {row["recipe"]["training"]["lr"] for line in found for row in line.rows}
-    timed = _timed(found)
-    head = ["method", "seeds", *METRICS, "forgetting", "format drift", "drift", "trained", "stored"]
+    timed, located = _timed(found), _located(found)
+    head = ["method", "seeds", *METRICS, *(f"{name} against {reference}" for name in SHARED if differences)]
+    head += ["locator"] if located else []
+    head += ["forgetting", "format drift", "drift", "trained", "stored"]
     head += [*(["time"] if timed else []), *(["lr"] if len(rates) > 1 else [])]
     table = [_cells(head), _rule(len(head))]
     for line in found:
         count = len(line.rows)
         cells = [_name(line), str(count) if count == planned else f"{count} of {planned}"]
-        cells += [_text(line.metric(name), sign=name == "BWT") for name in METRICS]
+        cells += [line.metric_text(name) for name in METRICS]
+        cells += [_difference(differences.get(_name(line)), name) for name in SHARED if differences]
+        cells += [line.locator_text()] if located else []
         cells += [
             _text(line.stat(lambda row: earlier(row.get("forgetting"), row["tasks"]))),
             _text(line.stat(lambda row: earlier(row.get("format_drift"), row["tasks"]))),
@@ -234,20 +321,40 @@ def _table(found: Sequence[Line], planned: int) -> list[str]:
     return table
 
 
+def _difference(differences: dict[str, Interval] | str | None, name: str) -> str:
+    """The cell of a paired difference: value, interval and verdict."""
+    if not isinstance(differences, dict) or name not in differences:
+        return "–"
+    return f"{differences[name].text(sign=True)}, {differences[name].verdict}"
+
+
+def _located(found: Sequence[Line]) -> bool:
+    """Whether a record says how often a task locator is right."""
+    return any("locator" in row for line in found for row in line.rows)
+
+
 def _timed(found: Sequence[Line]) -> bool:
     """Whether the row that training time is relative to is there, and another beside it."""
     labels = {line.label for line in found}
-    return REFERENCE in labels and len(labels) > 1
+    return UNIT in labels and len(labels) > 1
 
 
-def _notes(found: Sequence[Line], planned: int) -> list[str]:
+def _notes(
+    found: Sequence[Line], planned: int, reference: str, differences: Mapping[str, dict[str, Interval] | str]
+) -> list[str]:
     """What the columns mean."""
     fewer = [_name(line) for line in found if len(line.rows) < planned]
     several = any(len(line.rows) > 1 for line in found)
     told = "Mean ± sample standard deviation over seeds" if several else "One seed, so no standard deviation"
-    notes = [f"{told}. {COLUMNS}{TIME if _timed(found) else ''}"]
+    paragraph = f"{told}.{INTERVALS if any(line.runs for line in found) else ''} {COLUMNS}"
+    paragraph += PAIRED.format(reference=reference) if differences else ""
+    paragraph += (LOCATOR if _located(found) else "") + (TIME if _timed(found) else "")
+    notes = [paragraph]
     if fewer:
         notes += ["", f"Fewer seeds than {planned}: {', '.join(fewer)}. Such means are not over the same seeds."]
+    missing = [f"{name} ({why})" for name, why in differences.items() if isinstance(why, str)]
+    if missing:
+        notes += ["", f"Not compared with {reference}: {'; '.join(missing)}."]
     return notes
 
 
@@ -256,8 +363,7 @@ def _at_the_end(found: Sequence[Line]) -> list[str]:
     tasks = sorted({task for line in found for row in line.rows for task in row["tasks"]}, key=_first_seen(found))
     table = ["## Accuracy on each task at the end", "", _cells(["method", *tasks]), _rule(len(tasks) + 1)]
     for line in found:
-        cells = [_text(line.stat(lambda row, task=task: final(row).get(task))) for task in tasks]  # type: ignore[misc]
-        table.append(_cells([_name(line), *cells]))
+        table.append(_cells([_name(line), *(line.task_text(task) for task in tasks)]))
     return table
 
 
@@ -302,7 +408,7 @@ def _beside(found: Sequence[Line], part: Mapping[str, Any]) -> list[str]:
             told.append(_cells([label, *values, *["–"] * (2 * len(SHARED))]))
             continue
         line = shared[index][1]
-        values += [_text(line.metric(name), sign=name == "BWT") for name in SHARED]
+        values += [line.metric_text(name) for name in SHARED]
         values += [f"{theirs[name][index]:g} / {here[name][index]:g}" for name in SHARED]
         told.append(_cells([label, *values]))
     found_words = []
