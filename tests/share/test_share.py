@@ -321,20 +321,20 @@ def test_paths_that_lead_out_are_refused(copy, capsys):
     (copy.parent / "victim").write_text("{}")
     entry = {"bytes": 2, "sha256": "0" * 64}
     for name, message in (
-        ("../victim", "leads out of the folder"),
-        ("groups/../../victim", "leads out of the folder"),
-        (str(copy.parent / "victim"), "is an absolute path"),
-        ("C:/victim", "is an absolute path"),
-        ("groups\\victim", "has a character that no path may have"),
-        ("groups//victim", "leads out of the folder"),
+        ("../victim", "does not belong"),
+        ("groups/../../victim", "does not belong"),
+        (str(copy.parent / "victim"), "does not belong"),
+        ("C:/victim", "does not belong"),
+        ("groups\\victim", "does not belong"),
+        ("groups//victim", "does not belong"),
         ("groups/01-ImageNet/adapter_model.bin", "does not belong to a shared result"),
     ):
         edit(copy, lambda values, name=name: values["files"].update({name: entry}))
         assert message in refused(copy, capsys)
         (copy / MANIFEST).write_text(original)
     for folder, message in (
-        ("../outside", "leads out of the folder"),
-        ("/outside", "is an absolute path"),
+        ("../outside", "expected groups/NN-STAGE"),
+        ("/outside", "expected groups/NN-STAGE"),
         ("elsewhere/01-ImageNet", "expected groups/NN-STAGE"),
         ("groups/09-other", "expected groups/NN-STAGE"),
     ):

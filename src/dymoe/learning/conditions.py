@@ -27,13 +27,8 @@ from dymoe.yamls import dump_yaml, read_yaml
 if TYPE_CHECKING:
     from dymoe.tasks import Stream
 
-#: What a person may accept a difference in, and what that is.
-ACCEPTABLE = {
-    "base": "the base model's weights, configuration or processor",
-    "data": "records or pictures of tasks that the run has begun",
-    "versions": "Python and the packages that compute",
-    "machine": "what computes: the kind of device, its kernels, the number of CPU threads",
-}
+#: What a person may accept a difference in; `dymoe run --help` says what each is.
+ACCEPTABLE = ("base", "data", "versions", "machine")
 # How a step's samples are shared out; what they come to together is compared instead.
 SHARED = ("training.gradient_accumulation", "training.samples_per_step")
 # Those that compute; of the second row what is installed.
@@ -245,7 +240,7 @@ def refuse_other(run: Path, there: Description, here: Description) -> None:
         DymoeError: another recipe, other tasks or steps of another size; what differs is named, there and here.
     """
     defaults = {"model_options": asdict(ModelOptions())}
-    was, now = _flat({**defaults, **there["recipe"]}), _flat({**defaults, **here["recipe"]})
+    was, now = flat({**defaults, **there["recipe"]}), flat({**defaults, **here["recipe"]})
     names = [name for name in sorted({*was, *now} - {*FREE, *SHARED, LENGTH}) if was.get(name) != now.get(name)]
     told = [f"{name} is {was.get(name)!r} there, {now.get(name)!r} here" for name in names]
     if told:
@@ -304,9 +299,9 @@ def _short(value: Any) -> str:
     return "none" if value is None else repr(value) if len(str(value)) < 40 else str(value)[:12]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys of nested mappings."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return found

@@ -1,12 +1,16 @@
 """The model card (README.md) of a shared result."""
 
-import unicodedata
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dymoe.learning.conditions import flat
 from dymoe.share.manifest import Group
 from dymoe.share.paths import base_kind
+
+WORD = r"[^\W_]"  # a letter or digit
+MARKUP = re.compile(rf"(?!(?<={WORD})(?<![wW]{{3}})[-_.](?={WORD}))(?:[^\w ]|_)")
 
 
 @dataclass(frozen=True)
@@ -66,17 +70,8 @@ def escape(value: Any) -> str:
     Letters, digits and spaces stay; hyphens, underscores and full stops only inside a word, and not behind "www", which
     the Hub would make a link of. Control and direction marks become spaces.
     """
-    text = "".join(" " if unicodedata.category(char)[0] in "CZ" else char for char in str(value))
-    out = []
-    for place, char in enumerate(text):
-        before, after = text[place - 1 : place], text[place + 1 : place + 2]
-        plain = (
-            char == " "
-            or unicodedata.category(char)[0] in "LMN"
-            or (char in "-_." and before.isalnum() and after.isalnum() and text[place - 3 : place].lower() != "www")
-        )
-        out.append(char if plain else f"&#{ord(char)};")
-    return " ".join("".join(out).split())
+    plain = "".join(char if char.isprintable() else " " for char in str(value))
+    return " ".join(MARKUP.sub(lambda match: f"&#{ord(match[0])};", plain).split())
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int | None = None) -> str:
@@ -188,18 +183,10 @@ def _settings(shared: Shared) -> str:
     recipe = shared.recipe
     rows = [("method", escape(recipe.get("method", "")))]
     for part in ("settings", "with", "training", "evaluation"):
-        rows += [(escape(key), escape(value)) for key, value in _flat(recipe.get(part) or {}, f"{part}.")]
+        rows += [(escape(key), escape(value)) for key, value in flat(recipe.get(part) or {}, f"{part}.").items()]
     return (
         _table(("key", "value"), rows) + "\n\nThe whole recipe is recipe.yaml: `dymoe run recipe.yaml` runs it again."
     )
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        found += _flat(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
-    return found
 
 
 def _licence(shared: Shared) -> str:

@@ -1,6 +1,5 @@
 """`load_stage`: a stage of a shared result on a base model."""
 
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,6 @@ def load_stage(source: str | Path, model: "nn.Module", stage: int | None = None)
         DymoeError: no such source or stage, something in it is not as its manifest says or no part of an expert group,
             or the groups do not fit the model, which is as it was.
     """
-    import torch
     from peft import PeftModel
 
     from dymoe.adapter import DyMoELayer
@@ -37,8 +35,8 @@ def load_stage(source: str | Path, model: "nn.Module", stage: int | None = None)
 
     if isinstance(model, PeftModel) or any(isinstance(module, DyMoELayer) for module in model.modules()):
         raise DymoeError(f"load_stage: the {type(model).__name__} has adapters already; give the base model")
-    place = open_source(source)
-    manifest = parse(place.manifest(), place.where)
+    place, text = open_source(source)
+    manifest = parse(text, place.where)
     groups = []
     for group in manifest.groups(stage, place.where):
         for part in (CONFIG, WEIGHTS):
@@ -47,17 +45,12 @@ def load_stage(source: str | Path, model: "nn.Module", stage: int | None = None)
             check_file(file, name, manifest.files[name], place.where)
         groups.append((group, *read_group(file.parent, group, place.where)))
     loaded: PeftModel | None = None
-    with torch.device("meta"):  # on a copy without memory first, so that what does not fit changes nothing
-        form = _form(model)
-        for group, config, tensors in groups:
-            loaded = add_group(form, loaded, group.name, deepcopy(config), tensors, f"{place.where}: {group.folder}")
-    loaded = None
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:
         for group, config, tensors in groups:
             loaded = add_group(model, loaded, group.name, config, tensors, f"{place.where}: {group.folder}")
-    except BaseException:  # no memory left, interrupted
+    except BaseException:  # it does not fit, no memory is left, or it was interrupted
         if loaded is not None:
             loaded.base_model.unload()  # type: ignore[operator]
         for parameter, allowed in trains:
@@ -67,15 +60,3 @@ def load_stage(source: str | Path, model: "nn.Module", stage: int | None = None)
         raise
     assert loaded is not None  # a checked stage has groups
     return loaded
-
-
-def _form(model: "nn.Module") -> "nn.Module":
-    """A copy of a model that has its layers and none of its weights."""
-    import torch
-
-    bare: dict[int, torch.Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        bare[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    for parameter in model.parameters():
-        bare[id(parameter)] = torch.nn.Parameter(bare[id(parameter)], requires_grad=parameter.requires_grad)
-    return deepcopy(model, bare)  # type: ignore[arg-type]

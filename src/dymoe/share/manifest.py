@@ -15,12 +15,13 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from dymoe.errors import DymoeError
 from dymoe.files import parse_json, sha256_of
 from dymoe.messages import brief, printable
 from dymoe.names import safe_names
+from dymoe.schema import Count
 
 FORMAT = "dymoe-results/1"
 MANIFEST = "manifest.json"
@@ -34,7 +35,6 @@ TEXT_BYTES = 64 * 2**20
 WEIGHTS_BYTES = 2**40
 STRAY_BYTES = 2**20  # a file that the manifest does not list may have this size, and is left behind
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".th", ".t7")
-PART = r"[^/\\:*?\"<>|\x00-\x1f\x7f]+"
 SHA = re.compile(r"[0-9a-f]{64}")
 
 
@@ -95,8 +95,31 @@ class Manifest:
         }
 
 
+class _GroupRow(TypedDict):
+    name: str
+    folder: str
+    hash: str
+
+
+class _StageRow(TypedDict):
+    name: str
+    groups: list[_GroupRow]
+
+
+class _FileRow(TypedDict):
+    bytes: Count
+    sha256: str
+
+
+class _Values(TypedDict):
+    format: Literal["dymoe-results/1"]
+    base: str
+    stages: list[_StageRow]
+    files: dict[str, _FileRow]
+
+
 def parse(text: bytes, where: str) -> Manifest:
-    """Read a manifest and check all it says.
+    """Read a manifest and check all it says: no file has another path than the layout gives it.
 
     Raises:
         DymoeError: it is no manifest of a shared result, lacks something, or names a file outside the layout.
@@ -104,94 +127,44 @@ def parse(text: bytes, where: str) -> Manifest:
     told = f"{where}: {MANIFEST}"
     if len(text) > MANIFEST_BYTES:
         raise DymoeError(f"{told}: larger than {MANIFEST_BYTES} bytes; this is no manifest of dymoe push")
-    values = parse_json(text, told)
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise DymoeError(f"{told}: format is {brief(found)}, expected {FORMAT!r}; this is no result of dymoe push")
-    files = _files(values.get("files"), told)
-    entries = _list(values, "stages", told)
-    if len(entries) > STAGES:
-        raise DymoeError(f"{told}: 'stages': {len(entries)} stages, at most {STAGES} are read")
-    rows = [_row(number, entry, told) for number, entry in enumerate(entries, start=1)]
-    names = safe_names((row["name"] for row in rows), f"{told}: stages")
+    values = parse_json(text, told, _Values)
+    if not 0 < len(values["stages"]) <= STAGES:
+        raise DymoeError(f"{told}: stages: expected 1 to {STAGES}, got {len(values['stages'])}")
+    names = safe_names((stage["name"] for stage in values["stages"]), f"{told}: stages")
     folders = [f"groups/{number:02d}-{name}" for number, name in enumerate(names, start=1)]
-    stages = tuple(
-        (name, _groups(number, row, folders[:number], told))
-        for number, (name, row) in enumerate(zip(names, rows, strict=True), start=1)
-    )
+    rows = (stage["groups"] for stage in values["stages"])
+    stages = [
+        (name, tuple(Group(group["name"], group["folder"], group["hash"]) for group in groups))
+        for name, groups in zip(names, rows, strict=True)
+    ]
     known: dict[str, Group] = {}
-    for _, groups in stages:
+    for number, (_, groups) in enumerate(stages, start=1):
+        if not groups or len({group.name for group in groups}) < len(groups):
+            raise DymoeError(f"{told}: stage {number}: expected groups of different names")
         for group in groups:
+            if group.folder not in folders[:number]:
+                raise DymoeError(f"{told}: stage {number}: folder {brief(group.folder)}: expected groups/NN-STAGE")
             if known.setdefault(group.folder, group) != group:
                 raise DymoeError(f"{told}: {group.folder!r} is two different groups")
     safe_names(dict.fromkeys(group.name for group in known.values()), f"{told}: groups")
-    expected = {*TEXTS, *(f"{folder}/{name}" for folder in known for name in (CONFIG, WEIGHTS))}
+    files = {name: File(row["bytes"], row["sha256"]) for name, row in values["files"].items()}
+    _check_files(files, known, told)
+    return Manifest(values["base"], tuple(stages), files)
+
+
+def _check_files(files: Mapping[str, File], groups: Mapping[str, Group], told: str) -> None:
+    """Refuse other files than those of the groups and the texts, sizes out of bounds and what is no digest."""
+    expected = {*TEXTS, *(f"{folder}/{name}" for folder in groups for name in (CONFIG, WEIGHTS))}
     if missing := sorted(expected - set(files)):
         raise DymoeError(f"{told}: files: {brief(missing[0])} is not listed")
     if strange := sorted(set(files) - expected):
         raise DymoeError(f"{told}: files: {brief(strange[0])} does not belong to a shared result")
-    base = values.get("base")
-    return Manifest(base if isinstance(base, str) else "", stages, files)
-
-
-def _list(values: Mapping[str, Any], key: str, told: str) -> list[Any]:
-    found = values.get(key)
-    if not isinstance(found, list) or not found:
-        raise DymoeError(f"{told}: {key!r} is missing or empty; a list is needed")
-    return found
-
-
-def _files(values: Any, told: str) -> dict[str, File]:
-    if not isinstance(values, dict):
-        raise DymoeError(f"{told}: 'files' is missing; an object of paths is needed")
-    files = {}
-    for name, entry in values.items():
-        check_name(name, told)
-        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        if not (type(size) is int and size >= 0 and isinstance(digest, str) and SHA.fullmatch(digest)):
-            raise DymoeError(f"{told}: files: {brief(name)}: bytes (a whole number) and sha256 (64 digits) are needed")
-        if size > (WEIGHTS_BYTES if name.endswith(WEIGHTS) else TEXT_BYTES):
-            raise DymoeError(f"{told}: files: {brief(name)}: {brief(size)} bytes are too many for this file")
-        files[name] = File(size, digest)
-    return files
-
-
-def _row(number: int, entry: Any, told: str) -> dict[str, Any]:
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise DymoeError(f"{told}: stage {number}: an object with name and groups is needed")
-    return entry
-
-
-def _groups(number: int, entry: dict[str, Any], folders: list[str], told: str) -> tuple[Group, ...]:
-    groups = []
-    for row in _list(entry, "groups", f"{told}: stage {number}"):
-        parts = [row.get(key) for key in ("name", "folder", "hash")] if isinstance(row, dict) else [None]
-        if not all(isinstance(part, str) and part for part in parts):
-            raise DymoeError(f"{told}: stage {number}: a group needs name, folder and hash, got {brief(row)}")
-        group = Group(*parts)  # type: ignore[arg-type]
-        check_name(group.folder, told)
-        if group.folder not in folders:
-            raise DymoeError(f"{told}: stage {number}: folder {brief(group.folder)}: expected groups/NN-STAGE")
-        if not SHA.fullmatch(group.hash):
-            raise DymoeError(f"{told}: stage {number}: group {brief(group.name)}: hash needs 64 digits")
-        groups.append(group)
-    if len({group.name for group in groups}) != len(groups):
-        raise DymoeError(f"{told}: stage {number}: two groups of one name")
-    return tuple(groups)
-
-
-def check_name(name: str, told: str) -> None:
-    """Refuse the path of a file that would leave the folder, or that some machine would read otherwise.
-
-    Raises:
-        DymoeError: an absolute path, a ``..``, a backslash, a drive, an empty part or a control character.
-    """
-    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
-        raise DymoeError(f"{told}: {brief(name)} is an absolute path; only paths inside the folder are taken")
-    if any(part in ("", ".", "..") for part in name.split("/")):
-        raise DymoeError(f"{told}: {brief(name)} leads out of the folder; only plain paths inside it are taken")
-    if not re.fullmatch(rf"{PART}(/{PART})*", name):
-        raise DymoeError(f"{told}: {brief(name)} has a character that no path may have here")
+    for name, file in files.items():
+        if file.size > (WEIGHTS_BYTES if name.endswith(WEIGHTS) else TEXT_BYTES):
+            raise DymoeError(f"{told}: files: {brief(name)}: {brief(file.size)} bytes are too many for this file")
+    for digest in (*(file.sha256 for file in files.values()), *(group.hash for group in groups.values())):
+        if not SHA.fullmatch(digest):
+            raise DymoeError(f"{told}: expected the 64 digits of a SHA-256, got {brief(digest)}")
 
 
 def check_strays(names: Mapping[str, int], listed: Iterable[str], where: str) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import expand, read_bytes
@@ -41,34 +41,6 @@ def place_of(text: str) -> Path | str:
     return path
 
 
-class Source(Protocol):
-    """Somewhere a shared result can be read from."""
-
-    where: str
-
-    def manifest(self) -> bytes:
-        """The manifest's bytes, not checked yet."""
-        ...
-
-    def names(self) -> dict[str, int]:
-        """Size in bytes of every file there, by path."""
-        ...
-
-    def fetch(self, name: str, folder: Path | None = None) -> Path:
-        """The file `name`: copied to its path below `folder`, or where it can be read as it is when None."""
-        ...
-
-
-def open_source(source: str | Path) -> Source:
-    """The place that `source` names, see `place_of`; a Path is a folder.
-
-    Raises:
-        DymoeError: the folder or repository is not there or cannot be read.
-    """
-    place = source if isinstance(source, Path) else place_of(source)
-    return FolderSource(place) if isinstance(place, Path) else HubSource(place)
-
-
 class FolderSource:
     """A folder that `dymoe push` or `dymoe pull` wrote, or a clone of such a repository.
 
@@ -82,10 +54,6 @@ class FolderSource:
             raise DymoeError(f"{root}: no such folder; give a folder that dymoe push wrote, or hub:owner/name")
         if not (root / MANIFEST).is_file():
             raise DymoeError(f"{root}: no {MANIFEST} here; give a folder that dymoe push wrote")
-
-    def manifest(self) -> bytes:
-        """The manifest's bytes, no more of them than a manifest may have."""
-        return read_bytes(self.fetch(MANIFEST), MANIFEST_BYTES)
 
     def names(self) -> dict[str, int]:
         """Every file below the folder; links are refused."""
@@ -132,12 +100,8 @@ class HubSource:
         self.sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         if MANIFEST not in self.sizes:
             raise DymoeError(f"{self.where}: no {MANIFEST} there; give a repository that dymoe push wrote")
-
-    def manifest(self) -> bytes:
-        """The manifest's bytes."""
         if self.sizes[MANIFEST] > MANIFEST_BYTES:
             raise DymoeError(f"{self.where}: {MANIFEST}: larger than {MANIFEST_BYTES} bytes")
-        return read_bytes(self.fetch(MANIFEST), MANIFEST_BYTES)
 
     def names(self) -> dict[str, int]:
         """Every file of the repository with its size as the Hub states it."""
@@ -155,6 +119,20 @@ class HubSource:
             raise DymoeError(f"{self.where}: {name}: is missing")
         with told(self.repository):
             return Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=folder))
+
+
+Source = FolderSource | HubSource
+
+
+def open_source(source: str | Path) -> tuple[Source, bytes]:
+    """The place that `source` names (see `place_of`; a Path is a folder), and its manifest's bytes, not checked yet.
+
+    Raises:
+        DymoeError: the folder or repository is not there or cannot be read.
+    """
+    named = source if isinstance(source, Path) else place_of(source)
+    place = FolderSource(named) if isinstance(named, Path) else HubSource(named)
+    return place, read_bytes(place.fetch(MANIFEST), MANIFEST_BYTES)
 
 
 def upload(folder: Path, repository: str, private: bool, message: str) -> str:

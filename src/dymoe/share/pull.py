@@ -34,8 +34,7 @@ def pull(source: str | Path, folder: str | Path) -> Pulled:
     target = expand(folder)
     if target.is_symlink() or (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
         raise DymoeError(f"{target}: is there already; give a folder that does not exist or is empty")
-    place = open_source(source)
-    text = place.manifest()
+    place, text = open_source(source)
     manifest = parse(text, place.where)
     names = place.names()
     left = check_strays(names, manifest.files, place.where)

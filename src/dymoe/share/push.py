@@ -18,7 +18,6 @@ from dymoe.share.manifest import (
     WEIGHTS,
     Group,
     Manifest,
-    check_name,
     check_tree,
     file_of,
 )
@@ -114,7 +113,7 @@ def _collect(run: Path, new: Path, stage: int | None, licence: str | None, name:
     base = recipe.get("model")
     if not isinstance(base, str) or not isinstance(results, dict):
         raise DymoeError(f"{run}: run.yaml or results.json is not as dymoe run writes it")
-    stages = _groups(run, done, new, base)
+    stages = _groups(done, new, base)
     shared = {**without_paths(first_stages(results, len(done), f"{run}/results.json")), "base": base_name(base)}
     clean = {**_clean(recipe), "model": base_name(base)}
     _write(new / "run.yaml", dump_yaml({**without_paths(description), "recipe": clean}))
@@ -166,9 +165,7 @@ def _done(run: Path) -> list[tuple[str, StageFolder]]:
     return done
 
 
-def _groups(
-    run: Path, done: list[tuple[str, StageFolder]], new: Path, base: str
-) -> list[tuple[str, tuple[Group, ...]]]:
+def _groups(done: list[tuple[str, StageFolder]], new: Path, base: str) -> list[tuple[str, tuple[Group, ...]]]:
     """Copy every stage's group to groups/NN-NAME; a stage's groups are those up to it, each as it was last trained."""
     from safetensors import SafetensorError, safe_open
 
@@ -184,7 +181,6 @@ def _groups(
             group = Group(record["group"], f"groups/{number:02d}-{name}", record["hashes"][record["group"]])
         except (KeyError, TypeError):
             raise DymoeError(f"{stage.path / 'done.json'}: the group and its hash are missing") from None
-        check_name(group.folder, str(run))
         folder = new / group.folder
         folder.mkdir(parents=True)
         for part in (CONFIG, WEIGHTS):
