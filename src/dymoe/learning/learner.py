@@ -2,7 +2,9 @@
 
 import gc
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import TrainerCallback
 
-    from dymoe.models import Collator, ImageFeatures, Lvlm
+    from dymoe.models import Lvlm
     from dymoe.tasks import Sample, Stream, Task
 
 
@@ -43,31 +45,30 @@ class Made:
     pictures: int
 
 
-@dataclass
 class Learner:
     """One run at work: the model with the groups learned so far, and where everything is written.
 
-    `collator` makes the batches to train on, `asker` the prompts of an evaluation; `revision` is the commit of a base
-    model of the Hub.
+    Loads the base model and the groups that earlier stages trained. `collator` makes the batches to train on, `asker`
+    the prompts of an evaluation.
+
+    Args:
+        recipe: what is learned and how.
+        method: of the recipe, with its companions.
+        stream: the tasks.
+        folder: the run's.
+        stages: folders of all stages.
+        display: where progress is shown.
+        processes: who takes part.
+        made: stream and model in place of the recipe's.
+        revision: commit of a base model of the Hub.
+
+    Raises:
+        DymoeError: the model cannot be loaded, a task has a name that it cannot take, or a saved group is not the one
+            that was saved.
     """
 
-    recipe: Recipe
-    method: Method
-    stream: "Stream"
-    folder: RunFolder
-    stages: list[StageFolder]
-    display: Display
-    processes: Processes
-    lvlm: "Lvlm"
-    collator: "Collator"
-    asker: "Collator"
-    features: "ImageFeatures | None"
-    revision: str | None = None
-    model: "PeftModel | None" = None
-
-    @classmethod
-    def load(
-        cls,
+    def __init__(
+        self,
         recipe: Recipe,
         method: Method,
         stream: "Stream",
@@ -77,37 +78,38 @@ class Learner:
         processes: Processes,
         made: Made | None = None,
         revision: str | None = None,
-    ) -> "Learner":
-        """Load the base model and the groups that earlier stages trained."""
+    ) -> None:
         from dymoe.models import Collator, cached_features
 
-        _quiet()
+        self.recipe, self.method, self.stream = recipe, method, stream
+        self.folder, self.stages = folder, stages
+        self.display, self.processes = display, processes
+        self.revision = revision
+        self.model: PeftModel | None = None
         if processes.wrapped:
             display.note(f"{processes.count} processes, {processes.strategy}")
         display.note(f"loading the model {recipe.model}")
-        lvlm = _placed(_loaded(recipe, revision) if made is None else made.lvlm)
-        safe_names(stream.names, f"task of stream {stream.name!r}", parts_of(lvlm.model))
+        self.lvlm = base_model(recipe, revision) if made is None else _placed(made.lvlm)
+        safe_names(stream.names, f"task of stream {stream.name!r}", parts_of(self.lvlm.model))
         pictures = sum(len(task.train) + len(task.validation) + len(task.test) for task in stream.tasks)
-        kept = cached_features(lvlm)
+        cache = cached_features(self.lvlm)
         # Training meets its pictures in random order: a cache that does not hold all would seldom hold the next.
-        features = kept if kept and kept.holds(pictures if made is None else made.pictures) else None
-        collator, asker = (Collator(lvlm, seen, recipe.model_options.max_length) for seen in (features, kept))
-        learner = cls(
-            recipe, method, stream, folder, stages, display, processes, lvlm, collator, asker, features, revision
+        self.features = cache if cache and cache.holds(pictures if made is None else made.pictures) else None
+        self.collator, self.asker = (
+            Collator(self.lvlm, features, recipe.model_options.max_length) for features in (self.features, cache)
         )
-        learner._load_groups(learner._trained())
-        return learner
+        self._load_groups(self._trained())
 
     def _trained(self) -> list[tuple[int, Trained]]:
-        """Place and record of every stage whose group is saved, as process 0 finds them."""
+        """Position and record of every stage whose group is saved, as process 0 finds them."""
         stages = enumerate(self.stages)
-        return self.processes.from_main(lambda: [(place, stage.record) for place, stage in stages if stage.trained])
+        return self.processes.from_main(lambda: [(number, stage.record) for number, stage in stages if stage.trained])
 
     def _load_groups(self, trained: Sequence[tuple[int, Trained]]) -> None:
         """Load every trained group; one that several stages trained on as the last of them left it."""
         from dymoe.learning.groups import hashes, load_group
 
-        last = {record["group"]: (self.stages[place], record) for place, record in trained}
+        last = {record["group"]: (self.stages[number], record) for number, record in trained}
         for group, (stage, record) in last.items():
             self.model = load_group(self.lvlm.model, self.model, group, stage.adapter)
             if hashes(self.model)[group] != record["hashes"][group]:
@@ -155,7 +157,8 @@ class Learner:
 
         group = self.method.group(stage)
         before = {name: value for name, value in hashes(self.model).items() if name != group}
-        data = self._data(stage)
+        samples = self.method.training_samples(stage)
+        data = self._data(samples, self.recipe.training.steps(len(samples), len(stage.tasks), self.processes.count))
         self._probe(stage, folder, data)
         set_seed(stage.seed)
         self.model = train_group(self.lvlm.model, self.model, group, self.method.config(stage))
@@ -164,7 +167,7 @@ class Learner:
         self.method.before_task(self.model, stage, data)
         hooks = clock.seconds() - started
         self._see(data.samples)
-        record = self._fit(group, stage, data.samples, data.steps, folder.trainer, self.method, folder.dynamics)
+        record = self._fit(group, stage, data, self.method, folder.trainer, folder.dynamics)
         logs = record.pop("logs")
         record.update(training=routing_over_steps(logs), logged=len(logs))
         if self.processes.main:
@@ -200,7 +203,7 @@ class Learner:
         folder.mark_trained({"group": group, **sizes, **record, **proof})
 
     def _share(self) -> None:
-        """Wait for process 0; the others go on with the groups that it saved, as a run does that goes on later."""
+        """Wait until process 0 has saved the group; the other processes load it from there."""
         if not self.processes.wrapped:
             return
         trained = self._trained()
@@ -211,13 +214,9 @@ class Learner:
         """A seed of its own for every stage, the same when the run goes on after a kill."""
         return (1000 * self.recipe.seed + index) % 2**32
 
-    def _data(self, stage: Stage) -> Data:
-        """The stage's samples, batches and budget."""
-        training = self.recipe.training
-        samples = self.method.training_samples(stage)
-        steps = training.steps(len(samples), len(stage.tasks), self.processes.count)
-        device = cast(Any, self.lvlm.model).device
-        return Data(samples, self.collator, self._see, training, device, steps)
+    def _data(self, samples: "Sequence[Sample]", steps: int) -> Data:
+        """Samples to train on as the method's hooks see them, for so many optimizer steps."""
+        return Data(samples, self.collator, self._see, self.recipe.training, cast(Any, self.lvlm.model).device, steps)
 
     def _probe(self, stage: Stage, folder: StageFolder, data: Data) -> None:
         """Train the method's temporary group, if it wants one and has not looked at it yet, and delete it."""
@@ -237,7 +236,7 @@ class Learner:
         self.display.note(f"probing where {stage.name} needs experts")
         self.model = train_group(self.lvlm.model, self.model, name, probe.config)
         self._see(probe.samples)
-        record = self._fit(name, stage, probe.samples, probe.steps, folder.probe, Method(), probing=True)
+        record = self._fit(name, stage, self._data(probe.samples, probe.steps), Method(), folder.probe)
         del record["logs"]
         if self.processes.main:
             self.method.probed(self.model, name, stage, data)
@@ -247,19 +246,17 @@ class Learner:
         self._share()
 
     def _fit(
-        self,
-        group: str,
-        stage: Stage,
-        samples: "Sequence[Sample]",
-        steps: int,
-        place: Path,
-        method: Method,
-        dynamics: Path | None = None,
-        probing: bool = False,
+        self, group: str, stage: Stage, data: Data, method: Method, place: Path, dynamics: Path | None = None
     ) -> dict[str, Any]:
         """The trainer's work, from the last complete checkpoint in `place` if there is one.
 
-        Routing by layer is written down in `dynamics`, if that is given; a temporary group is `probing`.
+        Args:
+            group: what trains; the model holds it.
+            stage: of which it is the group, or the probe.
+            data: what it trains on, and for how many steps.
+            method: whose loss terms and hooks count.
+            place: of checkpoints.
+            dynamics: where routing by layer is written down; None for a probe, a temporary group.
 
         Raises:
             DymoeError: the group begins otherwise in another process, or a frozen group changed.
@@ -268,39 +265,29 @@ class Learner:
 
         from dymoe.adapter import group_hash
         from dymoe.learning.callbacks import Watch
-        from dymoe.learning.checkpoints import last_checkpoint
-        from dymoe.learning.dynamics import Dynamics, rewind
+        from dymoe.learning.dynamics import Dynamics
         from dymoe.learning.groups import trace_of
         from dymoe.learning.sampler import workers_for
         from dymoe.learning.trainer import StageTrainer, training_arguments
 
         assert self.model is not None
-        model, processes = self.model, self.processes
+        model, training, processes = self.model, self.recipe.training, self.processes
         if processes.wrapped:
             processes.same(f"the beginning of expert group {group!r}", group_hash(model, group))
-        checkpoint = processes.from_main(lambda: last_checkpoint(place, self.display.note))
-        done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-        if done:
-            self.display.note(f"{stage.name}: goes on after step {done} of {steps}")
-        workers = workers_for(self.recipe.training.workers, self.features is not None, processes.count)
-        arguments = training_arguments(self.recipe.training, place, stage.seed, steps, processes.count, workers)
-        watch = Watch(self.folder, self.display, stage, "probe-step" if probing else "step")
-        if processes.main:
-            remove_checkpoints(place, keep=checkpoint)
-            self.folder.rewind_events(stage.index, done, watch.kind)
-            if dynamics is not None:
-                rewind(dynamics, done)
-        watches: list[TrainerCallback] = [watch]
+        watch = Watch(self.folder, self.display, stage, "probe-step" if dynamics is None else "step")
+        checkpoint, done = self._checkpoint(stage, data.steps, place, watch.kind, dynamics)
+        workers = workers_for(training.workers, self.features is not None, processes.count)
+        arguments = training_arguments(training, place, stage.seed, data.steps, processes.count, workers)
+        callbacks: list[TrainerCallback] = [watch]
         if dynamics is not None:
-            every = self.recipe.training.dynamics_every
-            watches.append(Dynamics(dynamics, every, trace_of(model), processes))
+            callbacks.append(Dynamics(dynamics, training.dynamics_every, trace_of(model), processes))
         name = f"task {stage.name!r}{' (probe)' if dynamics is None else ''}"
-        trainer = StageTrainer(model, group, method, samples, self.collator, arguments, watches, processes, name)
+        trainer = StageTrainer(model, group, method, data.samples, self.collator, arguments, callbacks, processes, name)
         if processes.rank:
             torch.manual_seed(stage.seed + 1_000_003 * processes.rank)  # dropout of its own
         started = clock.seconds()
         try:
-            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            output = trainer.train(resume_from_checkpoint=checkpoint)
             logs = [row for row in trainer.state.log_history if "loss" in row]
             weights = trainer.weights(every=True) if processes.wrapped else {}
         finally:
@@ -312,11 +299,32 @@ class Learner:
             self._renew(group, config, weights)
         return {"steps": output.global_step, "seconds": {"train": seconds}, "resumed_at": done, "logs": logs}
 
-    def _renew(self, group: str, config: "PeftConfig", weights: "dict[str, Tensor]") -> None:
-        """Load the base anew, since what the launcher's strategy did to it is not to be undone.
+    def _checkpoint(
+        self, stage: Stage, steps: int, place: Path, kind: str, dynamics: Path | None
+    ) -> tuple[str | None, int]:
+        """The last complete checkpoint in `place` and its step, None and 0 if there is none.
 
-        In process 0 with the groups saved so far and the one just trained, which the method may still change; in the
-        others alone (see `_share`).
+        Process 0 removes the other checkpoints, and what the logs say of later steps, which are done again.
+        """
+        from dymoe.learning.checkpoints import last_checkpoint
+        from dymoe.learning.dynamics import rewind
+
+        checkpoint = self.processes.from_main(lambda: last_checkpoint(place, self.display.note))
+        done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        if done:
+            self.display.note(f"{stage.name}: goes on after step {done} of {steps}")
+        if self.processes.main:
+            remove_checkpoints(place, keep=checkpoint)
+            self.folder.rewind_events(stage.index, done, kind)
+            if dynamics is not None:
+                rewind(dynamics, done)
+        return str(checkpoint) if checkpoint else None, done
+
+    def _renew(self, group: str, config: "PeftConfig", weights: "dict[str, Tensor]") -> None:
+        """Load the base model again: what the launcher's strategy wrapped or cut up cannot be put back.
+
+        Process 0 gets the groups saved so far and the one just trained, which the method may still change; the others
+        get theirs when that is saved (`_share`).
 
         Args:
             group: the group that was trained.
@@ -340,7 +348,7 @@ class Learner:
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
             unset_hf_deepspeed_config()  # or ZeRO-3 would cut the model up while it is loaded
-        self.lvlm.model = _placed(_loaded(self.recipe, self.revision)).model
+        self.lvlm.model = base_model(self.recipe, self.revision).model
         if not self.processes.main:
             return
         self._load_groups(trained)
@@ -392,16 +400,11 @@ class Learner:
 
 
 def base_model(recipe: Recipe, revision: str | None = None) -> "Lvlm":
-    """The recipe's base model where a run has it, the libraries below silenced; of the Hub, at a commit."""
-    _quiet()
-    return _placed(_loaded(recipe, revision))
-
-
-def _loaded(recipe: Recipe, revision: str | None) -> "Lvlm":
-    """The recipe's base model."""
+    """The recipe's base model where a run has it; of the Hub, at a commit."""
     from dymoe.models import load
 
-    return load(recipe.model, recipe.training.dtype, options=recipe.model_options, revision=revision)
+    with quiet():
+        return _placed(load(recipe.model, recipe.training.dtype, options=recipe.model_options, revision=revision))
 
 
 def _placed(lvlm: "Lvlm") -> "Lvlm":
@@ -413,16 +416,25 @@ def _placed(lvlm: "Lvlm") -> "Lvlm":
     return lvlm
 
 
-def _quiet() -> None:
-    """Silence the progress bars and notes of the libraries below; what went wrong comes as an exception."""
-    import warnings
-
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and notes of the libraries below in a block; what goes wrong comes as an exception."""
     from transformers.utils import logging as transformers_logging
 
-    # PEFT still asks transformers for names that version 6 will drop.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")  # DDP's newer names for options
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    accelerate = logging.getLogger("accelerate")
+    level, verbosity = accelerate.level, transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        # PEFT still asks transformers for names that version 6 will drop, DDP and DeepSpeed use older names of options.
+        for module in ("transformers", "accelerate", "torch.distributed"):
+            warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        accelerate.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            accelerate.setLevel(level)
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()

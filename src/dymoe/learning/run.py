@@ -6,7 +6,8 @@ decided by looking at the disk (`dymoe.learning.distributed`).
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +17,9 @@ from dymoe.files import atomic_json, atomic_write, read_bytes
 from dymoe.learning import conditions, inspection
 from dymoe.learning.checkpoints import last_checkpoint
 from dymoe.learning.conditions import Description, State
-from dymoe.learning.distributed import join
+from dymoe.learning.distributed import Processes, join
 from dymoe.learning.folder import RunFolder, StageFolder, remove_checkpoints, verify
-from dymoe.learning.learner import Learner, Made
+from dymoe.learning.learner import Learner, Made, quiet
 from dymoe.learning.progress import Display, silent
 from dymoe.learning.recipe import Recipe
 from dymoe.learning.results import shown_samples, write_results
@@ -48,12 +49,35 @@ def run(
             or whose files are not as they were written; what is finished stays.
     """
     processes = join()
-    if recipe.training.threads is not None:
-        import torch
-
-        torch.set_num_threads(recipe.training.threads)
     if processes.wrapped and made is not None:
         raise DymoeError("a dry run works in one process; start it without a launcher")
+    with _threads(recipe.training.threads), quiet():
+        return _run(recipe, resume, display, made, accept, processes)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with so many CPU threads in a block, as many as it likes when None."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(
+    recipe: Recipe,
+    resume: bool,
+    display: Display | None,
+    made: Made | None,
+    accept: Sequence[str],
+    processes: Processes,
+) -> Path:
+    """As `run`, in a process that is prepared for it."""
     method = recipe.build_method()
     ahead = Display(f"{recipe.method} on {recipe.stream}", 0, None if processes.main else silent())
     stream = checked(inspection.load(recipe, ahead.inspecting) if made is None else made.stream, recipe)
@@ -74,7 +98,7 @@ def run(
             revision = processes.from_main(lambda: description["base"].get("commit"))
             asked = stages or [folder.zero_shot]
             if processes.from_main(lambda: any(stage.done is None for stage in asked)):
-                learner = Learner.load(recipe, method, stream, folder, stages, shown, processes, made, revision)
+                learner = Learner(recipe, method, stream, folder, stages, shown, processes, made, revision)
                 learner.learn(rounds)
             shown.finish()
         if processes.main:
