@@ -1,11 +1,12 @@
 """The one door to the terminal: names and texts of others are shown there, never obeyed, neither by it nor by rich."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from dymoe.messages import printable
@@ -35,6 +36,19 @@ class Terminal(Console):
 def tables() -> Terminal:
     """Where tables go: standard output, wide enough where it is no terminal."""
     return Terminal(file=sys.stdout, width=None if sys.stdout.isatty() else WIDE)
+
+
+def table(
+    heads: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str | None = None, numbers: int | None = None
+) -> Table:
+    """Rows as a table; columns from `numbers` on are right-aligned."""
+    made = Table(title=title)
+    for place, head in enumerate(heads):
+        right = numbers is not None and place >= numbers
+        made.add_column(head, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def _lines(text: str) -> str:

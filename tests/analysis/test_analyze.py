@@ -65,15 +65,15 @@ def test_an_unfinished_run_works_as_far_as_it_is(copy, capsys):
     "words, message",
     [
         (["drfit", "RUN"], "analyze: drfit: unknown analysis; did you mean drift?"),
-        (["drift"], "analyze drift: expected one run folder, got 0"),
+        (["drift"], "analyze drift: expected NAME and RUN, got "),
         (["drift", "nowhere"], "nowhere: no run.yaml here; give a run folder"),
         (["dynamics", "nowhere"], "nowhere: no run.yaml here"),
         (["drift", "RUN", "--samples", "none"], "--samples: expected a whole number of at least 1, got 'none'"),
         (["drift", "RUN", "--stages", "0,1"], "--stages: expected whole numbers from 1"),
         (["drift", "RUN", "--stages", "9"], "stage 9: the run has stages 1 to 3 so far"),
         (["drift", "RUN", "--layer", "1"], "analyze drift: --layer: unknown option"),
-        (["overlay", "RUN", "--layer", "x"], "--layer: expected a whole number from 0"),
-        (["dilemma"], "analyze dilemma: expected a sweep or a recipe of two tasks"),
+        (["overlay", "RUN", "--layer", "x"], "--layer: expected a whole number of at least 0"),
+        (["dilemma"], "analyze dilemma: expected NAME and RECIPE, got "),
         (["dilemma", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
     ],
 )

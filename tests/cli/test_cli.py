@@ -45,7 +45,7 @@ def test_only_run_is_started_in_several_processes(monkeypatch, capsys):
         (["report", "x", "--output"], "report: --output: expected a value after it"),
         (["demo", "--step", "3"], "demo: --step: unknown option; did you mean --steps?"),
         (["demo", "--steps", "0"], "demo: --steps: expected a whole number of at least 1, got '0'"),
-        (["run", "--seed", "1"], "run: expected a recipe before '--seed'"),
+        (["run", "--seed", "1"], "run: expected RECIPE, got 0 words; see dymoe run --help"),
     ],
 )
 def test_a_mistake_is_one_line(words, message, capsys, tmp_path, monkeypatch):

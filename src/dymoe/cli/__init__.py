@@ -25,6 +25,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 2 unusable input (told in one line), 130 interrupted."""
+    from dymoe.cli.options import Help
     from dymoe.errors import DymoeError
     from dymoe.messages import nearest, one_line, say, shorten
 
@@ -47,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         # Importing a submodule named `list` would hide the builtin in this package.
         module = "listing" if words[0] == "list" else words[0]
-        return int(import_module(f"dymoe.cli.{module}").main(words[1:]))
+        try:
+            return int(import_module(f"dymoe.cli.{module}").main(words[1:]))
+        except Help as shown:
+            print(shown)
+            return shown.code
     except DymoeError as error:
         say(f"dymoe: {one_line(error)}", error=True)
         return 2

@@ -3,13 +3,14 @@
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dymoe.cli.options import parse, whole
+from dymoe.cli.options import Command, Help, Kind, names, whole, wholes
 from dymoe.errors import DymoeError
 from dymoe.libraries import require_extra
-from dymoe.messages import brief, nearest, say
+from dymoe.messages import nearest, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,51 +38,26 @@ Computed = tuple["pd.DataFrame", dict[str, Any]]  # the frame and how it was mad
 
 def main(argv: Sequence[str]) -> int:
     """Compute one analysis, print it in short, keep it."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(HELP)
-        return 0 if argv else 2
-    name, words = argv[0], argv[1:]
+    name = argv[0] if argv else ""
+    if not argv or name in ("-h", "--help"):
+        raise Help(HELP, 0 if argv else 2)
     if name == "dilemma":
-        return _dilemma(words)
+        return _dilemma(argv)
     if name not in OPTIONS:
         raise DymoeError(f"analyze: {name}: unknown analysis; {nearest(name, [*OPTIONS, 'dilemma'])}")
-    options, runs = parse(f"analyze {name}", words, OPTIONS[name])
-    if len(runs) != 1:
-        raise DymoeError(f"analyze {name}: expected one run folder, got {len(runs)}; see dymoe analyze --help")
-    # Mistakes in options are told before the heavy imports begin.
-    chosen = {
-        "samples": whole(f"analyze {name}", options, "--samples"),
-        "stages": _numbers(f"analyze {name}", options.get("--stages")),
-        "tasks": _list(options.get("--tasks")),
-        "layer": _layer(f"analyze {name}", options.get("--layer")),
-    }
-    given = {key: value for key, value in chosen.items() if value is not None}
-    frame, facts = COMPUTE[name](Path(runs[0]), given)
+    given = Command(f"analyze {name}", HELP, "NAME RUN", OPTIONS[name]).parse(argv)
+    _, run = given.words
+    chosen = {option.removeprefix("--"): value for option, value in given.options.items()}
     from dymoe import analysis
+    from dymoe.learning.learner import quiet
 
-    facts = {**facts, **{f"only_{key}" if key == "stages" else key: value for key, value in given.items()}}
+    with quiet():
+        frame, facts = COMPUTE[name](Path(run), chosen)
+
+    facts = {**facts, **{f"only_{key}" if key == "stages" else key: value for key, value in chosen.items()}}
     command = shlex.join(["dymoe", "analyze", *argv])
-    say(f"Kept: {analysis.store(runs[0], name, frame, {'command': command, **facts})}")
+    say(f"Kept: {analysis.store(run, name, frame, {'command': command, **facts})}")
     return 0
-
-
-def _list(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(command: str, text: str | None) -> list[int] | None:
-    parts = _list(text)
-    if parts is None:
-        return None
-    if not parts or not all(part.isascii() and part.isdigit() and int(part) >= 1 for part in parts):
-        raise DymoeError(f"{command}: --stages: expected whole numbers from 1 with commas between, got {brief(text)}")
-    return [int(part) for part in parts]
-
-
-def _layer(command: str, text: str | None) -> int | None:
-    if text is not None and not (text.isascii() and text.isdigit()):
-        raise DymoeError(f"{command}: --layer: expected a whole number from 0, got {brief(text)}")
-    return None if text is None else int(text)
 
 
 def _drift(run: Path, chosen: dict[str, Any]) -> Computed:
@@ -186,22 +162,21 @@ def _dynamics(run: Path, chosen: dict[str, Any]) -> Computed:
 
 def _dilemma(words: Sequence[str]) -> int:
     """Learn what is missing, tell what each strategy taught and cost, keep it in the sweep's folder."""
-    if not words or words[0].startswith("-"):
-        raise DymoeError("analyze dilemma: expected a sweep or a recipe of two tasks, for example pocket/dilemma")
+    from dymoe.cli.sweep import FLAGS, learn
+
+    given = Command("analyze dilemma", HELP, "NAME RECIPE", FLAGS, keys="dymoe.sweep.sweep.Sweep").parse(words)
     require_extra("report", "analyze dilemma")
     from dymoe import analysis
     from dymoe.analysis.token_dilemma import dilemma_sweep
-    from dymoe.cli.sweep import FLAGS, learn
     from dymoe.files import atomic_write
     from dymoe.learning.formats import read_results
     from dymoe.report.dilemma import write_dilemma
 
-    overrides = [word for word in words[1:] if word not in FLAGS]
-    sweep = dilemma_sweep(words[0], overrides)
-    command = shlex.join(["dymoe", "analyze", "dilemma", words[0], *overrides])
-    code = learn(sweep, words[0], words, command)
+    sweep = dilemma_sweep(given.words[1], given.keys)
+    command = shlex.join(["dymoe", "analyze", *given.words, *given.keys])
+    code = learn(sweep, given, command)
     rows = read_results(sweep.results)["rows"]
-    if code == 130 or "--dry-run" in words or not rows:
+    if code == 130 or "--dry-run" in given or not rows:
         return code
     frame = analysis.dilemma(rows)
     text = dilemma_markdown(frame, sweep.title, command)
@@ -272,27 +247,18 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def _print_table(title: str, rows: Sequence[dict[str, str]]) -> None:
     """Rows with the same keys as a table."""
-    from rich.table import Table
+    from dymoe.terminal import table, tables
 
-    from dymoe.terminal import tables
-
-    if not rows:
-        return
-    console = tables()
-    console.print(title, soft_wrap=True)  # a table's own title would wrap at the table's width
-    table = Table()
-    for key in rows[0]:
-        table.add_column(key)
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    console.print(table)
+    if rows:
+        tables().print(title, soft_wrap=True)  # a table's own title would wrap at the table's width
+        tables().print(table(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
 
 
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "drift": ("--samples", "--stages"),
-    "activation": ("--samples", "--stages"),
-    "overlay": ("--tasks", "--samples", "--layer"),
-    "dynamics": (),
+OPTIONS: dict[str, dict[str, Kind]] = {
+    "drift": {"--samples": whole, "--stages": wholes},
+    "activation": {"--samples": whole, "--stages": wholes},
+    "overlay": {"--tasks": names, "--samples": whole, "--layer": partial(whole, least=0)},
+    "dynamics": {},
 }
 COMPUTE: dict[str, Callable[[Path, dict[str, Any]], Computed]] = {
     "drift": _drift,

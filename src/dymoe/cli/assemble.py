@@ -3,8 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
-from dymoe.cli.options import parse
-from dymoe.errors import DymoeError
+from dymoe.cli.options import Command
 from dymoe.messages import say
 
 HELP = """usage: dymoe assemble --llm MODEL --vision MODEL --projector FILE --output FOLDER [--dtype bfloat16]
@@ -17,38 +16,21 @@ Build the base model of CoIN (LLaVA-1.5 before instruction tuning) as one folder
   --output FOLDER   a new folder
   --dtype DTYPE     bfloat16 (default), float16 or float32"""
 
+NEEDED = ("--llm", "--vision", "--projector", "--output")
+COMMAND = Command("assemble", HELP, "", options=dict.fromkeys(NEEDED, str) | {"--dtype": str}, needed=NEEDED)
+
 
 def main(argv: Sequence[str]) -> int:
     """Check every input, write the folder, say how to use it."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(HELP)
-        return 0 if argv else 2
-    found = _options(argv)
+    given = COMMAND.parse(argv)
     from dymoe.models.llava import assemble
 
-    done = assemble(
-        found["--llm"],
-        found["--vision"],
-        found["--projector"],
-        found["--output"],
-        found["--dtype"],
-        tell=lambda text: say(text, error=True),
-    )
+    llm, vision, projector, output = (given[option] for option in NEEDED)
+    dtype = given["--dtype"] or "bfloat16"
+    done = assemble(llm, vision, projector, output, dtype, tell=lambda text: say(text, error=True))
     say(
         f"{done.folder}: {done.parameters / 1e9:.2f} billion parameters, {done.bytes / 1e9:.1f} GB, "
         f"{done.image_tokens} tokens an image"
     )
     say(f"Use it: dymoe run RECIPE --model {shlex.quote(str(done.folder))}")
     return 0
-
-
-def _options(argv: Sequence[str]) -> dict[str, str]:
-    known = ("--llm", "--vision", "--projector", "--output", "--dtype")
-    found, words = parse("assemble", argv, known)
-    if words:
-        raise DymoeError(f"assemble: {words[0]!r}: every value needs its option before it; see dymoe assemble --help")
-    found = {"--dtype": "bfloat16", **found}
-    for key in known:
-        if not found.get(key):
-            raise DymoeError(f"assemble: {key} is missing; see dymoe assemble --help")
-    return found

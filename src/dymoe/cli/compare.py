@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dymoe.cli.options import Command
 from dymoe.errors import DymoeError
-from dymoe.messages import nearest
+from dymoe.messages import nearest, say
 
 if TYPE_CHECKING:
     from dymoe.evaluation.intervals import Answers
@@ -21,17 +22,12 @@ paired by question and by seed, and a verdict: more, less or not told apart.
 
 How intervals are made: docs/intervals.md."""
 
+COMMAND = Command("compare", HELP, "A B")
+
 
 def main(argv: Sequence[str]) -> int:
     """Print the comparison."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if argv else 2
-    if len(argv) != 2:
-        raise DymoeError(f"compare: expected two methods, A and B, got {len(argv)}; `dymoe compare --help` says more")
-    from dymoe.messages import say
-
-    say(*table(*argv))
+    say(*table(*COMMAND.parse(argv).words))
     return 0
 
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dymoe.cli.options import parse, whole
-from dymoe.errors import DymoeError
+from dymoe.cli.options import Command, whole
 from dymoe.libraries import require_extra
-from dymoe.messages import brief, say
+from dymoe.messages import say
 
 HELP = """usage: dymoe demo [--output FOLDER] [--steps N]
 
@@ -17,6 +16,8 @@ Learn three tasks of the pocket stream one after another, with IncMoELoRA and wi
 
   --output FOLDER  where the two runs go (runs/demo); finished runs there are kept, an interrupted one goes on
   --steps N        optimizer steps per task (16)"""
+
+COMMAND = Command("demo", HELP, "", options={"--output": str, "--steps": whole})
 
 METHODS = ("incmoelora", "dymoe")
 TASKS = ["ScienceQA", "ImageNet", "VQAv2"]
@@ -31,10 +32,8 @@ METRICS = (
 
 def main(argv: Sequence[str]) -> int:
     """Run both methods, print their matrices, say in one sentence what they show, write the report."""
-    if argv and argv[0] in ("-h", "--help"):
-        print(HELP)
-        return 0
-    output, steps = _options(argv)
+    given = COMMAND.parse(argv)
+    output, steps = Path(given["--output"] or "runs/demo"), given["--steps"] or STEPS
     for extra in ("pocket", "report"):
         require_extra(extra, "demo")
     print(
@@ -59,14 +58,6 @@ def main(argv: Sequence[str]) -> int:
     page = write_report(runs, output / "report.html")
     say(f"Report: {page}")
     return 0
-
-
-def _options(argv: Sequence[str]) -> tuple[Path, int]:
-    """The output folder and the steps per task."""
-    options, words = parse("demo", argv, ("--output", "--steps"))
-    if words:
-        raise DymoeError(f"demo: {brief(words[0])}: expected options alone; see dymoe demo --help")
-    return Path(options.get("--output", "runs/demo")), whole("demo", options, "--steps") or STEPS
 
 
 def _run(method: str, output: Path, steps: int) -> Path:

@@ -2,27 +2,31 @@
 
 from collections.abc import Mapping, Sequence
 
+from dymoe.cli.options import Command
 from dymoe.errors import DymoeError
 from dymoe.files import read_bytes
 from dymoe.messages import nearest, say
 
+HELP = """usage: dymoe list methods|streams|recipes
+
+Print the names there are, each with what it is."""
+
 WHAT = ("methods", "streams", "recipes")
+COMMAND = Command("list", HELP, "WHAT")
 
 
 def main(argv: Sequence[str]) -> int:
     """Print one line per thing: its name and what it is."""
-    if len(argv) != 1 or argv[0] in ("-h", "--help"):
-        print("usage: dymoe list methods|streams|recipes\n\nPrint the names there are, each with what it is.")
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
-    if argv[0] not in WHAT:
-        raise DymoeError(f"list: {argv[0]}: unknown; {nearest(argv[0], WHAT)}")
-    _print({"methods": methods, "streams": streams, "recipes": recipes}[argv[0]]())
-    if argv[0] == "methods":
+    (what,) = COMMAND.parse(argv).words
+    if what not in WHAT:
+        raise DymoeError(f"list: {what}: unknown; {nearest(what, WHAT)}")
+    _print({"methods": methods, "streams": streams, "recipes": recipes}[what]())
+    if what == "methods":
         from dymoe.methods import companions
 
         print("\ncompanions, which go with a method (with: [NAME] in a recipe):")
         _print(companions())
-    if argv[0] == "recipes":
+    if what == "recipes":
         from dymoe.learning.catalog import FOLDER, LAUNCHER
 
         say(f"\nTheir files, and configs for `accelerate launch` in {LAUNCHER}: {FOLDER}")

@@ -4,11 +4,12 @@ import os
 import signal
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
 
-from dymoe.cli.options import parse, whole
+from dymoe.cli.options import Command, whole
 from dymoe.errors import DymoeError
 from dymoe.libraries import require_extra
 from dymoe.messages import say
@@ -21,6 +22,8 @@ patch and word. Nothing leaves the machine. Ctrl+C ends it. Needs Gradio: pip in
   --host ADDRESS  where to listen (127.0.0.1, which this machine alone can reach)
   --port N        the port (the first free one from 7860 on)"""
 
+COMMAND = Command("play", HELP, "RUN ...", {"--host": str, "--port": partial(whole, most=65535)})
+
 # Gradio reads these when it is imported.
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -28,19 +31,14 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def main(argv: Sequence[str]) -> int:
     """Load the runs, serve the page until Ctrl+C."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(HELP)
-        return 0 if argv else 2
-    options, words = parse("play", argv, ("--host", "--port"))
-    host, port = options.get("--host") or "127.0.0.1", whole("play", options, "--port")
-    if port is not None and port > 65535:
-        raise DymoeError(f"play: --port: expected 1 to 65535, got {port}")
+    given = COMMAND.parse(argv)
+    host, port = given["--host"] or "127.0.0.1", given["--port"]
     require_gradio()
     with tempfile.TemporaryDirectory(prefix="dymoe-play-") as room:
         os.environ.update(QUIET, GRADIO_TEMP_DIR=room)
         from dymoe.play.ask import Runs
 
-        runs = Runs([Path(word) for word in words], tell=lambda text: say(text, error=True))
+        runs = Runs([Path(word) for word in given.words], tell=lambda text: say(text, error=True))
         from dymoe.play.serve import serve
 
         try:

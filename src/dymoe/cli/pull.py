@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from dymoe.cli.options import parse
-from dymoe.errors import DymoeError
+from dymoe.cli.options import Command
 from dymoe.messages import say, shorten
 
 HELP = """usage: dymoe pull SOURCE FOLDER
@@ -15,15 +14,12 @@ refused.
   SOURCE  a folder (file:PATH or a path) or a Hub repository (owner/name or hub:owner/name)
   FOLDER  where to; it must not exist or be empty"""
 
+COMMAND = Command("pull", HELP, "SOURCE FOLDER")
+
 
 def main(argv: Sequence[str]) -> int:
     """Fetch, check, put in place."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(HELP)
-        return 0 if argv else 2
-    _, words = parse("pull", argv, ())
-    if len(words) != 2:
-        raise DymoeError(f"pull: expected SOURCE and FOLDER, got {len(words)} words; see dymoe pull --help")
+    words = COMMAND.parse(argv).words
     from dymoe.share.pull import pull
 
     done = pull(*words)

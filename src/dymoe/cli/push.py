@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from dymoe.cli.options import parse, whole
-from dymoe.errors import DymoeError
+from dymoe.cli.options import Command, whole
 from dymoe.messages import say
 
 HELP = """usage: dymoe push RUN TARGET [--stage N] [--private] [--message TEXT] [--license ID]
@@ -18,26 +17,16 @@ manifest with the SHA-256 of every file. All of it arrives or nothing; paths of 
   --message TEXT  message of the Hub's commit
   --license ID    licence of the groups as the Hub names it, for example apache-2.0 (not stated)"""
 
+COMMAND = Command("push", HELP, "RUN TARGET", {"--stage": whole, "--private": None, "--message": str, "--license": str})
+
 
 def main(argv: Sequence[str]) -> int:
     """Collect, check, send."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(HELP)
-        return 0 if argv else 2
-    options, words = parse("push", argv, ("--stage", "--message", "--license"), ("--private",))
-    if len(words) != 2:
-        raise DymoeError(f"push: expected RUN and TARGET, got {len(words)} words; see dymoe push --help")
-    stage = whole("push", options, "--stage")
+    given = COMMAND.parse(argv)
+    run, target = given.words
     from dymoe.share.push import push
 
-    done = push(
-        words[0],
-        words[1],
-        stage,
-        "--private" in options,
-        options.get("--message"),
-        options.get("--license"),
-    )
+    done = push(run, target, given["--stage"], "--private" in given, given["--message"], given["--license"])
     say(f"stages 1 to {done.stages}, {done.size / 2**20:.1f} MiB: {done.where}")
     say(f"SHA-256 of manifest.json: {done.manifest}")
     return 0

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dymoe.cli.options import parse
+from dymoe.cli.options import Command
 from dymoe.errors import DymoeError
 from dymoe.libraries import require_extra
 from dymoe.messages import say
@@ -16,17 +16,16 @@ Write one self-contained HTML page about the runs, side by side.
                  all their runs; the results of `dymoe analyze dilemma` make a page of their own
   --output FILE  the page (default: RUN/report.html, or RESULTS.html beside the results, of the first RUN)"""
 
+COMMAND = Command("report", HELP, "RUN ...", {"--output": str})
+
 
 def main(argv: Sequence[str]) -> int:
     """Write the page and print its path."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(HELP)
-        return 0 if argv else 2
-    options, words = parse("report", argv, ("--output",))
-    runs = [Path(word) for word in words]
-    first = runs[0] if runs else Path()
-    given, beside = options.get("--output"), first.suffix == ".jsonl"
-    target = Path(given) if given else first.with_suffix(".html") if beside else first / "report.html"
+    given = COMMAND.parse(argv)
+    runs = [Path(word) for word in given.words]
+    first = runs[0]
+    beside = first.with_suffix(".html") if first.suffix == ".jsonl" else first / "report.html"
+    target = Path(given["--output"] or beside)
     studies = [run for run in runs if run.suffix == ".jsonl" and _of_dilemma(run)]
     if studies and len(runs) > 1:
         raise DymoeError(f"{studies[0]}: the results of the token's dilemma make a page of their own; give them alone")

@@ -4,12 +4,11 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dymoe.cli.options import Command, part_accepted
 from dymoe.errors import DymoeError
 from dymoe.messages import brief, say
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from dymoe.preflight.dryrun import Measured
 
 HELP = """usage: dymoe run RECIPE [--resume [--accept PART ...] | --dry-run] [--KEY VALUE ...]
@@ -20,40 +19,40 @@ Learn the recipe's stream and write a run folder (runs/NAME unless the recipe or
   --resume    go on with the run in this folder from its last complete checkpoint, under the conditions it began with
   --accept PART
               go on although this differs, which run.yaml and results.json then say; once for every part:
-{parts}
+                base      the base model's weights, configuration or processor
+                data      records or pictures of tasks that the run has begun
+                versions  Python and the packages that compute
+                machine   what computes: the kind of device, its kernels, the number of CPU threads
   --dry-run   random weights of the true shapes and made data: a few steps of each task, peak memory, projected hours;
               writes nothing unless --output names a JSON file
   --KEY VALUE set a key of the recipe, for example --training.steps_per_task 20 --seed 1
+"""
 
-keys and their defaults:"""
+OPTIONS = {"--resume": None, "--dry-run": None, "--accept": part_accepted}
+COMMAND = Command("run", HELP, "RECIPE", OPTIONS, repeated=("--accept",), keys="dymoe.learning.recipe.Recipe")
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, check the recipe in full, then learn."""
     from dymoe.learning.recipe import load_recipe, require_folder
 
-    if not argv or argv[0] in ("-h", "--help"):
-        print(help_text())
-        return 0 if argv else 2
-    if argv[0].startswith("-"):
-        raise DymoeError(f"run: expected a recipe before {brief(argv[0])}, for example pocket/dymoe")
-    words, accept = accepted(argv[1:])
-    overrides = [word for word in words if word not in ("--resume", "--dry-run")]
-    if accept and "--resume" not in words:
+    given = COMMAND.parse(argv)
+    if "--accept" in given and "--resume" not in given:
         raise DymoeError("run: --accept goes with --resume: it is about a run that is there already")
-    recipe = load_recipe(argv[0], overrides)
-    if "--dry-run" in words:
-        return _dry_run(recipe, overrides)
+    (path,) = given.words
+    recipe = load_recipe(path, given.keys)
+    if "--dry-run" in given:
+        return _dry_run(recipe, given.keys)
     require_folder(recipe.model)
     from dymoe.learning.distributed import first, together
 
-    command = shlex.join(["dymoe", "run", argv[0], *overrides, "--resume"])
+    command = shlex.join(["dymoe", "run", path, *given.keys, "--resume"])
     try:
         with together(f"accelerate launch ... -m {command}"):
             # Here the heavy imports begin: the recipe is known to be right.
             from dymoe.learning.run import run
 
-            folder = run(recipe, resume="--resume" in words, accept=accept)
+            folder = run(recipe, resume="--resume" in given, accept=given["--accept"] or ())
     except KeyboardInterrupt:
         say(f"dymoe: interrupted; go on with: {command}", error=True)
         return 130
@@ -64,26 +63,6 @@ def main(argv: Sequence[str]) -> int:
     show(folder)
     say(f"Report: dymoe report {shlex.quote(str(folder))}")
     return 0
-
-
-def accepted(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words without ``--accept PART`` and ``--accept=PART``, and the parts.
-
-    Raises:
-        DymoeError: a part that there is not, or none.
-    """
-    from dymoe.learning.conditions import ACCEPTABLE
-
-    rest, parts, waiting = [], [], iter(words)
-    for word in waiting:
-        flag, equals, part = word.partition("=")
-        if flag != "--accept":
-            rest.append(word)
-            continue
-        parts.append(part if equals else next(waiting, ""))
-        if parts[-1] not in ACCEPTABLE:
-            raise DymoeError(f"run: --accept: expected one of {', '.join(ACCEPTABLE)}, got {parts[-1]!r}")
-    return rest, parts
 
 
 def _dry_run(recipe: Any, overrides: Sequence[str]) -> int:
@@ -103,44 +82,20 @@ def _dry_run(recipe: Any, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _table(rows: "Sequence[Measured]") -> "Table":
+def _table(rows: "Sequence[Measured]") -> Any:
     """The measurement as a table for a terminal."""
-    from rich.table import Table
-
     from dymoe.preflight.dryrun import published
+    from dymoe.terminal import table
 
-    made = Table(title="Dry run: random weights, made data")
     heads = ("task", "s/step", "tokens/s", "answers/s", "peak GB", "by arithmetic", "steps", "hours", "hours to ask")
-    for head in (*heads, f"paper ({published()['hardware']})"):
-        made.add_column(head, justify="left" if head == "task" else "right", overflow="fold")
 
-    def number(value: float | None, places: int = 2) -> str:
-        return "-" if value is None else f"{value:,.{places}f}"
-
-    for row in rows:
-        made.add_row(
-            row.task,
-            number(row.step_seconds),
-            number(row.tokens_per_second, 0),
-            number(row.answers_per_second),
-            number(row.peak_bytes / 1e9, 1),
-            number(None if row.estimated_bytes is None else row.estimated_bytes / 1e9, 1),
-            number(row.steps, 0),
-            number(row.hours),
-            number(row.asking_hours),
-            number(row.paper_hours),
+    def cells(row: "Measured") -> list[str]:
+        values = (
+            *((row.step_seconds, 2), (row.tokens_per_second, 0), (row.answers_per_second, 2)),
+            *((row.peak_bytes / 1e9, 1), (row.estimated_bytes and row.estimated_bytes / 1e9, 1), (row.steps, 0)),
+            *((row.hours, 2), (row.asking_hours, 2), (row.paper_hours, 2)),
         )
-    return made
+        return [row.task, *("-" if value is None else f"{value:,.{places}f}" for value, places in values)]
 
-
-def help_text() -> str:
-    """The usage with every key of a recipe, its type and default."""
-    from dymoe.learning.conditions import ACCEPTABLE
-    from dymoe.learning.recipe import Recipe
-    from dymoe.methods.settings import describe
-
-    rows = [(f"--{key}", kind, default) for key, kind, default in describe(Recipe)]
-    width = max(len(key) for key, _, _ in rows)
-    lines = [f"  {key:<{width}}  {kind}{f' ({default})' if default else ''}" for key, kind, default in rows]
-    parts = "\n".join(f"                {part:<9} {what}" for part, what in ACCEPTABLE.items())
-    return "\n".join([HELP.format(parts=parts), *lines])
+    paper = f"paper ({published()['hardware']})"
+    return table((*heads, paper), map(cells, rows), "Dry run: random weights, made data", numbers=1)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dymoe.cli.options import parse
+from dymoe.cli.options import Command
 from dymoe.errors import DymoeError
 from dymoe.messages import say
 
@@ -21,33 +21,20 @@ val.json); print the accuracy and what was counted, and write them as JSON with 
   --output FILE      the JSON (beside the predictions: NAME.coin.json, NAME.sefe.json or NAME.corrected.json)"""
 
 OPTIONS = ("--rule", "--task", "--annotations", "--variant", "--output")
+COMMAND = Command("score", HELP, "PREDICTIONS REFERENCES", dict.fromkeys(OPTIONS, str), needed=OPTIONS[:2])
 
 
 def main(argv: Sequence[str]) -> int:
     """Score, print, write."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(HELP)
-        return 0 if argv else 2
-    options, files = parse("score", argv, OPTIONS)
-    for needed in ("--rule", "--task"):
-        if needed not in options:
-            raise DymoeError(f"score: {needed} is missing; see dymoe score --help")
-    if len(files) != 2:
-        raise DymoeError(f"score: expected two files, PREDICTIONS and REFERENCES, got {len(files)}")
+    given = COMMAND.parse(argv)
     from dymoe.files import atomic_json
     from dymoe.tasks.scoring.runner import score_files
 
-    predictions, references = files
-    scores = score_files(
-        predictions,
-        references,
-        options["--task"],
-        options["--rule"],
-        options.get("--annotations"),
-        options.get("--variant", "coin"),
-    )
+    predictions, references = given.words
+    about = (given["--task"], given["--rule"], given["--annotations"], given["--variant"] or "coin")
+    scores = score_files(predictions, references, *about)
     owner = scores.rule.partition("/")[0]
-    output = Path(options.get("--output") or Path(predictions).with_suffix(f".{owner}.json"))
+    output = Path(given["--output"] or Path(predictions).with_suffix(f".{owner}.json"))
     read = (scores.predictions, *scores.references)
     if output.resolve() in [Path(source.path).resolve() for source in read]:
         raise DymoeError(f"score: --output {output}: is one of the files to be read; name another")

@@ -4,16 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dymoe.cli.options import Command
+
 if TYPE_CHECKING:
     from dymoe.learning.formats import Results
+
+HELP = """usage: dymoe show RUN [RUN ...]
+
+Print the accuracy matrix and the metrics of each run."""
+
+COMMAND = Command("show", HELP, "RUN ...")
 
 
 def main(argv: Sequence[str]) -> int:
     """Print one run after the other."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: dymoe show RUN [RUN ...]\n\nPrint the accuracy matrix and the metrics of each run.")
-        return 0 if argv else 2
-    for path in argv:
+    for path in COMMAND.parse(argv).words:
         show(Path(path))
     return 0
 
@@ -42,25 +47,20 @@ def title(results: "Results") -> str:
 
 def matrix_table(results: "Results") -> Any:
     """The accuracy matrix as a rich table: a row per stage, a column per task, percent."""
-    from rich.table import Table
     from rich.text import Text
 
+    from dymoe.terminal import table
+
     tasks = results["tasks"]
-    table = Table()
-    table.add_column("after")
-    for task in tasks:
-        table.add_column(task, justify="right")
+    rows: list[list[str | Text]] = []
     for label, accuracies in (("no task", results.get("zero_shot")), ("all at once", results.get("joint"))):
         if accuracies:
-            table.add_row(label, *(f"{value:.1f}" for value in accuracies))
+            rows.append([label, *(f"{value:.1f}" for value in accuracies)])
     for number, row in enumerate(results.get("matrix", [])):
+        cells = [_cell(results, tasks[place], number - place, value) for place, value in enumerate(row)]
         # The last one is of the task just learned.
-        cells = [
-            Text(_cell(results, tasks[place], number - place, value), style="bold" if place == number else "")
-            for place, value in enumerate(row)
-        ]
-        table.add_row(tasks[number], *cells, *[""] * (len(tasks) - len(row)))
-    return table
+        rows.append([tasks[number], *cells[:-1], Text(cells[-1], style="bold"), *[""] * (len(tasks) - len(row))])
+    return table(("after", *tasks), rows, numbers=1)
 
 
 def _cell(results: "Results", task: str, stage: int, value: float) -> str:

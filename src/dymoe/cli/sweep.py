@@ -6,9 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from dymoe.cli.run import accepted
-from dymoe.errors import DymoeError
-from dymoe.messages import brief, say
+from dymoe.cli.options import Command, Given, Kind, part_accepted
+from dymoe.messages import say
 
 HELP = """usage: dymoe sweep SWEEP [--dry-run] [--replace] [--accept PART ...] [--KEY VALUE ...]
 
@@ -21,36 +20,36 @@ Learn every cell (recipe, order, instructions, seed) of a sweep file, several at
   --accept PART
               of cells that were begun under other conditions, as `dymoe run --resume --accept PART`
   --KEY VALUE set a key of the sweep, for example --seeds '[0]' --jobs 6 --base.training.steps_per_task 120
+"""
 
-keys and their defaults:"""
-
-FLAGS = ("--dry-run", "--replace", "--resume")
+FLAGS: dict[str, Kind] = {"--dry-run": None, "--replace": None, "--resume": None}
+COMMAND = Command(
+    "sweep",
+    HELP,
+    "SWEEP",
+    {**FLAGS, "--accept": part_accepted},
+    repeated=("--accept",),
+    keys="dymoe.sweep.sweep.Sweep",
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Check the sweep in full, learn what is missing; 1 if a cell failed."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(help_text())
-        return 0 if argv else 2
-    if argv[0].startswith("-"):
-        raise DymoeError(f"sweep: expected a sweep file before {brief(argv[0])}, for example pocket/leaderboard")
     from dymoe.sweep.sweep import load_sweep
 
-    words, accept = accepted(argv[1:])
-    overrides = [word for word in words if word not in FLAGS]
-    command = shlex.join(["dymoe", "sweep", argv[0], *overrides])
-    return learn(load_sweep(argv[0], overrides), argv[0], argv, command, accept)
+    given = COMMAND.parse(argv)
+    command = shlex.join(["dymoe", "sweep", *given.words, *given.keys])
+    return learn(load_sweep(given.words[0], given.keys), given, command)
 
 
-def learn(sweep: Any, path: str, argv: Sequence[str], command: str, accept: Sequence[str] = ()) -> int:
+def learn(sweep: Any, given: Given, command: str) -> int:
     """Learn what is missing of a sweep and write its records and table; 1 if a cell failed, 130 if interrupted.
 
     Args:
         sweep: the sweep.
-        path: its file, or the recipe that it is about; recipes are looked for beside it.
-        argv: of its words `FLAGS` are read.
+        given: its file, or the recipe that it is about (recipes are looked for beside it), `FLAGS`, and in what a cell
+            that was begun may differ here (``--accept``, as of `dymoe run`).
         command: what goes on with it.
-        accept: in what a cell that was begun may differ here (`dymoe run --accept`).
     """
     from dymoe.learning.formats import read_results
     from dymoe.sweep.jobs import only_one
@@ -60,19 +59,20 @@ def learn(sweep: Any, path: str, argv: Sequence[str], command: str, accept: Sequ
         from dymoe.sweep.table import published
 
         published(sweep.published)
+    path = given.words[-1]
     plan = Plan(sweep, path)
-    dry = "--dry-run" in argv
+    dry = "--dry-run" in given
     # The records are read under the lock, or those of a sweep that just ends would be lost.
     with nullcontext() if dry else only_one(Path(sweep.output)):
         found = read_results(sweep.results)
-        rows, todo = plan.sort_out(found["rows"], "--replace" in argv, sweep.results)
+        rows, todo = plan.sort_out(found["rows"], "--replace" in given, sweep.results)
         say(f"{path}: {len(plan.cells)} cells, {len(plan.cells) - len(todo)} stand in {sweep.results}")
         if dry:
             for cell in todo:
                 say(f"  {cell.name}")
             return 0
         book = _Book(plan, {**found["about"], **_about(plan, command)}, rows)
-        return _work(plan, todo, book, command, accept)
+        return _work(plan, todo, book, command, given["--accept"] or ())
 
 
 def _about(plan: Any, command: str) -> dict[str, Any]:
@@ -139,14 +139,3 @@ def _work(plan: Any, todo: Sequence[Any], book: _Book, command: str, accept: Seq
         say(f"dymoe: {cell.name} failed: {why} (see {cell.log})", error=True)
     say(f"Records: {sweep.results}", f"Table: {sweep.table}")
     return 1 if failed else 0
-
-
-def help_text() -> str:
-    """The usage with every key of a sweep file, its type and default."""
-    from dymoe.methods.settings import describe
-    from dymoe.sweep.sweep import Sweep
-
-    rows = [(f"--{key}", kind, default) for key, kind, default in describe(Sweep)]
-    width = max(len(key) for key, _, _ in rows)
-    lines = [f"  {key:<{width}}  {kind}{f' ({default})' if default else ''}" for key, kind, default in rows]
-    return "\n".join([HELP, *lines])
