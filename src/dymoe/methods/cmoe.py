@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, pstdev
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dymoe.errors import DymoeError
 from dymoe.methods.base import Method, Probe, Stage, StageData, require
+from dymoe.methods.parameters import draw, observe
 from dymoe.methods.reports import add_report, report_locator
 
 if TYPE_CHECKING:
@@ -153,11 +153,11 @@ class CMoE(Method):
         steps = self.probe_steps or max(1, round(self.probe_share * data.steps))
         return Probe(config, self._probe_samples(stage)[0], steps)
 
-    def _probe_samples(self, stage: Stage) -> tuple[list[Sample], list[Sample]]:
+    def _probe_samples(self, stage: Stage) -> tuple[Sequence[Sample], Sequence[Sample]]:
         """What the probe trains on and what it is measured on; the task's own samples, whatever is replayed."""
         samples = self.training_samples(stage)
         count = min(len(samples), max(2, round(self.probe_share * len(samples))))
-        chosen = random.Random(stage.seed).sample(samples, count)
+        chosen = draw(samples, count, stage.seed, ordered=False)
         if self.measure == "same" or count < 2:
             return chosen, chosen
         held = min(count - 1, max(1, round(self.held_share * count)))
@@ -165,22 +165,10 @@ class CMoE(Method):
 
     def probed(self, model: Any, group: str, stage: Stage, data: StageData) -> None:
         """Count how often the probe's experts and the old ones are used, decide, write the decision."""
-        import torch
-
         from dymoe.files import atomic_json
 
-        trace = model.base_model.trace
         activations = Activations()
-        training = model.training
-        model.eval()
-        trace.observers.append(activations)
-        try:
-            with torch.no_grad():
-                for batch in data.batches(self._probe_samples(stage)[1]):
-                    data.loss(model, batch)
-        finally:
-            trace.observers.remove(activations)
-            model.train(training)
+        observe(model, data, self._probe_samples(stage)[1], activations)
         atomic_json(stage.memory / DECISION, self.decide(activations.frequencies(), group))
 
     def decide(self, frequencies: Mapping[str, Mapping[str, Sequence[float]]], group: str) -> dict[str, Any]:
@@ -230,7 +218,7 @@ class CMoE(Method):
         if isinstance(selector, VaeSelector):  # a companion may have put another in its place
             samples = self.training_samples(stage)
             if self.locator_samples is not None and self.locator_samples < len(samples):
-                samples = random.Random(stage.seed).sample(samples, self.locator_samples)
+                samples = draw(samples, self.locator_samples, stage.seed, ordered=False)
             selector.fit(
                 self.group(stage),
                 selector.take_features(model, data.batches(samples), data.autocast),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dymoe.methods.base import Stage, StageData, require
 from dymoe.methods.lora import LoRA
+from dymoe.methods.parameters import draw, evaluating, load_tensors, save_tensors, trainable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,8 +64,6 @@ class EWC(LoRA):
 
     def before_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Read the earlier tasks' anchors and Fisher matrices and join them to one quadratic."""
-        from dymoe.methods.parameters import trainable
-
         parameters = trainable(model)
         self._held, self._rest = {}, 0.0
         for memory in self._counted(stage.earlier):
@@ -82,8 +80,6 @@ class EWC(LoRA):
         """The penalty, from the second task on."""
         import torch
 
-        from dymoe.methods.parameters import trainable
-
         if not self._held:
             return {}
         parameters = trainable(model)
@@ -95,8 +91,6 @@ class EWC(LoRA):
 
     def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Keep the task's anchor and Fisher matrix (in mode ``online`` the running one)."""
-        from dymoe.methods.parameters import save_tensors, trainable
-
         found = fisher(model, self._chosen(data.samples, stage.seed), data)
         anchors = trainable(model)
         if self.mode == "online" and stage.earlier:
@@ -111,9 +105,9 @@ class EWC(LoRA):
         """The stages whose penalty counts."""
         return earlier[-1:] if self.mode == "online" else earlier
 
-    def _chosen(self, samples: Sequence[Sample], seed: int) -> list[Sample]:
+    def _chosen(self, samples: Sequence[Sample], seed: int) -> Sequence[Sample]:
         """The samples of the Fisher matrix, the same for the same seed."""
-        return random.Random(seed).sample(list(samples), min(self.samples, len(samples)))
+        return draw(samples, self.samples, seed, ordered=False)
 
 
 def fisher(model: Any, samples: Sequence[Sample], data: StageData) -> dict[str, Tensor]:
@@ -129,8 +123,6 @@ def fisher(model: Any, samples: Sequence[Sample], data: StageData) -> dict[str, 
         float16 gradients below its range count as 0; bfloat16 and float32 have no such limit.
     """
     import torch
-
-    from dymoe.methods.parameters import evaluating, trainable
 
     parameters = trainable(model)
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
@@ -172,8 +164,6 @@ def _read(memory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     Raises:
         DymoeError: the stage kept nothing, or the file is broken.
     """
-    from dymoe.methods.parameters import load_tensors
-
     tensors = load_tensors(memory / FILE)
     names = [name.removeprefix("anchor.") for name in tensors if name.startswith("anchor.")]
     return {name: (tensors[f"fisher.{name}"], tensors[f"anchor.{name}"]) for name in names}

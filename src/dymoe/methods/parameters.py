@@ -1,18 +1,24 @@
-"""What methods that work on the parameters share: a group's A and B by layer, and named tensors on disk."""
+"""What methods share: a group's A and B by layer, a look at samples or a draw of them, named tensors on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from dymoe.methods.base import StageData
+    from dymoe.tasks import Sample
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,18 @@ def trainable(model: Any) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def trained_group(model: Any) -> str:
+    """Name of the group that the stage has just trained.
+
+    Raises:
+        RuntimeError: no group trains (the hook was called after freezing).
+    """
+    names = {holder.training_group for holder in model.base_model.holders()}
+    if len(names) != 1 or None in names:
+        raise RuntimeError(f"expected one training group, found {names}")
+    return str(names.pop())
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Keep `model` in evaluation mode (no dropout) while the block runs; gradients stay possible."""
@@ -70,6 +88,66 @@ def evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def observe(model: Any, data: StageData, samples: Sequence[Sample], *observers: Any) -> None:
+    """Pass samples with their answers through the model, in evaluation mode and without gradient.
+
+    Args:
+        model: a PEFT model with expert groups.
+        data: makes the batches.
+        samples: what is passed through.
+        observers: each gets every wrapped layer's routing (`dymoe.adapter.RoutingTrace`); hooks see the rest.
+    """
+    import torch
+
+    trace = model.base_model.trace
+    with evaluating(model), torch.no_grad():
+        trace.observers += observers
+        try:
+            for batch in data.batches(samples):
+                data.loss(model, batch)
+        finally:
+            for observer in observers:
+                trace.observers.remove(observer)
+
+
+def observe_prompts(model: Any, data: StageData, samples: Sequence[Sample], *until: type[Exception]) -> None:
+    """Pass samples through the model as `observe` does, but only to read them: selectors do not see the answers.
+
+    To be called inside of ``trace.aside()``, so that the trace is as it was afterwards.
+
+    Args:
+        model: a PEFT model with expert groups.
+        data: makes the batches.
+        samples: what is passed through.
+        until: exceptions with which a batch may end, once all is seen.
+    """
+    import torch
+
+    trace = model.base_model.trace
+    with evaluating(model), torch.no_grad(), data.autocast():
+        for batch in data.batches(samples):
+            trace.labels = batch["labels"]
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            with suppress(*until):
+                model(**inputs, logits_to_keep=1, use_cache=False)
+
+
+def draw(samples: Sequence[T], count: int | None, key: int | str, ordered: bool = True) -> Sequence[T]:
+    """`count` of the samples without replacement, drawn by a generator seeded with `key`; all where there are fewer.
+
+    Args:
+        samples: to draw from.
+        count: how many, None for all.
+        key: the same draws the same positions of as many samples.
+        ordered: in the order of `samples`, else in that of the draw.
+    """
+    count = len(samples) if count is None else min(count, len(samples))
+    if ordered and count == len(samples):
+        return samples  # which may be on disk
+    positions = random.Random(key).sample(range(len(samples)), count)
+    return [samples[position] for position in (sorted(positions) if ordered else positions)]
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

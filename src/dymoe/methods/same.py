@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from dymoe.errors import DymoeError
 from dymoe.methods.base import Stage, StageData, require
 from dymoe.methods.inputs import FILE, InputStatistics, layers_of
 from dymoe.methods.moelora import GROUP, MoELoRA
+from dymoe.methods.parameters import draw, observe
 from dymoe.methods.shaping import (
     damped_inverse,
     decompose,
@@ -133,7 +133,7 @@ class SAME(MoELoRA):
         if self.freeze:
             now = InputStatistics()
             with now.observing(model, GROUP, covariance=False):
-                self._ask(model, data, stage.seed)
+                observe(model, data, draw(data.samples, self.samples, stage.seed))
             for name, used in now.used.items():
                 importance = known.importance[name].to(used.device)
                 if importance.shape != used.shape:
@@ -180,30 +180,13 @@ class SAME(MoELoRA):
         self._guards, self._start, self._frozen = {}, {}, {}
         found = InputStatistics()
         with found.observing(model, GROUP, importance=self.freeze):
-            self._ask(model, data, stage.seed)
+            observe(model, data, draw(data.samples, self.samples, stage.seed))
         if stage.earlier:
             found = InputStatistics.load(stage.earlier[-1] / FOLDER / FILE).joined(found, self.decay)
         found.save(stage.memory / FOLDER)
         # What the stage before left is still needed if this one is repeated; what lies further back is not.
         for folder in stage.earlier[:-1]:
             shutil.rmtree(folder / FOLDER, ignore_errors=True)
-
-    def _ask(self, model: Any, data: StageData, seed: int) -> None:
-        """Pass (at most `samples`) samples through the model, in evaluation mode, for observers to see."""
-        import torch
-
-        chosen: Sequence[Any] = data.samples
-        if self.samples is not None and self.samples < len(chosen):
-            order = random.Random(seed).sample(range(len(chosen)), self.samples)
-            chosen = [chosen[number] for number in sorted(order)]
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                for batch in data.batches(chosen):
-                    data.loss(model, batch)
-        finally:
-            model.train(training)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dymoe.files import atomic_json, read_json
 from dymoe.methods.base import Stage, StageData, require
 from dymoe.methods.companions.base import Companion
-from dymoe.methods.companions.measuring import some, trained_group
+from dymoe.methods.parameters import draw, observe_prompts, trained_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ class Pruning(Companion):
         records = [folder / FILE for folder in stage.earlier]
         if any(read_json(path)["group"] == group for path in records if path.is_file()):
             return
-        samples = [sample for task in stage.tasks for sample in some(task.train, self.limit, f"pruning/{task.name}")]
+        samples = [sample for task in stage.tasks for sample in draw(task.train, self.limit, f"pruning/{task.name}")]
         measured = activation(model, group, data, samples)
         kept = {name: keep(values.tolist(), self.share) for name, values in measured.items()}
         shrink(model, group, kept)
@@ -84,21 +84,11 @@ def activation(model: Any, group: str, data: StageData, samples: Sequence[Sample
 
     The other groups are active too. The group still trains, so no selector that chooses a task has a say.
     """
-    import torch
-
-    tuner, training = model.base_model, model.training
+    tuner = model.base_model
     held = {layer.name: layer for layer in tuner.layers() if layer.experts_of(group)}
-    norms = model.peft_config[group].gate == "uniform"
     sums = _Sums(tuner.trace, group)
-    model.eval()
-    try:
-        with tuner.trace.aside(), _watching(held, sums, norms), torch.no_grad(), data.autocast():
-            for batch in data.batches(samples):
-                tuner.trace.labels = batch["labels"]
-                inputs = {key: value for key, value in batch.items() if key != "labels"}
-                model(**inputs, logits_to_keep=1, use_cache=False)
-    finally:
-        model.train(training)
+    with tuner.trace.aside(), _watching(held, sums, norms=model.peft_config[group].gate == "uniform"):
+        observe_prompts(model, data, samples)
     return {name: sums.mean(name) for name in held}
 
 

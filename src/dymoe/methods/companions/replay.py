@@ -11,6 +11,7 @@ from dymoe.errors import DymoeError
 from dymoe.files import atomic_json, read_json
 from dymoe.methods.base import Stage, StageData, require
 from dymoe.methods.companions.base import Companion
+from dymoe.methods.parameters import draw
 
 if TYPE_CHECKING:
     from dymoe.tasks import Sample, Task
@@ -62,8 +63,7 @@ class Replay(Companion):
             return joined([samples, kept])
         wanted = round(len(samples) * self.share / (1 - self.share))
         rounds, rest = divmod(wanted, len(kept))
-        drawn = random.Random(f"share/{self.seed}/{stage.index}").sample(range(len(kept)), rest)
-        return joined([samples, kept * rounds, [kept[place] for place in sorted(drawn)]])
+        return joined([samples, kept * rounds, draw(kept, rest, f"share/{self.seed}/{stage.index}")])
 
     def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Let the stage's tasks into the buffer and write its ids to ``replay.json``."""
@@ -119,7 +119,7 @@ def _balanced(
     kept: list[list[str]] = []
     for name, part in zip(seen, parts, strict=False):
         kept += [slot for slot in slots if slot[0] == name][:part]
-    return kept + [[task, sample] for sample in random.Random(f"balanced/{seed}/{task}").sample(ids, parts[-1])]
+    return kept + [[task, sample] for sample in draw(ids, parts[-1], f"balanced/{seed}/{task}", ordered=False)]
 
 
 def quotas(available: Sequence[int], size: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from dymoe.errors import DymoeError
 from dymoe.methods.base import Stage, StageData, require
 from dymoe.methods.companions.base import Companion
-from dymoe.methods.companions.measuring import some, trained_group
+from dymoe.methods.parameters import draw, load_tensors, observe_prompts, save_tensors, trained_group
 from dymoe.methods.reports import report_locator
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class TaskRouter(Companion):
         """Fit the new tasks' prototypes and report the router's accuracy over all tasks seen."""
         selector, group = model.base_model.selector, trained_group(model)
         for task in stage.tasks:
-            samples = some(task.train, self.limit, f"task-router/{task.name}")
+            samples = draw(task.train, self.limit, f"task-router/{task.name}")
             selector.fit(group, task.name, prompt_features(model, data, samples))
         config = model.peft_config[group]
         config.selector_options = {**config.selector_options, "tasks": list(selector.tasks[group])}
@@ -98,21 +98,17 @@ class TaskRouter(Companion):
                 continue
             if task.name not in known:
                 # The features are those of the frozen base, so later stages need not compute them again.
-                samples = some(task.validation, self.check, f"task-router/{task.name}")
+                samples = draw(task.validation, self.check, f"task-router/{task.name}")
                 known[task.name] = fresh[task.name] = prompt_features(model, data, samples).cpu()
             places = selector.nearest(known[task.name].to(selector.dymoe_means[group].device), groups)
             chosen[task.name] = [names[place] for place in places.tolist()]
         if fresh:
-            from dymoe.methods.parameters import save_tensors
-
             save_tensors(stage.memory / FEATURES, fresh)
         return chosen
 
 
 def _earlier_features(folders: Sequence[Path]) -> dict[str, Tensor]:
     """Validation features of the tasks seen, as the stages before left them."""
-    from dymoe.methods.parameters import load_tensors
-
     found: dict[str, Tensor] = {}
     for folder in folders:
         if (folder / FEATURES).is_file():
@@ -126,17 +122,6 @@ def prompt_features(model: Any, data: StageData, samples: Sequence[Sample]) -> T
 
     from dymoe.adapter.selectors.prototypes import Collected
 
-    tuner, training = model.base_model, model.training
-    model.eval()
-    try:
-        with tuner.trace.aside(), tuner.selector.collecting() as rows, torch.no_grad(), data.autocast():
-            for batch in data.batches(samples):
-                tuner.trace.labels = batch["labels"]
-                inputs = {key: value for key, value in batch.items() if key != "labels"}
-                try:
-                    model(**inputs, logits_to_keep=1, use_cache=False)
-                except Collected:
-                    continue
-    finally:
-        model.train(training)
+    with model.base_model.trace.aside(), model.base_model.selector.collecting() as rows:
+        observe_prompts(model, data, samples, Collected)
     return torch.cat(rows)
