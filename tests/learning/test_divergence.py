@@ -10,7 +10,7 @@ import torch
 from dymoe import methods
 from dymoe.cli import main
 from dymoe.errors import DymoeError
-from dymoe.learning.divergence import Divergence
+from dymoe.learning.callbacks import Divergence
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
 from dymoe.methods.lora import LoRA

@@ -1,6 +1,8 @@
 """Checkpoints inside a stage: a folder counts when its marker is there and every file is as the marker says."""
 
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from dymoe.errors import DymoeError
@@ -44,3 +46,12 @@ def _damaged(checkpoint: Path) -> Path | None:
     except OSError:
         return checkpoint / name
     return None
+
+
+def remove_checkpoints(place: Path, keep: Path | None = None) -> None:
+    """Remove the checkpoints below `place`, but `keep`, and `place` itself if nothing else is in it."""
+    for folder in place.glob("checkpoint-*"):
+        if folder != keep and folder.name.removeprefix("checkpoint-").isdigit():
+            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # not there, or somebody else's files are in it
+        place.rmdir()

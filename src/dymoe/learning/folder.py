@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -237,15 +236,6 @@ def verify(stages: Sequence[StageFolder]) -> None:
                 "of the run, or remove the stages after it, which are then learned anew"
             )
         stage.verify(last=stage is marked[-1])
-
-
-def remove_checkpoints(place: Path, keep: Path | None = None) -> None:
-    """Remove the checkpoints below `place`, but `keep`, and `place` itself if nothing else is in it."""
-    for folder in place.glob("checkpoint-*"):
-        if folder != keep and folder.name.removeprefix("checkpoint-").isdigit():
-            shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):  # not there, or somebody else's files are in it
-        place.rmdir()
 
 
 class RunFolder:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dymoe.errors import DymoeError
 from dymoe.learning import clock
+from dymoe.learning.checkpoints import last_checkpoint, remove_checkpoints
 from dymoe.learning.data import Data
 from dymoe.learning.distributed import Processes
-from dymoe.learning.folder import RunFolder, StageFolder, remove_checkpoints
+from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.formats import Trained
 from dymoe.learning.progress import Display
 from dymoe.learning.recipe import Recipe
@@ -306,7 +307,6 @@ class Learner:
 
         Process 0 removes the other checkpoints, and what the logs say of later steps, which are done again.
         """
-        from dymoe.learning.checkpoints import last_checkpoint
         from dymoe.learning.dynamics import rewind
 
         checkpoint = self.processes.from_main(lambda: last_checkpoint(place, self.display.note))

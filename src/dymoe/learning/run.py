@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json, atomic_write, read_bytes
 from dymoe.learning import conditions, inspection
-from dymoe.learning.checkpoints import last_checkpoint
+from dymoe.learning.checkpoints import last_checkpoint, remove_checkpoints
 from dymoe.learning.conditions import Description, State
 from dymoe.learning.distributed import Processes, join
-from dymoe.learning.folder import RunFolder, StageFolder, remove_checkpoints, verify
+from dymoe.learning.folder import RunFolder, StageFolder, verify
 from dymoe.learning.learner import Learner, Made, quiet
 from dymoe.learning.progress import Display, silent
 from dymoe.learning.recipe import Recipe

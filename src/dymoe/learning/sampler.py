@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from dymoe.models.images import cores
 
@@ -78,9 +78,9 @@ class Loader(DataLoader[Any]):
     def __init__(
         self, samples: Sequence[Any], collator: Callable[[Sequence[Any]], Any], order: Order, **options: Any
     ) -> None:
-        def collate(places: list[int]) -> Any:
-            if places != [NOTHING]:
-                return collator([samples[place] for place in places])
+        def collate(positions: list[int]) -> Any:
+            if positions != [NOTHING]:
+                return collator([samples[position] for position in positions])
             batch = collator([samples[0]])
             batch["labels"] = torch.full_like(batch["labels"], -100)
             return batch
@@ -88,7 +88,8 @@ class Loader(DataLoader[Any]):
         if options.get("num_workers"):
             # Forked: a worker inherits samples and tokenizer as they are, and touches no GPU.
             options = {"multiprocessing_context": "fork", "worker_init_fn": _begin_worker, **options}
-        super().__init__(_Places(order.count), batch_sampler=order, collate_fn=collate, **options)
+        numbers: Any = range(order.count)  # `collate` gets the samples of these numbers
+        super().__init__(numbers, batch_sampler=order, collate_fn=collate, **options)
         self._order = order
 
     def set_epoch(self, epoch: int) -> None:
@@ -99,16 +100,3 @@ class Loader(DataLoader[Any]):
 def _begin_worker(number: int) -> None:
     """A forked tokenizer works in one thread; said so, it does not warn of it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-class _Places(Dataset[int]):
-    """Gives back the number it is asked for; `Loader` collates the samples of these numbers."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, place: int) -> int:
-        return place

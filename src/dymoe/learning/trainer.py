@@ -14,15 +14,15 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json, read_json, reason
 from dymoe.learning import sharded
+from dymoe.learning.callbacks import Divergence, StageCallback
 from dymoe.learning.checkpoints import mark_complete
 from dymoe.learning.distributed import ALONE, Processes
-from dymoe.learning.divergence import Divergence
 from dymoe.learning.groups import WEIGHTS, of_group, read_tensors, set_group, trace_of, write_group
 from dymoe.learning.loss import answer_logits, next_token_loss
 from dymoe.learning.recipe import Training
@@ -140,7 +140,7 @@ class StageTrainer(Trainer):
             args=arguments,
             train_dataset=samples,  # type: ignore[arg-type]
             data_collator=collator,
-            callbacks=[*callbacks, _StageCallback(model, method)],
+            callbacks=[*callbacks, StageCallback(model, method)],
         )
         self.remove_callback(PrinterCallback)
         self.group = group
@@ -217,7 +217,7 @@ class StageTrainer(Trainer):
         return torch.autocast(self.args.device.type, dtype=getattr(torch, self.dtype))
 
     def get_train_dataloader(self) -> Loader:
-        """This process's micro-batches; see `learning.order`."""
+        """This process's micro-batches; see `learning.sampler`."""
         samples, collator = cast(Any, self.train_dataset), cast(Any, self.data_collator)
         seed, processes = int(self.args.data_seed or 0), self.processes
         order = Order(len(samples), self._train_batch_size, seed, processes.rank, processes.count)
@@ -415,32 +415,3 @@ def _has_own(method: Method, hook: str) -> bool:
         if owner not in (Method, Companion):
             return True
     return False
-
-
-class _StageCallback(TrainerCallback):
-    """Tells the trace how far the task is, lets the method see the gradients, saves no checkpoint at the end."""
-
-    def __init__(self, model: PeftModel, method: Method) -> None:
-        self.model = model
-        self.method = method
-        self.trace = trace_of(model)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Set the share of the task's steps that is done."""
-        self.trace.progress = state.global_step / max(1, state.max_steps)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Hand the finished gradients to the method."""
-        self.method.before_step(self.model)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """The group itself is saved when training ends; a last checkpoint would be for nothing."""
-        if state.global_step >= state.max_steps:
-            control.should_save = False
-        return control
