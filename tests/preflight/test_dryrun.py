@@ -11,7 +11,8 @@ from dymoe.learning.recipe import load_recipe
 from dymoe.models import Collator, Lvlm
 from dymoe.models.options import ModelOptions
 from dymoe.models.shapes import config_of, meta_model, processor_of
-from dymoe.preflight.dryrun import Lengths, dry_run, made_task, published
+from dymoe.preflight.dryrun import dry_run
+from dymoe.tasks.coin.preflight import Lengths, made_task, published_times
 from tests.learning.tiny import save_tiny, write_recipe
 
 
@@ -67,7 +68,7 @@ def test_made_samples_have_the_lengths_asked_for_and_576_image_tokens() -> None:
 
 
 def test_table_15_is_the_supplements() -> None:
-    rows = published()["minutes"]
+    rows = published_times()["minutes"]
     averages = {name: sum(row.values()) / len(row) for name, row in rows.items()}
     assert averages["incmoelora"] == pytest.approx(74.18, abs=0.006)
     assert averages["dymoe"] == pytest.approx(77.43, abs=0.006)

@@ -68,23 +68,22 @@ def main(argv: Sequence[str]) -> int:
 def _dry_run(recipe: Any, overrides: Sequence[str]) -> int:
     """Measure, print, and write JSON where --output says so."""
     from dymoe.files import atomic_json
-    from dymoe.preflight.dryrun import as_dict, dry_run
+    from dymoe.preflight.dryrun import as_dict, dry_run, paper_times
     from dymoe.terminal import tables
 
     output = recipe.output if any(word.partition("=")[0] == "--output" for word in overrides) else ""
     if output and not output.endswith(".json"):
         raise DymoeError(f"run: --dry-run --output: expected a JSON file, got {brief(output)}")
     rows = dry_run(recipe)
-    tables().print(_table(rows))
+    tables().print(_table(rows, paper_times(recipe).get("hardware", "no times")))
     if output:
         atomic_json(output, as_dict(rows, recipe))
         say(f"Measured: {output}")
     return 0
 
 
-def _table(rows: "Sequence[Measured]") -> Any:
+def _table(rows: "Sequence[Measured]", hardware: str) -> Any:
     """The measurement as a table for a terminal."""
-    from dymoe.preflight.dryrun import published
     from dymoe.terminal import table
 
     heads = ("task", "s/step", "tokens/s", "answers/s", "peak GB", "by arithmetic", "steps", "hours", "hours to ask")
@@ -97,5 +96,4 @@ def _table(rows: "Sequence[Measured]") -> Any:
         )
         return [row.task, *("-" if value is None else f"{value:,.{places}f}" for value, places in values)]
 
-    paper = f"paper ({published()['hardware']})"
-    return table((*heads, paper), map(cells, rows), "Dry run: random weights, made data", numbers=1)
+    return table((*heads, f"paper ({hardware})"), map(cells, rows), "Dry run: random weights, made data", numbers=1)

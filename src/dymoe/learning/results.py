@@ -11,6 +11,7 @@ from dymoe.learning import conditions, inspection
 from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.recipe import Recipe
 from dymoe.pictures import for_browser
+from dymoe.tasks.base import hook
 
 if TYPE_CHECKING:
     from dymoe.tasks import Task
@@ -56,7 +57,8 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
 def _described(folder: RunFolder, recipe: Recipe, tasks: Sequence[str]) -> dict[str, Any]:
     """What ran."""
     resolved = recipe.resolved()
-    own = {"scoring": recipe.data.scoring if recipe.stream == "coin" else "own"} if "data" in resolved else {}
+    rules = hook(recipe.stream, "rules")
+    own = {"scoring": rules(recipe.data) if rules else "own"} if "data" in resolved else {}
     return {
         "name": folder.path.name,
         "method": recipe.method,

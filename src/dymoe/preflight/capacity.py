@@ -40,7 +40,7 @@ def device() -> tuple[str, float]:
     return "CPU", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def holds(found: Checkup, recipe: Recipe, path: str, shape: "Shape | None", longest: int) -> None:
+def check_room(found: Checkup, recipe: Recipe, path: str, shape: "Shape | None", longest: int) -> None:
     """Find whether the device's memory and the disk hold the run."""
     from dymoe.preflight.memory import memory
 
@@ -88,7 +88,7 @@ def speed(dtype: str) -> float:
     return 2.0 * side**3 / max(best, 1e-9)
 
 
-def times(
+def check_time(
     found: Checkup, recipe: Recipe, stream: "Stream", shape: "Shape | None", lengths: dict[str, tuple[float, int]]
 ) -> None:
     """Find how long each task trains on this machine."""
@@ -116,7 +116,7 @@ def times(
         found.add("note", "time", recipe.stream, told, "dymoe run RECIPE --dry-run measures it")
 
 
-def fits(found: Checkup, beside: Path) -> None:
+def check_recipes(found: Checkup, beside: Path) -> None:
     """Find which recipes of a folder fit this machine."""
     from dymoe.preflight.memory import memory
     from dymoe.sweep.sweep import is_sweep

@@ -10,7 +10,7 @@ from dymoe.files import expand
 from dymoe.learning.inspection import WORTHLESS, inspect
 from dymoe.learning.recipe import Recipe
 from dymoe.names import parts_of, safe_names
-from dymoe.preflight.capacity import fits, holds, known_shape, times
+from dymoe.preflight.capacity import check_recipes, check_room, check_time, known_shape
 from dymoe.preflight.findings import Checkup, Level
 
 if TYPE_CHECKING:
@@ -61,18 +61,21 @@ def check(
         for task in stream.tasks:
             _twice(found, task)
     shape = known_shape(recipe, lvlm)
-    holds(found, recipe, path, shape, max((longest for _, longest in lengths.values()), default=0))
+    check_room(found, recipe, path, shape, max((longest for _, longest in lengths.values()), default=0))
     if stream is not None:
-        times(found, recipe, stream, shape, lengths)
+        check_time(found, recipe, stream, shape, lengths)
     if beside is not None:
-        fits(found, beside)
+        check_recipes(found, beside)
     return found
 
 
 def _data(found: Checkup, recipe: Recipe) -> "Stream | None":
-    """Load the stream; for CoIN also look at its indexes."""
-    if recipe.stream == "coin":
-        _coin(found, recipe)
+    """Load the stream; and hear what it says of its files."""
+    from dymoe.tasks.base import hook
+
+    if findings := hook(recipe.stream, "findings"):
+        for row in findings(recipe.task_names(), recipe.instructions, recipe.data):
+            found.add(*row)
     try:
         stream = recipe.load_stream()
     except DymoeError as error:
@@ -91,41 +94,6 @@ def _data(found: Checkup, recipe: Recipe) -> "Stream | None":
         told = f"{len(stream.skipped)} left out, the first: {first['file']}: record {first['record']}: {first['error']}"
         found.add("note", "records", recipe.stream, told, "mend them, or leave data.on_bad: skip")
     return stream
-
-
-def _coin(found: Checkup, recipe: Recipe) -> None:
-    """Sizes, repeated ids and bad records of CoIN's files."""
-    from dymoe.tasks.coin import check as coin
-    from dymoe.tasks.coin.layout import find
-    from dymoe.tasks.coin.stream import indexes
-
-    names = recipe.task_names()
-    try:
-        layout = find(recipe.data, recipe.instructions, names)
-    except DymoeError as error:
-        found.add("wrong", "folders", "data.root", str(error), "give --data.root FOLDER (docs/coin.md)")
-        return
-    found.add("fine", "folders", str(layout.instructions), f"layout {layout.variant}, pictures in {layout.images}")
-    compared = recipe.data.scoring == "coin"
-    for name in names:
-        try:
-            both = indexes(layout, name, recipe.data)
-        except DymoeError as error:
-            found.add("wrong", "records", name, str(error), "fetch the file, or leave the task out with --tasks")
-            continue
-        for size in coin.sizes(both):
-            if not size.right:
-                told = f"{size.found:,} {size.what} records, {size.published:,} are published"
-                mend = "fetch the published files; with data.scoring: corrected other sizes are a note"
-                found.add("wrong" if compared else "note", "size", name, told, mend)
-        for each in (both.train, both.test):
-            if each.bad:
-                first = each.bad[0]
-                told = f"{len(each.bad)} cannot be used, the first: record {first['record']}: {first['error']}"
-                level: Level = "wrong" if recipe.data.on_bad == "error" else "note"
-                found.add(level, "records", str(each.path), told, "mend them; data.on_bad: skip leaves them out")
-            if each.repeated_ids:
-                found.add("note", "ids", str(each.path), f"{each.repeated_ids} ids are there more than once")
 
 
 def _twice(found: Checkup, task: "Task") -> None:

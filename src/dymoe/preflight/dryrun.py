@@ -4,43 +4,23 @@ The ordinary loop does the work (`dymoe.learning.run`); what is measured is what
 two batches asked per task, the first of each to warm up.
 """
 
-import io
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import read_json
 from dymoe.learning.progress import Display
 from dymoe.learning.recipe import Recipe
 
 if TYPE_CHECKING:
     from dymoe.tasks import Sample, Stream, Task
 
-TIMES = Path(__file__).parent / "published_times.json"
 STEPS = 2  # the first warms up: kernels are chosen, memory is taken
-
-
-@cache
-def published() -> dict[str, Any]:
-    """Table 15 of the paper, and the lengths that made samples have, with their sources."""
-    values: dict[str, Any] = read_json(TIMES)
-    return values
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of text in a task's samples: of a question, an answer, and how many of both a record has."""
-
-    question: int
-    answer: int
-    turns: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +53,7 @@ class Measured:
 
 
 def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
-    """Train two steps and ask two batches per task, with random weights and, for CoIN, made samples.
+    """Train two steps and ask two batches per task, with random weights and, where the stream makes some, made samples.
 
     Another stream's own samples are taken, the first of each task.
 
@@ -86,7 +66,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
     from dymoe.preflight.memory import memory, shape_of
 
     rows = recipe.training.samples_of_step()
-    stream, sizes = made_stream(recipe, STEPS * rows, STEPS * recipe.evaluation.batch_size)
+    stream, sizes = some_stream(recipe, STEPS * rows, STEPS * recipe.evaluation.batch_size)
     if not recipe.trains:
         raise DymoeError(f"a dry run measures training; {recipe.method} trains nothing")
     shape = shape_of(meta_model(config_of(recipe.model, recipe.model_options)))
@@ -116,7 +96,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
         asked = seen.asked[task.name]
         train, test = sizes[task.name]
         steps = recipe.training.steps(min(train, recipe.training.limit or train))
-        minutes = published()["minutes"].get(recipe.method, {}).get(task.name) if recipe.stream == "coin" else None
+        minutes = paper_times(recipe).get("minutes", {}).get(recipe.method, {}).get(task.name)
         found.append(
             Measured(
                 task=task.name,
@@ -198,21 +178,24 @@ def peak() -> int:
 # --- samples ---------------------------------------------------------------------------------------------------
 
 
-def made_stream(recipe: Recipe, train: int, test: int) -> tuple["Stream", dict[str, tuple[int, int]]]:
+def paper_times(recipe: Recipe) -> Mapping[str, Any]:
+    """Published times for the recipe's stream: source, hardware, minutes by method and task; empty without any."""
+    from dymoe.tasks.base import hook
+
+    published: Any = hook(recipe.stream, "published_times")
+    return published() if published else {}
+
+
+def some_stream(recipe: Recipe, train: int, test: int) -> tuple["Stream", dict[str, tuple[int, int]]]:
     """A stream with so many samples per task, and the true numbers of samples (training, test) of each task.
 
-    CoIN's samples are made (`made_task`), another stream's are its own, repeated as often as needed.
+    They are made where the stream says how (`dymoe.tasks.base`), else its own, repeated as often as needed.
     """
     from dymoe.learning.inspection import load
-    from dymoe.tasks import Stream
+    from dymoe.tasks.base import hook
 
-    if recipe.stream == "coin":
-        from dymoe.tasks.coin.layout import published as coin
-
-        names = recipe.task_names()
-        sizes = {name: (coin()["tasks"][name]["train"], coin()["tasks"][name]["test"]) for name in names}
-        lengths = {name: Lengths(**published()["lengths"][name]) for name in names}
-        return Stream("coin", tuple(made_task(name, lengths[name], train, test) for name in names)), sizes
+    if stand_in := hook(recipe.stream, "stand_in"):
+        return stand_in(recipe.task_names(), train, test)  # type: ignore[no-any-return]
     stream = load(recipe)
     sizes = {task.name: (len(task.train), len(task.test)) for task in stream.tasks}
     tasks = tuple(
@@ -227,39 +210,6 @@ def _repeated(samples: "Sequence[Sample]", count: int) -> "list[Sample]":
     return [replace(samples[number % len(samples)], id=f"dry-{number}") for number in range(count)]
 
 
-def made_task(name: str, lengths: Lengths, train: int, test: int) -> "Task":
-    """A task of made samples: noise pictures of 336 x 336 and texts of so many words.
-
-    Generation stops where the model says so, and a random model hardly ever does: answers get as many tokens as the
-    task's have, not CoIN's limit.
-    """
-    from dymoe.tasks import Sample, Task
-
-    picture = _noise()
-    question, answer = _words(lengths.question, 3), _words(lengths.answer, 7)
-    turns = tuple((question, answer) for _ in range(lengths.turns - 1))
-
-    def some(count: int, later: tuple[tuple[str, str], ...]) -> list[Sample]:
-        reference = {"answer": answer}
-        return [Sample(f"{name}-{n}", picture, question, answer, reference, later) for n in range(count)]
-
-    return Task(name, some(train, turns), [], some(test, ()), "exact_match", lengths.answer + 1)
-
-
-def _words(count: int, first: int) -> str:
-    """So many words that a made tokenizer knows; a real one makes more tokens of them."""
-    return " ".join(f"w{first + number % 50}" for number in range(count))
-
-
-@cache
-def _noise() -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.effect_noise((336, 336), 64).convert("RGB").save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 # --- telling ---------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +221,6 @@ def as_dict(rows: Sequence[Measured], recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.resolved(),
         "machine": machine(),
         "versions": versions(),
-        "paper": {key: published()[key] for key in ("source", "hardware")},
+        "paper": {key: value for key, value in paper_times(recipe).items() if key in ("source", "hardware")},
         "tasks": [asdict(row) for row in rows],
     }

@@ -4,6 +4,10 @@ A stream is a loader in `STREAMS`: a module with `TASKS` (its task names in thei
 `load_task(name, instructions, seed)` for a stream that comes with the package, or `load(names, instructions, seed,
 source)` for one that lives in the user's files (entered in `FROM_FILES` as well). A path to a YAML file is a stream of
 the user's own data (`dymoe.tasks.own`).
+
+What else a stream can say stands in its module too, and is asked for by `hook`: `rules(source)`, by which rules its
+answers are scored; `findings(names, instructions, source)`, what `dymoe doctor` shows about its files; `stand_in(names,
+train, test)`, made samples for a dry run; `published_times()`, source, hardware and minutes by method and task.
 """
 
 from collections.abc import Mapping, Sequence
@@ -125,6 +129,11 @@ def is_own(name: str) -> bool:
 def from_files(name: str) -> bool:
     """Whether a stream is read from the user's files, as a `Source` says."""
     return is_own(name) or name in FROM_FILES
+
+
+def hook(stream: str, name: str) -> Any:
+    """What a stream's module has under this name, None where it says nothing of it."""
+    return getattr(import_module("dymoe.tasks.own" if is_own(stream) else STREAMS[stream]), name, None)
 
 
 def task_names(name: str, order: str = "origin", tasks: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -9,12 +9,13 @@ from dymoe.tasks.base import Stream, Task
 from dymoe.tasks.coin import references
 from dymoe.tasks.coin.layout import TASKS as NAMES
 from dymoe.tasks.coin.layout import Layout, find
+from dymoe.tasks.coin.preflight import findings, published_times, stand_in
 from dymoe.tasks.index import Index, Plan, held_out, index, listed, scorable, usable
 from dymoe.tasks.lazy import Records, View
 from dymoe.tasks.llava import Record
 from dymoe.tasks.source import Source
 
-__all__ = ["TASKS", "Limits", "TaskIndexes", "indexes", "load"]
+__all__ = ["TASKS", "Limits", "TaskIndexes", "findings", "indexes", "load", "published_times", "rules", "stand_in"]
 
 MOST_HELD_OUT = 1000
 
@@ -40,6 +41,11 @@ TASKS = {
     "OCRVQA": Limits(64, 128),
 }
 assert tuple(TASKS) == NAMES
+
+
+def rules(source: Source) -> str:
+    """By which rules the answers are scored."""
+    return source.scoring
 
 
 @dataclass(frozen=True)
