@@ -173,6 +173,11 @@ def expand(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def cache_root(folder: str | Path | None = None) -> Path:
+    """Where everything is cached: `folder`, else the environment's DYMOE_CACHE, else ~/.cache/dymoe."""
+    return expand(folder if folder is not None else os.environ.get("DYMOE_CACHE") or "~/.cache/dymoe")
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from dymoe.inspection.doctor import check
 
 from dymoe.cli import main
 from dymoe.errors import DymoeError
@@ -18,6 +17,7 @@ from dymoe.learning.recipe import Recipe, load_recipe
 from dymoe.models import Collator, Lvlm, load
 from dymoe.models.options import ModelOptions
 from dymoe.models.shapes import outline
+from dymoe.preflight.doctor import check
 from dymoe.tasks import Stream
 from tests.learning import own_data
 from tests.learning.tiny import write_recipe

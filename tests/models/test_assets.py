@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from dymoe.errors import DymoeError
+from dymoe.files import cache_root
 from dymoe.models import assets
 
 CONTENT = {"model.safetensors": b"weights" * 100, "config.json": b"{}"}
@@ -167,8 +168,8 @@ def test_without_a_network_the_error_says_what_to_do(index, tmp_path):
 
 def test_sources_and_cache_root(monkeypatch, tmp_path):
     monkeypatch.setenv("DYMOE_CACHE", str(tmp_path))
-    assert assets.cache_root() == tmp_path
-    assert assets.cache_root(tmp_path / "other") == tmp_path / "other"
+    assert cache_root() == tmp_path
+    assert cache_root(tmp_path / "other") == tmp_path / "other"
     monkeypatch.setenv("DYMOE_POCKET_SOURCE", "hub")
     assert assets.resolve_source() == "hub"
     assert assets.resolve_source("packages") == "packages"

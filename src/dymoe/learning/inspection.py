@@ -10,16 +10,16 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_json, read_json, read_json_lines
+from dymoe.files import atomic_json, cache_root, read_json, read_json_lines
 from dymoe.learning.formats import Skipped
 from dymoe.messages import brief
-from dymoe.tasks.index import cache_folder, locked
 from dymoe.tasks.lazy import Records, fingerprint, subset
 
 if TYPE_CHECKING:
@@ -382,8 +382,8 @@ def _cached(look: _Look, same: Mapping[str, Any]) -> Inspection:
     """What was found of a split, from the cache if that has it."""
     key = {**same, **look.key()}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    file = cache_folder().with_name("inspected") / f"{name}.json"
-    with locked(file):
+    file = cache_root() / "inspected" / f"{name}.json"
+    with _locked(file):
         values = read_json(file) if file.is_file() else None
         if values is None:
             values = look.made()
@@ -391,6 +391,28 @@ def _cached(look: _Look, same: Mapping[str, Any]) -> Inspection:
     rows = tuple(Unusable(**row) for row in values["unusable"])
     mean, longest = values["tokens"]
     return Inspection(look.task.name, look.split, values["samples"], (mean, longest), values["reachable"], rows)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep others from `path` in the cache while the block works on it.
+
+    Raises:
+        DymoeError: the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+    except OSError as error:
+        told = f"{path}: cannot be written ({error.strerror or error}); DYMOE_CACHE names another folder for the cache"
+        raise DymoeError(told) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @cache

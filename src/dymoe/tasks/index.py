@@ -1,8 +1,8 @@
-"""An index: the records of one file, understood once, kept as a memory-mapped Arrow file in the cache.
+"""An index: the records of one file, understood once, kept as a table in the cache (`dymoe.tasks.arrow`).
 
-The cache's folder of a file is named by a key over its path, size, time of change and first mebibyte, those of the
-annotation files joined into it, the image root and the task. What could not be used is listed in it as well, so that
-the second start is as honest as the first.
+A table's key covers the path of the file, its size, time of change and first mebibyte, those of the annotation files
+joined into it, the image root and the task. What could not be used is listed beside it as well, so that the second
+start is as honest as the first.
 """
 
 import hashlib
@@ -10,20 +10,22 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_dir, atomic_json, expand, read_json
+from dymoe.files import cache_root
 from dymoe.tasks.lazy import image_size
 from dymoe.tasks.llava import Names, Record, parse, record_id
 from dymoe.tasks.recordfile import read_records
 
-FORMAT = 2  # of the index; another number makes all of them anew
+FORMAT = 3  # of the index; another number makes all of them anew
 HEAD = 1 << 20  # bytes of a file that its identity covers
 CHUNK = 1000  # records written together
+IMAGES = 1 << 17  # whose sizes are remembered while a file is read: records of one picture seldom stand together
 SCHEMA = {
     "record": "int64",
     "id": "string",
@@ -86,21 +88,6 @@ class Index:
     digest: str
     bad: tuple[Mapping[str, Any], ...]
 
-    def refuse_bad(self) -> None:
-        """Raise the error of the first record that cannot be used, if there is one.
-
-        Raises:
-            DymoeError: naming file, record, id and what is wrong.
-        """
-        if self.bad:
-            first, more = self.bad[0], len(self.bad) - 1
-            rest = f"; {more} more cannot be used" if more else ""
-            name = "" if first["id"] is None else f" (id {first['id']!r})"
-            raise DymoeError(
-                f"{self.path}: record {first['record']}{name}: {first['error']}{rest}; "
-                "data.on_bad: skip leaves such records out and lists them"
-            )
-
 
 #: record -> (the reference for the scorer, whether the record may be held out for validation).
 Reference = Callable[[Record], tuple[dict[str, Any], bool]]
@@ -108,7 +95,7 @@ Reference = Callable[[Record], tuple[dict[str, Any], bool]]
 
 def cache_folder() -> Path:
     """Where indexes are kept: ``$DYMOE_CACHE/coin``, else ``~/.cache/dymoe/coin``."""
-    return expand(os.environ.get("DYMOE_CACHE") or "~/.cache/dymoe") / "coin"
+    return cache_root() / "coin"
 
 
 def identity(path: Path) -> dict[str, Any]:
@@ -154,142 +141,118 @@ def index(
         "text_only": text_only,
         "outside_links": plan.outside_links,
     }
-    folder = cache_folder() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    with locked(folder):
-        found = _cached(plan, folder)
-        if found is None:
-            with atomic_dir(folder) as place:
-                _write(plan, reference(), text_only, rewrite, place, key)
-            found = _cached(plan, folder, fresh=True)
-        assert found is not None
-        return found
+    from dymoe.tasks import arrow
 
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep others from what is kept at `path` in the cache while the block works on it.
-
-    Raises:
-        DymoeError: the cache cannot be written.
-    """
-    from filelock import FileLock
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")
-        lock.acquire()
-    except OSError as error:
-        told = f"{path}: cannot be written ({error.strerror or error}); DYMOE_CACHE names another folder for the cache"
-        raise DymoeError(told) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _cached(plan: Plan, folder: Path, fresh: bool = False) -> Index | None:
-    marker = folder / "index.json"
-    if not marker.is_file():
-        return None
-    values = read_json(marker)
-    table = folder / values.pop("table")
-    values.pop("key")
-    made = Index(path=plan.path, table=table, **{**values, "bad": tuple(values["bad"])})
-    if not table.is_file():
-        return None
-    # An image that was missing may have been put in its place since: then the records are read again.
-    if not fresh and any(_mended(plan, row["image"]) for row in made.bad if row["image"] is not None):
-        return None
-    if not fresh and _changed(plan, table):
-        return None
-    return made
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    # Pictures may have changed since, or one that was missing may be in its place: then the records are read again,
+    # into another table, so that whoever has the older one open never mixes the two.
+    for attempt in count():
+        reading = _Reading(plan, reference, text_only, rewrite)
+        try:
+            folder, summary = arrow.store(
+                str(cache_folder()), f"{name}-{attempt}", SCHEMA, reading.blocks, reading.summary
+            )
+        except OSError as error:
+            told = f"{cache_folder()}: cannot be written ({error.strerror or error})"
+            raise DymoeError(f"{told}; DYMOE_CACHE names another folder for the cache") from error
+        values = json.loads(summary)
+        (table,) = Path(folder).glob("*.arrow")
+        made = Index(path=plan.path, table=table, **{**values, "bad": tuple(values["bad"])})
+        if reading.begun or not (_mended(plan, made) or _changed(plan, made.table)):
+            return made
+    raise AssertionError("unreachable")
 
 
 def _changed(plan: Plan, table: Path) -> bool:
     """Whether an image is gone, or has another size than when the records were read."""
-    from dymoe.tasks.lazy import open_table
+    from dymoe.tasks.arrow import open_table
 
-    columns = open_table(table).data.select(["image", "size"]).to_pydict()
-    sizes = dict(zip(columns["image"], columns["size"], strict=True))
-    sizes.pop(None, None)
+    columns = open_table(str(table)).data.table.select(["image", "size"])
+    images = columns.group_by(["image", "size"]).aggregate([]).to_pydict()
     root = str(plan.images)
-    for name, size in sizes.items():
+    for name, size in zip(images["image"], images["size"], strict=True):
         try:
-            if os.stat(os.path.join(root, name)).st_size != size:
+            if name is not None and os.stat(os.path.join(root, name)).st_size != size:
                 return True
         except OSError:
             return True
     return False
 
 
-def _mended(plan: Plan, image: str) -> bool:
-    try:
-        image_size(plan.images, image, plan.outside_links)
-    except DymoeError:
-        return False
-    return True
+def _mended(plan: Plan, made: Index) -> bool:
+    """Whether an image that could not be used is there now."""
+    for image in (row["image"] for row in made.bad if row["image"] is not None):
+        try:
+            image_size(plan.images, image, plan.outside_links)
+        except DymoeError:
+            continue
+        return True
+    return False
 
 
-def _write(
-    plan: Plan,
-    reference: Reference,
-    text_only: bool,
-    rewrite: Callable[[Record], Record],
-    place: Path,
-    key: Mapping[str, Any],
-) -> None:
-    from datasets import Features, Value
-    from datasets.arrow_writer import ArrowWriter
+class _Reading:
+    """A file's records on their way into a table, and what is to be said of all of them afterwards."""
 
-    from dymoe.tasks import instructions
+    def __init__(
+        self, plan: Plan, reference: Callable[[], Reference], text_only: bool, rewrite: Callable[[Record], Record]
+    ) -> None:
+        self.plan, self.text_only, self.rewrite = plan, text_only, rewrite
+        self.begun = False
+        self._make_reference = reference
+        self._counts: Counter[str] = Counter()
+        self._ids: Counter[str] = Counter()
+        self._names = Names()
+        self._bad: list[dict[str, Any]] = []
+        self._digest = hashlib.sha256()
+        self._size = lru_cache(IMAGES)(lambda image: image_size(plan.images, image, plan.outside_links))
 
-    digest = hashlib.sha256()
-    counts: Counter[str] = Counter()
-    ids: Counter[str] = Counter()
-    names = Names()
-    bad: list[dict[str, Any]] = []
-    table = place / "records.arrow"
-    writer = ArrowWriter(path=str(table), features=Features({name: Value(kind) for name, kind in SCHEMA.items()}))
-    try:
-        waiting: list[dict[str, Any]] = []
-        for number, value in enumerate(read_records(plan.path)):
-            counts["records"] += 1
+    @cached_property
+    def _reference(self) -> Reference:
+        return self._make_reference()
+
+    def blocks(self) -> Iterator[list[dict[str, Any]]]:
+        """The rows of the records that can be used, `CHUNK` at a time; the last block may be empty."""
+        self.begun = True
+        rows = self._rows()
+        while block := list(islice(rows, CHUNK)):
+            yield block
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        from dymoe.tasks import instructions
+
+        for number, value in enumerate(read_records(self.plan.path)):
+            self._counts["records"] += 1
             wrong_image = None
             try:
-                record = rewrite(parse(value, plan.test))
-                if not record.has_image and not text_only:
+                record = self.rewrite(parse(value, self.plan.test))
+                if not record.has_image and not self.text_only:
                     raise DymoeError("'image' is missing; a question of this task needs its picture")
                 size = len(record.data or b"")
                 if record.image is not None:
                     wrong_image = record.image
-                    size = image_size(plan.images, wrong_image, plan.outside_links)
+                    size = self._size(wrong_image)
                     wrong_image = None
-                told, scorable = reference(record)
+                told, scorable = self._reference(record)
             except DymoeError as error:
-                row = {"file": str(plan.path), "record": number, "id": _name(value, plan.test)}
-                bad.append({**row, "error": str(error), "image": wrong_image})
+                row = {"file": str(self.plan.path), "record": number, "id": _name(value, self.plan.test)}
+                self._bad.append({**row, "error": str(error), "image": wrong_image})
                 continue
-            ids[record.id] += 1
-            counts["kept"] += 1
-            counts["with_image"] += record.has_image
-            counts["repeated_ids"] += ids[record.id] == 2
-            counts["without_instruction"] += instructions.strip(record.question) == record.question
-            row = _row(record, number, names.name(record.id), size, told, scorable)
+            self._ids[record.id] += 1
+            self._counts["kept"] += 1
+            self._counts["with_image"] += record.has_image
+            self._counts["repeated_ids"] += self._ids[record.id] == 2
+            self._counts["without_instruction"] += instructions.strip(record.question) == record.question
+            row = _row(record, number, self._names.name(record.id), size, told, scorable)
             picture = None if record.data is None else hashlib.sha256(record.data).hexdigest()
             seen = [row[name] for name in SCHEMA if name not in ("data", "record")]
-            digest.update(json.dumps([*seen, picture]).encode())
-            waiting.append(row)
-            if len(waiting) == CHUNK:
-                _flush(writer, waiting)
-        _flush(writer, waiting)
-        writer.finalize()
-    finally:
-        writer.close()
-    # The name holds the contents, so that a process that has an older state open never mixes the two.
-    table.rename(place / f"records-{digest.hexdigest()[:16]}.arrow")
-    values = {name: counts[name] for name in ("records", "kept", "with_image", "repeated_ids", "without_instruction")}
-    shown = {"table": f"records-{digest.hexdigest()[:16]}.arrow", "digest": digest.hexdigest(), "key": key}
-    atomic_json(place / "index.json", {**values, **shown, "bad": bad})
+            self._digest.update(json.dumps([*seen, picture]).encode())
+            yield row
+
+    def summary(self) -> str:
+        """What `Index` holds beside path and table, as JSON."""
+        names = ("records", "kept", "with_image", "repeated_ids", "without_instruction")
+        counts = {name: self._counts[name] for name in names}
+        return json.dumps({**counts, "digest": self._digest.hexdigest(), "bad": self._bad})
 
 
 def _row(record: Record, number: int, name: str, size: int, told: Mapping[str, Any], scorable: bool) -> dict[str, Any]:
@@ -305,15 +268,6 @@ def _row(record: Record, number: int, name: str, size: int, told: Mapping[str, A
         "reference": json.dumps(told, default=str),
         "held": stable_hash(record.id) if scorable else -1,
     }
-
-
-def _flush(writer: Any, waiting: list[dict[str, Any]]) -> None:
-    import pyarrow as pa
-
-    if waiting:
-        columns = {name: [row[name] for row in waiting] for name in SCHEMA}
-        writer.write_table(pa.Table.from_pydict(columns, schema=writer.schema))
-        waiting.clear()
 
 
 def _name(value: Any, test: bool) -> str | None:
@@ -365,9 +319,9 @@ def split(hashes: Any, share: float, most: int) -> tuple[Any, Any]:
 
 
 def _held(table: Path) -> Any:
-    from dymoe.tasks.lazy import open_table
+    from dymoe.tasks.arrow import open_table
 
-    return open_table(table).data.column("held").to_numpy()
+    return open_table(str(table)).data.column("held").to_numpy()
 
 
 def scorable(table: Path) -> Any:
@@ -397,11 +351,16 @@ def usable(found: Index, on_bad: str) -> Index:
     Raises:
         DymoeError: there are bad records and `on_bad` is ``error``, or nothing is left.
     """
-    if on_bad == "error":
-        found.refuse_bad()
+    first = found.bad[0] if found.bad else None
+    if first is not None and on_bad == "error":
+        rest = f"; {len(found.bad) - 1} more cannot be used" if len(found.bad) > 1 else ""
+        name = "" if first["id"] is None else f" (id {first['id']!r})"
+        raise DymoeError(
+            f"{found.path}: record {first['record']}{name}: {first['error']}{rest}; "
+            "data.on_bad: skip leaves such records out and lists them"
+        )
+    if not found.kept and first is not None:
+        raise DymoeError(f"{found.path}: no record can be used; record {first['record']}: {first['error']}")
     if not found.kept:
-        if found.bad:
-            first = found.bad[0]
-            raise DymoeError(f"{found.path}: no record can be used; record {first['record']}: {first['error']}")
         raise DymoeError(f"{found.path}: it holds no records")
     return found

@@ -6,16 +6,13 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from dymoe.errors import DymoeError
 from dymoe.tasks import instructions
 from dymoe.tasks.base import Sample
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 CHUNK = 256  # records read together when samples are gone through in order
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".tar.xz", ".tar.bz2")
@@ -135,16 +132,10 @@ class StoredImage:
 
     def read(self) -> bytes:
         """The encoded picture."""
-        data: bytes = open_table(self.table).data.column("data")[self.row].as_py()
+        from dymoe.tasks.arrow import open_table
+
+        data: bytes = open_table(str(self.table)).data.column("data")[self.row].as_py()
         return data
-
-
-@cache
-def open_table(path: Path) -> "Dataset":
-    """The memory-mapped table of an index; one handle per process."""
-    from datasets import Dataset
-
-    return Dataset.from_file(str(path))
 
 
 @dataclass(frozen=True)
@@ -230,7 +221,9 @@ class Records(Sequence[Sample]):
         """SHA-256 over where the pictures' files are, their sizes and times of change."""
         import numpy as np
 
-        names = open_table(self.table).data.column("image").take(np.asarray(self.rows)).unique().to_pylist()
+        from dymoe.tasks.arrow import open_table
+
+        names = open_table(str(self.table)).data.column("image").take(np.asarray(self.rows)).unique().to_pylist()
         root, states = str(self.view.images.resolve()), []
         for name in names:
             try:
@@ -241,8 +234,9 @@ class Records(Sequence[Sample]):
         return hashlib.sha256(json.dumps([root, states]).encode()).hexdigest()
 
     def _columns(self) -> Any:
-        """The table without the pictures."""
-        return _without_pictures(self.table)
+        from dymoe.tasks.arrow import without_pictures
+
+        return without_pictures(str(self.table))
 
     @property
     def fingerprint(self) -> str:
@@ -253,11 +247,6 @@ class Records(Sequence[Sample]):
         rows = ",".join(map(str, self.rows)) if not isinstance(self.rows, range) else repr(self.rows)
         told = json.dumps([self.digest, rows, self.view.first_turn, self.view.template])
         return hashlib.sha256(told.encode()).hexdigest()
-
-
-@cache
-def _without_pictures(path: Path) -> "Dataset":
-    return open_table(path).remove_columns("data")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""Tables of records in the cache of `datasets`, memory-mapped: each is written once for its key.
+
+The library locks a table's folder, writes it aside and moves it into its place when it is whole; two processes that
+want the same table write it once. Nothing of ours is imported here, and no `open`, since `datasets` puts its own
+functions for remote files into the module of a builder.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+ONE_FILE = 1 << 60  # bytes, and no table is as large: a table is known by the path of its one file
+
+
+class _Table(datasets.ArrowBasedBuilder):
+    """What `store` writes."""
+
+    def __init__(
+        self,
+        folder: str,
+        key: str,
+        columns: Mapping[str, str],
+        rows: Callable[[], Iterator[Sequence[Mapping[str, Any]]]],
+        description: Callable[[], str],
+    ) -> None:
+        self._columns, self._rows, self._description = columns, rows, description
+        super().__init__(cache_dir=folder, dataset_name="records", config_id=key)
+
+    def _info(self) -> datasets.DatasetInfo:
+        features = {name: datasets.Value(kind) for name, kind in self._columns.items()}
+        return datasets.DatasetInfo(features=datasets.Features(features))
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator(name="train")]
+
+    def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
+        schema = self.info.features.arrow_schema
+        for number, rows in enumerate(self._rows()):
+            columns = {name: [row[name] for row in rows] for name in self._columns}
+            yield number, pa.Table.from_pydict(columns, schema=schema)
+        self.info.description = self._description()  # a text that the library keeps beside the rows
+
+
+def store(
+    folder: str,
+    key: str,
+    columns: Mapping[str, str],
+    rows: Callable[[], Iterator[Sequence[Mapping[str, Any]]]],
+    description: Callable[[], str],
+) -> tuple[str, str]:
+    """The folder with a table's Arrow file, and its description, both from the cache if it has this key.
+
+    Args:
+        folder: of the cache.
+        key: what tells this table from others; a word that can be a folder's name.
+        columns: their names, and their types as `datasets.Value` knows them.
+        rows: gives the rows, some at a time; called only if the table is not there. What it raises is raised here.
+        description: gives a text that is kept with the rows; called after the last one.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        builder = _Table(folder, key, columns, rows, description)
+        builder.download_and_prepare(max_shard_size=ONE_FILE)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    return builder.cache_dir, builder.info.description
+
+
+@cache
+def open_table(path: str) -> datasets.Dataset:
+    """The table in an Arrow file, memory-mapped; one handle per process."""
+    return datasets.Dataset.from_file(path)
+
+
+@cache
+def without_pictures(path: str) -> datasets.Dataset:
+    """The same without the pictures' bytes."""
+    return open_table(path).remove_columns("data")
