@@ -17,10 +17,12 @@ def workable(value: float) -> bool:
     return value == 0 or SMALLEST <= abs(value) <= LARGEST
 
 
-def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
+def number(value: "float | Stat | None", digits: int = 1, sign: bool = False) -> str:
     """A number as the page shows it, with a real minus sign; an en dash where there is none."""
     if value is None:
         return "–"
+    if isinstance(value, Stat):
+        return value.text(digits, sign)
     rounded = round(value, digits) + 0.0  # -0.0 becomes 0.0
     return f"{rounded:+.{digits}f}".replace("-", "−") if sign else f"{rounded:.{digits}f}".replace("-", "−")
 

@@ -4,6 +4,7 @@ What it reads: raster formats that Pillow decodes by itself (`FORMATS`), so that
 whatever a file is called; of several frames or pages the first. Size is bounded before anything is decoded.
 """
 
+import base64
 import io
 import math
 import warnings
@@ -120,6 +121,18 @@ def for_browser(data: bytes, most: int | None = None, side: int | None = None) -
         picture.thumbnail((side, side))
     picture.save(buffer, "JPEG", quality=85)
     return buffer.getvalue(), "image/jpeg"
+
+
+def data_uri(data: bytes) -> str:
+    """A picture's bytes as an address that holds them, for pages without a network.
+
+    Raises:
+        DymoeError: they are no PNG, JPEG or WebP picture.
+    """
+    kind = next((kind for kind, magic in MAGIC.items() if data.startswith(magic)), None)
+    if kind is None:
+        raise DymoeError(f"no picture that browsers show; expected one of {', '.join(MAGIC)}")
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _rgb(picture: "Image", data: bytes) -> "Image":

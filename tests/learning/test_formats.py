@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
+from dymoe.analysis.runs import gather, read_runs
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.formats import read_results, run_results
 from dymoe.messages import one_line
-from dymoe.report.runs import read_runs
-from dymoe.report.summary import gather
 
 RUN: dict[str, Any] = {
     "name": "r",

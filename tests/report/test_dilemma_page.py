@@ -10,11 +10,11 @@ from browser import chromium
 from reading import Text
 
 from dymoe import analysis
-from dymoe.analysis.token_dilemma import STRATEGIES
+from dymoe.analysis.token_dilemma import STRATEGIES, drift, headline, trade
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.formats import write_results
-from dymoe.report.dilemma import drift, headline, trade, write_dilemma
+from dymoe.report.page import write_dilemma
 
 HOSTILE = '<img src=x onerror="window.hacked=1">'
 PAIRS = (("A", "B"), ("B", HOSTILE))
@@ -50,8 +50,8 @@ def test_marks_and_table_are_the_means_and_deviations_of_the_records() -> None:
     rows = records()
     frame = analysis.dilemma(rows)
     figure = trade(analysis.by_strategy(frame), frame)
-    assert [plot.title for plot in figure.plots] == ["All pairs", "A -> B", f"B -> {HOSTILE}"]
-    marks = json.loads(figure.plots[1].spec)["data"]
+    assert [plot.title for plot in figure.panels] == ["All pairs", "A -> B", f"B -> {HOSTILE}"]
+    marks = figure.panels[1].spec["data"]
     for place, (name, mask) in enumerate(STRATEGIES.items()):
         mine = [row for row in rows if row["tasks"] == ["A", "B"] and row["settings"]["guidance"] == mask]
         learned = [row["matrix"][1][1] for row in mine]
@@ -61,21 +61,20 @@ def test_marks_and_table_are_the_means_and_deviations_of_the_records() -> None:
         assert mean["x"] + mean["y"] == pytest.approx([statistics.mean(lost), statistics.mean(learned)], rel=1e-4)
         assert mean["error_x"]["array"] == pytest.approx([statistics.stdev(lost)], rel=1e-4)
         assert mean["error_y"]["array"] == pytest.approx([statistics.stdev(learned)], rel=1e-4)
-        cells = next(row for row in figure.table.rows if row[0] == f"A -> B: {name}")
+        cells = next(row for row in figure.rows if row[0] == f"A -> B: {name}")
         assert cells[1:3] == ("2", f"{statistics.mean(learned):.1f} ± {statistics.stdev(learned):.1f}")
-    ranges = {json.dumps(json.loads(plot.spec)["layout"]["xaxis"]["range"]) for plot in figure.plots}
+    ranges = {json.dumps(plot.spec["layout"]["xaxis"]["range"]) for plot in figure.panels}
     assert len(ranges) == 1
 
 
 def test_drift_is_drawn_where_it_was_measured() -> None:
     frame = analysis.dilemma(records())
-    figure = drift(analysis.by_strategy(frame), frame)
-    assert figure is not None
-    means = [trace["x"][0] for trace in json.loads(figure.plots[0].spec)["data"][1::2]]
+    (figure,) = drift(analysis.by_strategy(frame), frame)
+    means = [trace["x"][0] for trace in figure.panels[0].spec["data"][1::2]]
     expected = [100 * frame[frame["strategy"] == strategy]["drift"].mean() for strategy in STRATEGIES]
     assert means == pytest.approx(expected, rel=1e-4)
     unmeasured = analysis.dilemma([{**row, "drift": {}} for row in records()])
-    assert drift(analysis.by_strategy(unmeasured), unmeasured) is None
+    assert drift(analysis.by_strategy(unmeasured), unmeasured) == []
 
 
 def test_the_headline_has_the_means_over_pairs() -> None:
@@ -86,7 +85,7 @@ def test_the_headline_has_the_means_over_pairs() -> None:
         "for 12.0, old tokens alone to 31.0 % for 14.0."
     )
     one = analysis.dilemma(records((0,)))
-    assert "error_x" not in json.loads(trade(table, one).plots[0].spec)["data"][1]  # one seed has no spread
+    assert "error_x" not in trade(table, one).panels[0].spec["data"][1]  # one seed has no spread
 
 
 def test_unfinished_pairs_are_said_not_to_count(tmp_path: Path) -> None:

@@ -1,33 +1,47 @@
 """Heatmaps: what each cell says, and which share of the strongest colour it gets."""
 
 import pytest
+from reading import Text
 
-from dymoe.report.heatmaps import heatmap
+from dymoe.analysis.figures import Figure, Heatmap
+from dymoe.report.layout import environment
+
+
+def drawn(heatmap: Heatmap) -> list[tuple[str, str, dict[str, str | None]]]:
+    """(tag, text, attributes) of the table and its heads and cells."""
+    figure = Figure("f", "", panels=[heatmap])
+    macros = environment().get_template("parts.html.jinja").module
+    return Text(macros.heat(heatmap, figure)).cells  # type: ignore[attr-defined]
+
+
+def values(heatmap: Heatmap) -> list[tuple[str, str | None, bool]]:
+    """Text, value and whether it is drawn as a loss, of each cell with a value."""
+    cells = [(text, attributes) for tag, text, attributes in drawn(heatmap) if tag == "td" and "style" in attributes]
+    return [(text, attributes["style"], attributes.get("class") == "l") for text, attributes in cells]
 
 
 def test_percentages_are_cells_out_of_a_hundred() -> None:
-    made = heatmap("t", "l", [[12.3456789, None], [0.0, 100.0]], ["A", "B"], ["A", "B"], "{row}")
-    assert made.reach == "100"
-    (head, first), (_, second) = made.rows
-    assert head == ("1 A", "1 A")
-    assert first[1] is None
-    assert first[0] is not None
-    assert (first[0].text, first[0].value, first[0].lost) == ("12", "12.346", False)
-    assert [cell.text for cell in second if cell] == ["0", "100"]
+    made = Heatmap("t", "l", [[12.3456789, None], [0.0, 100.0]], ["A", "B"], ["A", "B"], "{row}")
+    assert made.reach == 100
+    assert values(made) == [("12", "--v:12.346", False), ("0", "--v:0", False), ("100", "--v:100", False)]
+    assert [text for tag, text, _ in drawn(made) if tag == "th"] == ["1 A", "2 B", "1 A", "2 B"]
 
 
-@pytest.mark.parametrize(("z", "reach"), [([[-40.0, 10.0]], "40"), ([[0.0, 0.0]], "1"), ([[None, None]], "1")])
-def test_changes_reach_to_the_largest_of_either_sign(z: list[list[float | None]], reach: str) -> None:
-    made = heatmap("", "", z, ["A", "B"], ["m"], "", change=True, row_numbers=False, first=2)
+@pytest.mark.parametrize(("z", "reach"), [([[-40.0, 10.0]], 40), ([[0.0, 0.0]], 1), ([[None, None]], 1)])
+def test_changes_reach_to_the_largest_of_either_sign(z: list[list[float | None]], reach: float) -> None:
+    made = Heatmap("", "", z, ["A", "B"], ["m"], "", change=True, numbered=False, first=2)
     assert made.reach == reach
-    assert [shown for shown, _ in made.columns] == ["2 A", "3 B"]
-    assert made.rows[0][0] == ("m", "m")
-    if reach == "40":
-        assert [(cell.text, cell.lost) for cell in made.rows[0][1] if cell] == [("−40", True), ("+10", False)]
+    assert [text for tag, text, _ in drawn(made) if tag == "th"] == ["2 A", "3 B", "m"]
+    if reach == 40:
+        assert values(made) == [("−40", "--v:-40", True), ("+10", "--v:10", False)]
 
 
 def test_long_names_are_clipped_and_kept_whole_beside() -> None:
     name = "a name of more than twenty letters"
-    made = heatmap("", "", [[1.0]], [name], [name], "")
-    assert made.columns == (("1 a name of more than…", f"1 {name}"),)
+    heads = [
+        (text, attributes["title"])
+        for tag, text, attributes in drawn(Heatmap("", "", [[1.0]], [name], [name], ""))
+        if tag == "th"
+    ]
+    assert heads == [("1 a name of more than…", f"1 {name}")] * 2
     assert len("a name of more than…") == 20

@@ -6,11 +6,9 @@ import pytest
 from reading import THREE, matrix_run, page
 from run_folders import TASKS, make_joint, make_run
 
+from dymoe.analysis.forgetting import cards, losses, lost_most, ranked
+from dymoe.analysis.runs import gather, read_runs
 from dymoe.numbers import number
-from dymoe.report.losses import losses
-from dymoe.report.runs import read_runs
-from dymoe.report.summary import gather
-from dymoe.report.words import cards, lost_most, ranked
 
 
 def test_the_first_screen_names_what_was_lost_and_when(tmp_path: Path) -> None:
@@ -66,7 +64,7 @@ def test_both_heatmaps_add_up_to_backward_transfer(tmp_path: Path) -> None:
         assert method.change(3, 4) is None
     figure = losses(methods)
     assert figure is not None
-    table = {row[0]: row[1:] for row in figure.table.rows}
+    table = {row[0]: row[1:] for row in figure.rows}
     first = order[0]
     assert table[f"{first.label}: {TASKS[0]}"][-1] == first.change_of_task(0).text(sign=True)  # type: ignore[union-attr]
     total = sum(first.change_of_task(i).mean for i in range(7))  # type: ignore[union-attr]

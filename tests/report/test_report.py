@@ -9,22 +9,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import plotly.graph_objects as go
 import pytest
 from reading import THREE, Text, matrix_run, page
 from run_folders import make_joint, make_run, write_results
 
+from dymoe.analysis.figures import Figure, look, plot, scatter
+from dymoe.analysis.forgetting import headline, lost_per_task, over_stages, remarks
+from dymoe.analysis.routing_drift import over_stages as routing_drift
+from dymoe.analysis.runs import Method, gather, read_run, read_runs, read_sweep
 from dymoe.errors import DymoeError
 from dymoe.evaluation import AccuracyMatrix
 from dymoe.files import atomic_json, atomic_write, read_json
 from dymoe.learning import formats
 from dymoe.numbers import Stat, number
-from dymoe.report.figures import lost_per_task, over_stages, routing_drift
+from dymoe.report.layout import environment
 from dymoe.report.page import write_report
-from dymoe.report.plots import build
-from dymoe.report.runs import read_run, read_runs, read_sweep
-from dymoe.report.summary import Method, gather
-from dymoe.report.words import headline, remarks
 
 # ---------------------------------------------------------------- what it says
 
@@ -96,7 +95,7 @@ def test_a_run_in_progress_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
     parsed = page(tmp_path, done, partial)
     assert "dymoe is shown as far as its runs have come: 2 of 3 tasks" in parsed.sections[""]
     assert "lora went from" in parsed.sections[""]  # the unfinished run is not compared
-    rows = {row[0]: row for row in over_stages(gather(read_runs([done, partial]))).table.rows}
+    rows = {row[0]: row for row in over_stages(gather(read_runs([done, partial]))).rows}
     assert rows["scienceqa: dymoe"][3] == "–"
     assert rows["scienceqa: lora"][3] != "–"
 
@@ -129,8 +128,8 @@ def test_routing_drift_is_the_weight_on_newer_groups(tmp_path: Path) -> None:
     assert methods[0].mean_drift(1) is None
     figure = routing_drift(methods)
     assert figure is not None
-    assert figure.table.rows[0] == ("dymoe: mean of old tasks", "30.0", "30.0")
-    assert figure.table.rows[2] == ("dymoe: textvqa", "–", "10.0")
+    assert figure.rows[0] == ("dymoe: mean of old tasks", "30.0", "30.0")
+    assert figure.rows[2] == ("dymoe: textvqa", "–", "10.0")
 
 
 def test_without_routing_there_are_no_routing_figures(tmp_path: Path) -> None:
@@ -169,7 +168,7 @@ def test_error_bars_are_drawn_only_where_seeds_differ(tmp_path: Path) -> None:
     several = [matrix_run(tmp_path / f"dymoe{seed}", "dymoe", [rows, other][seed], seed) for seed in (0, 1)]
     figure = lost_per_task(gather(read_runs([*single, *several])))
     assert figure is not None
-    lora, dymoe = json.loads(figure.plots[0].spec)["data"]
+    lora, dymoe = figure.panels[0].spec["data"]
     assert "error_y" not in lora
     spread = statistics.stdev([10, 20])
     assert dymoe["error_y"]["array"] == [pytest.approx(spread, rel=1e-4), None, None]
@@ -181,8 +180,8 @@ def test_format_drift_that_is_nowhere_is_said_and_not_drawn(tmp_path: Path) -> N
         run = matrix_run(tmp_path / str(plots), "lora", [[80], [70, 70], [70, 60, 50]], format_drift=drift)
         figure = lost_per_task(gather(read_runs([run])))
         assert figure is not None
-        assert len(figure.plots) == plots
-        assert figure.table.rows[0][-1] == f"{drift['scienceqa']:+.1f}"
+        assert len(figure.panels) == plots
+        assert figure.rows[0][-1] == f"{drift['scienceqa']:+.1f}"
         assert ("has no plot" in figure.caption) == (plots == 1)
 
 
@@ -270,7 +269,9 @@ def test_text_from_models_and_data_is_escaped(tmp_path: Path) -> None:
 
 
 def test_a_figure_cannot_end_the_script_element_it_stands_in() -> None:
-    spec = build("", "", [go.Scatter(x=[1], y=[2], name=HOSTILE)], 100).spec
+    made = plot("", "", [scatter(look(0, "a"), [1], [2], "", name=HOSTILE)], 100)
+    html = str(environment().get_template("parts.html.jinja").module.plot(made, "p", Figure("f", "")))  # type: ignore[attr-defined]
+    spec = html.partition('id="p-spec">')[2].partition("</script>")[0]
     assert not set("<>&") & set(spec)
     assert json.loads(spec)["data"][0]["name"] == HOSTILE
 

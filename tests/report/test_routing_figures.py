@@ -12,16 +12,13 @@ from reading import THREE, page
 from run_folders import make_run
 
 from dymoe import analysis
+from dymoe.analysis.figures import Figure
+from dymoe.analysis.routing_drift import later_weight, mean_over
+from dymoe.analysis.runs import Method, gather, read_runs
+from dymoe.analysis.token_overlay import Overlay
 from dymoe.errors import DymoeError
 from dymoe.numbers import number
-from dymoe.report.activation_figures import activation_figures
-from dymoe.report.drift_figures import drift_and_forgetting, drift_figures
-from dymoe.report.dynamics_figures import dynamics_figures
-from dymoe.report.frames import analysed, later_weight, mean_over
-from dymoe.report.overlay import overlay
-from dymoe.report.parts import Figure
-from dymoe.report.runs import read_runs
-from dymoe.report.summary import Method, gather
+from dymoe.report.page import analysis_figures
 
 SECTIONS = {"drift-parts", "activation", "overlay", "token-types"}
 
@@ -32,8 +29,12 @@ def methods_of(*runs: Path) -> list[Method]:
 
 def table_of(figure: Figure) -> dict[tuple[str, ...], tuple[str, ...]]:
     """Rows by their text cells; the numbers."""
-    words = 2 if "part" in figure.table.head[1] or figure.table.head[1] == "step" else 1
-    return {row[:words]: row[words:] for row in figure.table.rows}
+    words = 2 if "part" in figure.head[1] or figure.head[1] == "step" else 1
+    return {tuple(row[:words]): tuple(row[words:]) for row in figure.rows}
+
+
+def percent(share: float) -> str:
+    return number(100 * share)
 
 
 def drift_oracle(frame: pd.DataFrame, task: str, stage: int, **where: Any) -> tuple[float, float]:
@@ -49,7 +50,8 @@ def drift_oracle(frame: pd.DataFrame, task: str, stage: int, **where: Any) -> tu
         if row["group"] == order[0]:
             sums[1] += row["changed"] * row["tokens"]
             sums[2] += row["tokens"]
-    return tuple(100 * statistics.mean(sums[i] / sums[2] for sums in places.values()) for i in (0, 1))  # type: ignore[return-value]
+    later, changed = (statistics.mean(sums[i] / sums[2] for sums in places.values()) for i in (0, 1))
+    return later, changed
 
 
 def test_drift_by_part_and_layer_and_stage_are_plain_means() -> None:
@@ -67,16 +69,6 @@ def test_drift_by_part_and_layer_and_stage_are_plain_means() -> None:
             assert (means.at[key, "later"], means.at[key, "changed"]) == pytest.approx(expected)
 
 
-def test_drift_is_the_analysis_rooms_drift() -> None:
-    frame = drift_frame(4, THREE)
-    means = mean_over(later_weight(frame), ["task", "stage"]).set_index(["task", "stage"])
-    theirs = analysis.drift_by_task(frame).set_index(["task", "stage"])
-    assert sorted(means.index) == sorted(theirs.index)
-    for place in theirs.index:
-        assert means.at[place, "later"] == pytest.approx(100 * theirs.at[place, "drift"])
-        assert means.at[place, "changed"] == pytest.approx(100 * theirs.at[place, "changed"])
-
-
 def test_tasks_without_drift_are_left_out() -> None:
     frame = drift_frame(4, THREE)
     frame.loc[frame["task"] == "scienceqa", "weight"] = 1.0  # all groups at full weight
@@ -88,32 +80,31 @@ def test_the_drift_figures_show_these_numbers(tmp_path: Path) -> None:
     frame = drift_frame(5, THREE)
     run = make_run(tmp_path / "dymoe", "dymoe", 0, THREE)
     analysis.store(run, "drift", frame, {})
-    figures = {figure.id: figure for figure in drift_figures(methods_of(run))}
+    figures = {figure.id: figure for figure in analysis_figures(methods_of(run), "drift")}
     parts, layers = table_of(figures["drift-parts"]), table_of(figures["drift-layers"])
     changed = table_of(figures["drift-changed"])
     for part in PARTS:
         row = parts[(f"dymoe: scienceqa, {part}",)]
-        assert row == tuple(number(drift_oracle(frame, "scienceqa", t, part=part)[0]) for t in (1, 2, 3))
-    assert layers[("dymoe: layer 2", "answer")][1] == number(
+        assert row == tuple(percent(drift_oracle(frame, "scienceqa", t, part=part)[0]) for t in (1, 2, 3))
+    assert layers[("dymoe: layer 2", "answer")][1] == percent(
         drift_oracle(frame, "textvqa", 3, layer=2, part="answer")[0]
     )
     assert changed[("dymoe: scienceqa", "all tokens")] == tuple(
-        number(drift_oracle(frame, "scienceqa", t)[1]) for t in (2, 3)
+        percent(drift_oracle(frame, "scienceqa", t)[1]) for t in (2, 3)
     )
     pairs = analysis.drift_and_forgetting(run, frame)
     told = analysis.correlation(pairs)
     assert told["pearson"] is None  # two older tasks are too few
     assert "too few" in figures["drift-forgetting"].caption
-    (one,) = analysed(methods_of(run), "drift")
-    mine = drift_and_forgetting(one, later_weight(frame))
-    assert [task for task, *_ in mine] == list(pairs["task"])
-    assert [value for _, value, _ in mine] == pytest.approx(list(100 * pairs["drift"]))
-    assert [lost for *_, lost in mine] == pytest.approx(list(pairs["forgetting"]))
+    expected = [
+        (f"dymoe: {row.task}", percent(row.drift), number(row.forgetting, sign=True)) for row in pairs.itertuples()
+    ]
+    assert figures["drift-forgetting"].rows == expected
 
 
 def test_the_correlation_is_that_of_the_analysis_room(tmp_path: Path) -> None:
     run = add_analyses(make_run(tmp_path / "dymoe", "dymoe", samples=0), 6, names=["drift"])
-    figure = drift_figures(methods_of(run))[-1]
+    figure = analysis_figures(methods_of(run), "drift")[-1]
     told = analysis.correlation(analysis.drift_and_forgetting(run, drift_frame(6, tuple(read_runs([run])[0].tasks))))
     assert (
         f"dymoe r {number(told['pearson'], 2, sign=True)}, ρ {number(told['spearman'], 2, sign=True)}" in figure.caption
@@ -124,40 +115,40 @@ def test_activation_sums_experts_and_marks_dead_ones(tmp_path: Path) -> None:
     frame = activation_frame(7, THREE)
     run = make_run(tmp_path / "dymoe", "dymoe", 0, THREE)
     analysis.store(run, "activation", frame, {})
-    (figure,) = activation_figures(methods_of(run))
+    (figure,) = analysis_figures(methods_of(run), "activation")
     rows = table_of(figure)
     at = frame[(frame["stage"] == 3) & (frame["group"] == "textvqa")]
     for layer in (0, 1):
         here = at[at["layer"] == layer]
         weight = 100 * np.mean([here[here["task"] == task]["weight"].sum() for task in THREE])
         assert rows[("dymoe, stage 3: textvqa",)][layer] == number(weight) + (" ✕1" if layer == 1 else "")
-    assert figure.chosen == (0, 2)  # the last stage first
-    assert [plot.keys for plot in figure.plots] == [(0, 0), (0, 1), (0, 2)]
+    assert figure.place(figure.chosen) == "0 2"  # the last stage first
+    assert [figure.place(plot.key) for plot in figure.panels] == ["0 0", "0 1", "0 2"]
 
 
 def test_the_overlay_names_group_and_type_of_every_token(tmp_path: Path) -> None:
     run = add_analyses(make_run(tmp_path / "dymoe", "dymoe", 0, THREE), 8, THREE)
-    found = overlay(methods_of(run))
-    assert found is not None
+    (found,) = analysis_figures(methods_of(run), "overlay")
+    assert isinstance(found, Overlay)
     frame = overlay_frame(8, THREE)
-    sample = next(one for one in found.samples if "scienceqa-0" in one.title)
+    sample = next(one for one in found.panels if "scienceqa-0" in one.title)
     before, after = sample.views
     rows = frame[(frame["sample"] == "scienceqa-0") & (frame["kind"] == "image")]
     last = rows[rows["stage"] == 3].sort_values(["row", "column"])
     first = rows[rows["stage"] == 1].sort_values(["row", "column"])
     assert [token.group for token in after.patches] == [str(THREE.index(group) + 1) for group in last["group"]]
-    assert [token.told.split(",")[1].strip() for token in after.patches] == list(last["type"])
+    assert [token.title.split(",")[1].strip() for token in after.patches] == list(last["type"])
     moved = [a != b for a, b in zip(first["group"], last["group"], strict=True)]
-    assert ["c" in token.kind.split() for token in after.patches] == moved
-    assert not any("c" in token.kind.split() for token in before.patches)
+    assert ["c" in token.classes.split() for token in after.patches] == moved
+    assert not any("c" in token.classes.split() for token in before.patches)
     assert (before.rows, before.columns, sample.shape) == (4, 4, 1.0)
     assert [token.text for token in before.instruction] == ["What", " is", " this", "?↵", "Name it"]
-    assert len(found.pictures) == len({uri for _, uri in found.pictures}) == 5  # one sample is text alone
-    alone = next(one for one in found.samples if "scienceqa-1" in one.title)
+    assert len(found.pictures) == len(set(found.pictures.values())) == 5  # one sample is text alone
+    alone = next(one for one in found.panels if "scienceqa-1" in one.title)
     assert alone.picture == ""
     assert not alone.views[0].patches
     served = last["group"].value_counts()
-    row = next(row for row in found.table.rows if row[0].endswith("scienceqa-0") and row[1] == after.title)
+    row = next(row for row in found.rows if row[0].endswith("scienceqa-0") and row[1] == after.title)
     assert row[2:4] == ("image", "16")
     assert all(f"{count} by {group}" in row[-1] for group, count in served.items())
 
@@ -166,12 +157,12 @@ def test_dynamics_are_means_over_layers_with_the_tasks_one_behind_the_other(tmp_
     frame = dynamics_frame(9, THREE, steps=8)
     run = make_run(tmp_path / "dymoe", "dymoe", 0, THREE)
     analysis.store(run, "dynamics", frame, {})
-    types, terms = dynamics_figures(methods_of(run))
+    types, terms = analysis_figures(methods_of(run), "dynamics")
     here = frame[(frame["task"] == "imagenet") & (frame["step"] == 4)]
     shown = table_of(types)[("dymoe: imagenet", "4")]
     assert shown[0] == number(100 * here["share_new"].mean())
     assert table_of(terms)[("dymoe: imagenet", "4")][-1] == number(here["entropy"].mean(), 3)
-    assert [row[1] for row in types.table.rows] == ["1", "4", "8"] * 3
+    assert [row[1] for row in types.rows] == ["1", "4", "8"] * 3
 
 
 def test_without_analyses_one_line_names_the_command(tmp_path: Path) -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 from reading import THREE, matrix_run, page
 from run_folders import make_joint, make_run, picture
 
+from dymoe.analysis.runs import gather, read_runs
 from dymoe.files import atomic_json, atomic_write, read_json
 from dymoe.report.page import write_report
-from dymoe.report.runs import read_runs
 from dymoe.report.samples import PER_PAIR, Comparison, compare
-from dymoe.report.summary import gather
 
 
 def sampled(tmp_path: Path, name: str, answers: dict[str, list[float]]) -> Path:

@@ -1,24 +1,40 @@
-"""How much each expert is used by each task."""
+"""How much each expert is used by each task, which experts are dead, and what pruning would remove."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
-from torch import Tensor
 
-from dymoe.adapter import LayerRouting
-from dymoe.adapter.trace import place_of
-from dymoe.analysis.learned import Learned, Tell, open_run, silently
+from dymoe.analysis.figures import Figure, Key, Plot, look, plot, positions, room, scatter
+from dymoe.analysis.runs import Analysed
 from dymoe.analysis.storage import joined
+from dymoe.methods.companions.pruning import keep
+from dymoe.numbers import number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dymoe.adapter import LayerRouting
+    from dymoe.analysis.learned import Learned, Tell
+
+EXPERT = ["layer", "projection", "group"]  # with its number within the group, what names an expert
+DEAD = 1e-3  # mean routing weight
+# Diameter in pixels of a group that gets all of a layer's weight, and of a layer's column where the page is narrow.
+LARGEST = 28
+CROSS = 12  # of a cross where all experts are dead
+COLUMN = 20
+
+
+# ---------------------------------------------------------------- the frame
 
 
 def activation(
-    run: str | Path | Learned,
+    run: "str | Path | Learned",
     samples: int | None = None,
     stages: Sequence[int] | None = None,
-    tell: Tell = silently,
+    tell: "Tell | None" = None,
 ) -> pd.DataFrame:
     """How each task's tokens use each expert, at every stage from the one that learned the task (Figure 4 in numbers).
 
@@ -36,60 +52,235 @@ def activation(
     Raises:
         DymoeError: see `open_run`; no such stage; a method that routes nothing.
     """
+    from dymoe.analysis.learned import open_run
+
     learned = open_run(run)
     learned.require_routing()
     frames = []
-    for number in learned.chosen_stages(stages):
+    for stage in learned.chosen_stages(stages):
         for task, own in learned.chosen_tasks(None):
-            if own.index > number:
+            if own.index > stage:
                 continue
-            learned.activate(number)
-            chosen, sums = learned.samples(task, samples), _Sums()
-            done = 0
+            learned.activate(stage)
+            sums: Sums = {}
+            chosen, done = learned.samples(task, samples), 0
             for batch in learned.batches(chosen):
-                sums.mask = batch["attention_mask"].bool().reshape(-1)
-                learned.observe(batch, sums)
+                learned.observe(batch, _observer(batch["attention_mask"], sums))
                 done += len(batch["input_ids"])
-                tell(f"stage {number}, {task.name}", done, len(chosen))
-            frames.append(pd.DataFrame(sums.rows()).assign(task=task.name, stage=number))
+                if tell:
+                    tell(f"stage {stage}, {task.name}", done, len(chosen))
+            frames.append(pd.DataFrame(_rows(sums)).assign(task=task.name, stage=stage))
     return joined("activation", frames)
 
 
-class _Sums:
-    """Sums over tokens for every expert of every layer; an observer.
+# Layer -> its groups, their experts, and (4, experts) sums over tokens: routing weight, tokens with any weight, tokens
+# whose top expert it is, tokens.
+Sums = dict[str, tuple[tuple[str, ...], tuple[int, ...], "Tensor"]]
 
-    Attributes:
-        mask: (tokens,), true for the tokens of the coming pass that count.
-    """
 
-    def __init__(self) -> None:
-        self.mask = torch.zeros(0, dtype=torch.bool)
-        self.groups: tuple[str, ...] = ()
-        self.sizes: dict[str, tuple[int, ...]] = {}
-        self.totals: dict[str, Tensor] = {}  # (3, experts): weight, tokens with weight, tokens whose top expert it is
-        self.tokens: dict[str, int] = {}
+def _observer(mask: "Tensor", sums: Sums) -> "Callable[[LayerRouting], None]":
+    """What adds the layers of one forward pass to `sums`; `mask` (samples, tokens) is 0 for padding."""
+    import torch
 
-    def __call__(self, routing: LayerRouting) -> None:
-        """Add one layer; one that sees other tokens (a vision tower's) is passed over."""
-        if routing.weights[..., 0].numel() != len(self.mask):
-            return
-        weights = routing.weights.reshape(len(self.mask), -1)[self.mask].double()
+    counted = mask.bool().reshape(-1)
+
+    def add(routing: "LayerRouting") -> None:
+        if routing.weights[..., 0].numel() != len(counted):
+            return  # it sees other tokens, as a vision tower's does
+        weights = routing.weights.reshape(len(counted), -1)[counted].double()
         largest, expert = weights.max(-1)
         top = torch.nn.functional.one_hot(expert, weights.shape[-1]) * (largest > 0).unsqueeze(-1)
-        sums = torch.stack([weights.sum(0), (weights > 0).double().sum(0), top.double().sum(0)]).cpu()
-        name = routing.layer
-        self.groups, self.sizes[name] = routing.groups, routing.sizes
-        self.totals[name] = self.totals[name] + sums if name in self.totals else sums
-        self.tokens[name] = self.tokens.get(name, 0) + len(weights)
+        total = torch.stack([part.double().sum(0) for part in (weights, weights > 0, top, torch.ones_like(weights))])
+        before = sums[routing.layer][-1] if routing.layer in sums else 0
+        sums[routing.layer] = (routing.groups, routing.sizes, before + total.cpu())
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The frame's rows, without task and stage."""
-        found = []
-        for name, totals in self.totals.items():
-            layer, projection = place_of(name)
-            by_group = (totals / max(1, self.tokens[name])).split(list(self.sizes[name]), dim=1)
-            for group, values in zip(self.groups, by_group, strict=True):
-                for expert, (weight, active, top) in enumerate(values.T.tolist()):
-                    place = {"layer": layer, "projection": projection, "group": group, "expert": expert}
-                    found.append({**place, "weight": weight, "active": active, "top": top})
-        return found
+    return add
+
+
+def _rows(sums: Sums) -> Iterator[dict[str, Any]]:
+    """The frame's rows, without task and stage."""
+    from dymoe.adapter.trace import place_of
+
+    for name, (groups, sizes, totals) in sums.items():
+        layer, projection = place_of(name)
+        by_group = (totals[:3] / totals[3]).split(list(sizes), dim=1)
+        for group, values in zip(groups, by_group, strict=True):
+            for expert, (weight, active, top) in enumerate(values.T.tolist()):
+                place = {"layer": layer, "projection": projection, "group": group, "expert": expert}
+                yield {**place, "weight": weight, "active": active, "top": top}
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def dead(frame: pd.DataFrame, stage: int | None = None, below: float = DEAD) -> pd.DataFrame:
+    """Experts that no task seen by a stage uses: their mean routing weight is below `below` on each of them.
+
+    Args:
+        frame: of `activation`.
+        stage: the last one in the frame when None.
+        below: 0.001 by default. At temperature 0.01 a softmax gives nearly every expert some weight, so that none
+            would count as dead for having exactly none.
+
+    Returns:
+        Columns layer, projection, group, expert and weight, the largest mean weight that a task gives it.
+    """
+    rows = frame[frame["stage"] == (frame["stage"].max() if stage is None else stage)]
+    most = rows.groupby([*EXPERT, "expert"], sort=False, as_index=False)["weight"].max()
+    return most[most["weight"] < below].reset_index(drop=True)
+
+
+def pruned(frame: pd.DataFrame, share: float) -> pd.DataFrame:
+    """What the companion `pruning` would remove from each group after its stage, by its own criterion.
+
+    The weights are those of the task's evaluation samples, prompts and answers; the companion measures on training
+    prompts. A group that several tasks share is judged by the mean over those of its first stage.
+
+    Args:
+        frame: of `activation`.
+        share: of each layer's experts of the group, for example 1/8 and 1/4.
+
+    Returns:
+        Columns stage, layer, projection, group, expert and weight (mean routing weight on the new task's tokens).
+    """
+    used = _new_use(frame)
+    gone = [
+        part.drop(index=part.index[keep(part["weight"].tolist(), share)])
+        for _, part in used.groupby(EXPERT, sort=False)
+    ]
+    return pd.concat([used.head(0), *gone], ignore_index=True)
+
+
+def _new_use(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each expert's weight on the tokens of what its group was first trained on, at that stage.
+
+    A group whose first stage is not in the frame is left out.
+    """
+    begun = frame.groupby("group")["stage"].transform("min")  # a group's first stage
+    learned = frame.groupby("task")["stage"].transform("min")  # a task is asked from the stage that learned it
+    alone = frame["group"].groupby(begun).transform("nunique") == 1  # a stage adds one group, so none is missing before
+    own = frame[(frame["stage"] == begun) & (begun == learned) & alone]
+    return own.groupby(["stage", *EXPERT, "expert"], sort=False, as_index=False)["weight"].mean()
+
+
+def pruned_share(frame: pd.DataFrame, share: float) -> pd.DataFrame:
+    """How many experts `pruned` removes from each group and how much of the new task's routing goes with them.
+
+    Returns:
+        Columns group, experts (removed, over all layers), of (the group's experts), weight (mean over layers and
+        projections of the removed experts' summed weight), group_weight (the same of all the group's experts).
+    """
+    used, gone = _new_use(frame).groupby("group", sort=False), pruned(frame, share).groupby("group", sort=False)
+    places = used[["layer", "projection"]].apply(lambda part: len(part.drop_duplicates()))
+    found = pd.DataFrame(
+        {
+            "experts": gone["expert"].count(),
+            "of": used["expert"].count(),
+            "weight": gone["weight"].sum() / places,
+            "group_weight": used["weight"].sum() / places,
+        }
+    ).reindex(used["expert"].count().index)
+    found = found.fillna({"experts": 0, "weight": 0.0}).astype({"experts": int})
+    return found.rename_axis("group").reset_index()
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def figures(have: Sequence[Analysed]) -> list[Figure]:
+    """Each group's weight in each layer as circles, dead experts as crosses; one plot a method and stage."""
+    stages = sorted({int(stage) for one in have for stage in one.frame["stage"]})
+    layers = sorted({int(layer) for one in have for layer in one.frame["layer"]})
+    names = dict(enumerate(have[0].run.tasks, start=1))
+    options = {stage: f"{stage} {names.get(stage, '')}" for stage in stages}
+    labels = [one.label for one in have]
+    figure = Figure(
+        "activation",
+        "Activation by group and layer",
+        "Row: expert group, in the order of the tasks that added them, the first at the bottom; column: decoder "
+        "layer. A circle's area is the routing weight that the group's experts get together, a mean over the test "
+        "tokens of all tasks seen at that stage, over tasks and over projections. A cross marks dead experts, "
+        "which no task gives a mean weight of 0.001 or more: the larger, the more of the group's experts in that "
+        "layer. In the numbers, weight in percent and, after a cross, the dead experts.",
+        ("group", *(f"layer {layer}" for layer in layers)),
+        layout="full",
+        choices={"method": labels, "after": [*options.values()]},
+        chosen=(labels[0], options[stages[-1]]),
+    )
+    for one in have:
+        for stage in sorted(one.frame["stage"].unique()):
+            key = (one.label, options[int(stage)])
+            circles = _circles(one.frame, stage)
+            figure.panels.append(_plot(one.label, stage, circles, layers, key))
+            for group, rows in circles.groupby("group", sort=False):
+                cells = {
+                    row.layer: f"{number(row.weight)} ✕{row.dead}" if row.dead else number(row.weight)
+                    for row in rows.itertuples()
+                }
+                values = (cells.get(layer, number(None)) for layer in layers)
+                figure.row(f"{one.label}, stage {stage}: {group}", *values, key=key)
+    return [figure]
+
+
+def _circles(frame: pd.DataFrame, stage: int) -> pd.DataFrame:
+    """Group and layer, with the weight in percent, the experts, and how many of them are dead; groups in order."""
+    rows = frame[frame["stage"] == stage]
+    by = ["group", "layer"]
+    weight = rows.groupby(["task", "projection", *by], sort=False)["weight"].sum().groupby(by, sort=False).mean() * 100
+    experts = rows.drop_duplicates([*EXPERT, "expert"]).groupby(by).size()
+    counted = pd.DataFrame({"weight": weight, "experts": experts, "dead": dead(frame, stage).groupby(by).size()})
+    return counted.reindex(weight.index).fillna({"dead": 0}).astype({"dead": int, "experts": int}).reset_index()
+
+
+def _plot(label: str, stage: int, circles: pd.DataFrame, layers: Sequence[int], key: Key) -> Plot:
+    """One stage of one method."""
+    groups = [str(group) for group in dict.fromkeys(circles["group"])]
+    circles = circles.assign(place=circles["group"].map(groups.index))
+    gone = circles[circles["dead"] > 0]
+    hover = "layer %{x}: %{customdata[0]} % of the weight, %{customdata[1]} of %{customdata[2]} experts dead"
+    traces = [
+        scatter(
+            look(0, ""),
+            circles["layer"],
+            circles["place"],
+            hover,
+            {
+                "symbol": "circle",
+                "size": [LARGEST * math.sqrt(weight / 100) for weight in circles["weight"]],
+                "sizemin": 0.5,
+                "opacity": 0.85,
+                "color": [look(place, "").colour for place in circles["place"]],
+                "line": {"width": 0},
+            },
+            mode="markers",
+            customdata=[[number(row.weight), row.dead, row.experts] for row in circles.itertuples()],
+        )
+    ]
+    if len(gone):
+        size = gone["dead"] / gone["experts"] * CROSS
+        cross = {"symbol": "x-thin", "size": size, "line": {"width": 1.25, "color": "var(--ink)"}}
+        traces.append(scatter(look(0, ""), gone["layer"], gone["place"], "", cross, mode="markers", hoverinfo="skip"))
+    names = room(groups)
+    return plot(
+        f"{label}, after stage {stage}",
+        f"Activation of each group in each layer, {label}, stage {stage}",
+        traces,
+        70 + 32 * len(groups),
+        key,
+        round(names) + 40 + COLUMN * len(layers),
+        margin={"l": 14 + names, "r": 12, "t": 8, "b": 44},
+        xaxis={
+            "title": {"text": "layer"},
+            "range": [layers[0] - 0.7, layers[-1] + 0.7],
+            "dtick": 1 if len(layers) < 12 else 5,
+            "showgrid": False,
+            "zeroline": False,
+            "automargin": False,
+        },
+        yaxis={
+            **positions(groups),
+            "range": [-0.7, len(groups) - 0.3],
+            "zeroline": False,
+            "automargin": False,
+        },
+    )

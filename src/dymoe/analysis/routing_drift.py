@@ -1,35 +1,43 @@
-"""Where an earlier task's tokens go as later groups are added, and how that goes with what is forgotten."""
+"""Where an earlier task's tokens go as later groups are added, and how that goes with what is forgotten.
 
-from collections.abc import Sequence
+Torch and the model are loaded where the frame is computed; the figures are drawn from frames without either.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from dymoe.adapter import LayerRouting
-from dymoe.adapter.trace import place_of
-from dymoe.analysis.learned import Learned, Tell, open_run, silently
+from dymoe.analysis.figures import PERCENT, Figure, Heatmap, escape, look, plot, scatter, stages_axis
+from dymoe.analysis.runs import Analysed, Method
 from dymoe.analysis.storage import joined
-from dymoe.analysis.tokens import KINDS, image_tokens, kinds
+from dymoe.analysis.tokens import KINDS as PARTS
 from dymoe.errors import DymoeError
-from dymoe.evaluation.metrics import AccuracyMatrix
-from dymoe.evaluation.metrics import drift as drift_of
+from dymoe.evaluation.metrics import ROUNDING, AccuracyMatrix
 from dymoe.learning.formats import run_results
+from dymoe.numbers import number
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dymoe.adapter import LayerRouting
+    from dymoe.analysis.learned import Learned, Tell
     from dymoe.tasks import Task
 
 NOTHING = -1  # in place of an expert: no expert has weight
+ALL = "all tokens"
+FEWEST = 3  # pairs of drift and forgetting below which a correlation says nothing
+
+
+# ---------------------------------------------------------------- the frame
 
 
 def drift(
-    run: str | Path | Learned,
+    run: "str | Path | Learned",
     samples: int | None = None,
     stages: Sequence[int] | None = None,
-    tell: Tell = silently,
+    tell: "Tell | None" = None,
 ) -> pd.DataFrame:
     """The weight that each task's tokens put on each group, at the stage that learned the task and at all later ones.
 
@@ -49,102 +57,138 @@ def drift(
     Raises:
         DymoeError: see `open_run`; no such stage; a method that routes nothing.
     """
+    from dymoe.analysis.learned import open_run
+
     learned = open_run(run)
     learned.require_routing()
     wanted = learned.chosen_stages(stages)
     frames = []
     for task, own in learned.chosen_tasks(None):
-        numbers = [own.index, *(number for number in wanted if number > own.index)]
+        numbers = [own.index, *(stage for stage in wanted if stage > own.index)]
         sums = _task_sums(learned, task, numbers, samples, tell)
-        for number in numbers:
-            if number in wanted:
-                frames.append(pd.DataFrame(sums[number].rows()).assign(task=task.name, stage=number))
+        for stage in numbers:
+            if stage in wanted:
+                frames.append(pd.DataFrame(_rows(sums[stage])).assign(task=task.name, stage=stage))
     return joined("drift", frames)
 
 
+# Layer -> its groups, and (parts, groups + 2): routing weight by group, tokens, tokens whose top expert changed.
+Sums = dict[str, tuple[tuple[str, ...], "Tensor"]]
+
+
 def _task_sums(
-    learned: Learned, task: "Task", numbers: Sequence[int], limit: int | None, tell: Tell
-) -> "dict[int, _Sums]":
+    learned: "Learned", task: "Task", stages: Sequence[int], limit: int | None, tell: "Tell | None"
+) -> dict[int, Sums]:
     """The sums of one task at these stages, the first of which is its own."""
+    from dymoe.analysis.tokens import image_tokens, kinds
+
     chosen = learned.samples(task, limit)
-    sums = {number: _Sums() for number in numbers}
+    sums: dict[int, Sums] = {stage: {} for stage in stages}
     images, done = image_tokens(learned.lvlm), 0
     for batch in learned.batches(chosen):
         parts = kinds(batch, images)
         top: dict[str, Tensor] = {}
-        for number in numbers:
-            learned.activate(number)
-            watch = _Watch(parts, sums[number], top, own=number == numbers[0])
-            learned.observe(batch, watch)
+        for stage in stages:
+            learned.activate(stage)
+            learned.observe(batch, _observer(parts, sums[stage], top, own=stage == stages[0]))
         if not top:
             raise DymoeError(f"{learned.path}: no wrapped layer sees the tokens of the prompt, so nothing was observed")
         done += len(parts)
-        tell(task.name, done, len(chosen))
+        if tell:
+            tell(task.name, done, len(chosen))
     return sums
 
 
-class _Sums:
-    """Routing weight, changed tokens and tokens by part, for every layer; of one task at one stage."""
-
-    def __init__(self) -> None:
-        self.groups: tuple[str, ...] = ()
-        self.weight: dict[str, Tensor] = {}  # (parts, groups)
-        self.counts: dict[str, Tensor] = {}  # (parts, 2): tokens, changed tokens
-
-    def add(self, routing: LayerRouting, weight: Tensor, counts: Tensor) -> None:
-        """Add one layer's sums of one forward pass."""
-        self.groups = routing.groups
-        for held, value in ((self.weight, weight), (self.counts, counts)):
-            held[routing.layer] = held[routing.layer] + value if routing.layer in held else value
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The frame's rows, without task and stage."""
-        found = []
-        for name, weights in self.weight.items():
-            layer, projection = place_of(name)
-            counts = self.counts[name].tolist()
-            for part, (tokens, changed), row in zip(KINDS, counts, weights.tolist(), strict=True):
-                if tokens:
-                    place = {"layer": layer, "projection": projection, "part": part}
-                    both = {"tokens": int(tokens), "changed": changed / tokens}
-                    found += [
-                        {**place, "group": group, "weight": weight / tokens, **both}
-                        for group, weight in zip(self.groups, row, strict=True)
-                    ]
-        return found
-
-
-class _Watch:
-    """Observes one forward pass.
+def _observer(parts: "Tensor", sums: Sums, top: "dict[str, Tensor]", own: bool) -> "Callable[[LayerRouting], None]":
+    """What adds the layers of one forward pass to `sums`.
 
     Args:
-        parts: of every token, see `kinds`.
+        parts: of every token, see `tokens.kinds`.
         sums: where to add.
         top: layer -> each token's top expert at the task's own stage; filled there, compared with later.
         own: whether this is that stage.
     """
+    import torch
 
-    def __init__(self, parts: Tensor, sums: _Sums, top: dict[str, Tensor], own: bool) -> None:
-        self.member = F.one_hot(parts.reshape(-1).long() + 1, len(KINDS) + 1)[:, 1:].double()  # padding in no part
-        self.sums = sums
-        self.top = top
-        self.own = own
+    member = torch.nn.functional.one_hot(parts.reshape(-1).long() + 1, len(PARTS) + 1)[:, 1:].double()  # no padding
 
-    def __call__(self, routing: LayerRouting) -> None:
-        """Add one layer; one that sees other tokens (a vision tower's) is passed over."""
-        weights = routing.weights
-        if weights[..., 0].numel() != len(self.member):
-            return
-        weights = weights.reshape(len(self.member), -1).double()
+    def add(routing: "LayerRouting") -> None:
+        weights, name = routing.weights, routing.layer
+        if weights[..., 0].numel() != len(member):
+            return  # it sees other tokens, as a vision tower's does
+        weights = weights.reshape(len(member), -1).double()
         largest, expert = weights.max(-1)
         expert = torch.where(largest > 0, expert, NOTHING)
-        if self.own:
-            self.top[routing.layer] = expert
+        if own:
+            top[name] = expert
         # A layer may get its first experts at a later stage: before, none was a token's top expert.
-        changed = (expert != self.top.get(routing.layer, torch.full_like(expert, NOTHING))).double()
-        by_group = torch.stack([part.sum(-1) for part in weights.split(list(routing.sizes), dim=-1)], dim=-1)
-        counts = torch.stack([torch.ones_like(changed), changed], dim=-1)
-        self.sums.add(routing, (self.member.T @ by_group).cpu(), (self.member.T @ counts).cpu())
+        changed = expert != top.get(name, torch.full_like(expert, NOTHING))
+        by_group = [part.sum(-1) for part in weights.split(list(routing.sizes), dim=-1)]
+        values = torch.stack([*by_group, torch.ones_like(largest), changed.double()], dim=-1)
+        before = sums[name][1] if name in sums else 0
+        sums[name] = (routing.groups, before + (member.T @ values).cpu())
+
+    return add
+
+
+def _rows(sums: Sums) -> Iterator[dict[str, Any]]:
+    """The frame's rows of one task at one stage, without both."""
+    from dymoe.adapter.trace import place_of
+
+    for name, (groups, by_part) in sums.items():
+        layer, projection = place_of(name)
+        for part, (*weights, tokens, changed) in zip(PARTS, by_part.tolist(), strict=True):
+            if not tokens:
+                continue
+            for group, weight in zip(groups, weights, strict=True):
+                place = {"layer": layer, "projection": projection, "part": part, "group": group}
+                yield {**place, "weight": weight / tokens, "tokens": int(tokens), "changed": changed / tokens}
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def later_weight(frame: pd.DataFrame) -> pd.DataFrame:
+    """The weight that tokens put on groups added after their task's own: one row for each place and part.
+
+    Args:
+        frame: of `drift`.
+
+    Returns:
+        Columns task, stage, layer, projection, part, later (0..1), changed (0..1), tokens. Tasks that have no drift
+        (see `dymoe.evaluation.metrics.drift`) are left out.
+    """
+    place = {group: index for index, group in enumerate(dict.fromkeys(frame["group"]))}
+    own = frame["task"].map(place)
+    after = frame["weight"].where(frame["group"].map(place) > own, 0.0)
+    by = ["task", "stage", "layer", "projection", "part"]
+    cells = (
+        frame.assign(later=after, own=own)
+        .groupby(by, sort=False, as_index=False)
+        .agg(
+            later=("later", "sum"),
+            whole=("weight", "sum"),
+            own=("own", "first"),
+            changed=("changed", "first"),
+            tokens=("tokens", "first"),
+        )
+    )
+    divided = cells.groupby("task")["whole"].transform("max") <= 1 + ROUNDING
+    return cells[divided & cells["own"].notna()].drop(columns=["whole", "own"]).reset_index(drop=True)
+
+
+def mean_over(cells: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """`later` and `changed`: means over tokens within each layer and projection, then over these.
+
+    Args:
+        cells: of `later_weight`.
+        by: columns that the result has one row for each value of.
+    """
+    places = [*by, *(column for column in ("layer", "projection") if column not in by)]
+    weighted = cells.assign(later=cells["later"] * cells["tokens"], changed=cells["changed"] * cells["tokens"])
+    sums = weighted.groupby(places, sort=False)[["later", "changed", "tokens"]].sum()
+    means = sums[["later", "changed"]].div(sums["tokens"], axis=0)
+    return means.groupby(list(by), sort=False).mean().reset_index()
 
 
 def drift_by_task(frame: pd.DataFrame) -> pd.DataFrame:
@@ -156,21 +200,7 @@ def drift_by_task(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns task, stage, drift (0..1), changed (0..1); tasks without drift (no group of their own) are left out.
     """
-    rows = []
-    for (task, stage), part in frame.groupby(["task", "stage"], sort=False):
-        groups = list(dict.fromkeys(part["group"]))
-        value = drift_of(str(task), groups, [float(_mean(part[part["group"] == group], "weight")) for group in groups])
-        if value is not None:
-            changed = float(_mean(part[part["group"] == groups[0]], "changed"))
-            rows.append({"task": task, "stage": stage, "drift": value, "changed": changed})
-    return pd.DataFrame(rows, columns=["task", "stage", "drift", "changed"])
-
-
-def _mean(rows: pd.DataFrame, column: str) -> float:
-    """A mean over tokens within each layer and projection, then over these."""
-    weighted = (rows[column] * rows["tokens"]).groupby([rows["layer"], rows["projection"]]).sum()
-    tokens = rows["tokens"].groupby([rows["layer"], rows["projection"]]).sum()
-    return float((weighted / tokens).mean())
+    return mean_over(later_weight(frame), ["task", "stage"]).rename(columns={"later": "drift"})
 
 
 def drift_and_forgetting(run: str | Path, frame: pd.DataFrame) -> pd.DataFrame:
@@ -187,17 +217,16 @@ def drift_and_forgetting(run: str | Path, frame: pd.DataFrame) -> pd.DataFrame:
     Raises:
         DymoeError: results.json is broken.
     """
-    columns = ["task", "stage", "drift", "changed", "forgetting"]
     results: Any = run_results(run) if (Path(run) / "results.json").is_file() else {}
     matrix, names = results.get("matrix") or [], results.get("tasks") or []
     drifts = drift_by_task(frame)
     known = drifts[drifts["stage"] <= len(matrix)]
     if known.empty:
-        return pd.DataFrame(columns=columns)
+        return pd.DataFrame(columns=["task", "stage", "drift", "changed", "forgetting"])
     last = int(known["stage"].max())
     forgetting = AccuracyMatrix(matrix[:last], names[:last]).forgetting_by_task()
-    earlier = known[(known["stage"] == last) & known["task"].isin(names[: last - 1])]
-    return earlier.assign(forgetting=[forgetting[task] for task in earlier["task"]])[columns].reset_index(drop=True)
+    earlier = known[(known["stage"] == last) & known["task"].isin(names[: last - 1])].reset_index(drop=True)
+    return earlier.assign(forgetting=earlier["task"].map(forgetting))
 
 
 def correlation(pairs: pd.DataFrame) -> dict[str, float | int | None]:
@@ -211,7 +240,253 @@ def correlation(pairs: pd.DataFrame) -> dict[str, float | int | None]:
         constant.
     """
     found: dict[str, float | int | None] = {"tasks": len(pairs), "pearson": None, "spearman": None}
-    if len(pairs) >= 3 and pairs["drift"].nunique() > 1 and pairs["forgetting"].nunique() > 1:
+    if len(pairs) >= FEWEST and pairs["drift"].nunique() > 1 and pairs["forgetting"].nunique() > 1:
         found["pearson"] = float(pairs["drift"].corr(pairs["forgetting"]))
         found["spearman"] = float(pairs["drift"].rank().corr(pairs["forgetting"].rank()))
     return found
+
+
+# ---------------------------------------------------------------- figures from the stages' routing.json
+
+
+def over_stages(methods: Sequence[Method]) -> Figure | None:
+    """Weight that old tasks' tokens put on newer groups, over stages."""
+    routed = [m for m in methods if any(m.mean_drift(t) is not None for t in range(2, m.stages + 1))]
+    if not routed:
+        return None
+    last = max(method.stages for method in routed)
+    figure = Figure(
+        "routing-drift",
+        "Routing drift over stages",
+        "Routing drift: the share of routing weight that the test tokens of old tasks put on expert groups added after "
+        "their own, averaged over the old tasks. At 0 old tasks are served by the experts they were learned with; the "
+        "higher, the more newer experts interfere.",
+        ("method: task", *(f"stage {t}" for t in range(2, last + 1))),
+        legend=[method.look for method in routed],
+        layout="wide",
+    )
+    traces = []
+    for method in routed:
+        stages = range(2, method.stages + 1)
+        means = [method.mean_drift(t) for t in stages]
+        traces.append(scatter(method.look, [*stages], means, "%{fullData.name}, stage %{x}: %{y:.1f} %", {"size": 8}))
+        figure.row(f"{method.label}: mean of old tasks", *map(number, means))
+        for i, task in enumerate(method.tasks[: method.stages - 1]):
+            values = [method.drift(t, i) if t > i + 1 else None for t in stages]
+            figure.row(f"{method.label}: {task}", *map(number, values))
+    xaxis = {"dtick": 1, "title": {"text": "stage"}, "showgrid": False, "range": [1.8, last + 0.2]}
+    yaxis = {"title": {"text": "weight on newer groups (%)"}, "rangemode": "tozero"}
+    figure.panels = [plot("", "Routing drift of each method over stages", traces, 280, xaxis=xaxis, yaxis=yaxis)]
+    return figure
+
+
+def maps(methods: Sequence[Method]) -> Figure | None:
+    """Where each task's tokens go at the last stage: weight on every group, of each method's first run."""
+    figure = Figure(
+        "routing-maps",
+        "Where tokens go",
+        "Row: the task whose test tokens are routed; column: the expert group that the weight goes to, in the order "
+        "the groups were added; each row sums to 100 %, or less where layers have no experts. Weight to the right of "
+        "the diagonal goes to groups that were added after the task was learned: that is routing drift.",
+        layout="wide",
+    )
+    groups: tuple[str, ...] = ()
+    for method in methods:
+        run = method.runs[0]
+        stages = [stage for stage in run.routing if stage <= run.stages and run.routing[stage].divides]
+        if not stages:
+            continue
+        routing = run.routing[max(stages)]
+        tasks = [task for task in run.tasks if task in routing.weights]
+        z = [[100 * weight for weight in routing.weights[task]] for task in tasks]
+        title = f"{method.label}, seed {run.seed}, stage {max(stages)}"
+        label, hover = f"Routing weight of tasks on groups: {title}", "tokens of {row} put {value} % on group {column}"
+        figure.heatmap(Heatmap(title, label, z, routing.groups, tasks, hover), f"{method.label}: ")
+        groups = max(groups, routing.groups, key=len)
+    figure.head = ("method: task", *groups)
+    return figure if figure.panels else None
+
+
+# ---------------------------------------------------------------- figures of the frame
+
+Cells = list[tuple[Analysed, pd.DataFrame]]
+
+
+def figures(have: Sequence[Analysed]) -> list[Figure]:
+    """By part and stage, by layer, changed top experts, and beside what was forgotten; none where no task has drift."""
+    known = [(one, later_weight(one.frame)) for one in have]
+    known = [(one, cells) for one, cells in known if len(cells)]
+    return [_by_part(known), _by_layer(known), _changed(known), _beside_forgetting(known)] if known else []
+
+
+def _last(known: Cells) -> int:
+    return max(int(cells["stage"].max()) for _, cells in known)
+
+
+def _by_part(known: Cells) -> Figure:
+    last = _last(known)
+    looks = [look(place, part) for place, part in enumerate(PARTS)]
+    figure = Figure(
+        "drift-parts",
+        "Routing drift by part of the input",
+        "One plot for each task: the routing weight in percent that its test tokens put on groups added after its own, "
+        "against the stage; image tokens, the instruction's and the answer's apart (a mean over tokens, then over "
+        "layers). A line that rises says that newer experts take over the old task's tokens.",
+        ("method: task, part", *(f"stage {t}" for t in range(1, last + 1))),
+        legend=looks,
+        choices={"method": [one.label for one, _ in known]},
+    )
+    for one, cells in known:
+        means = mean_over(cells, ["task", "part", "stage"])
+        for task in one.run.tasks:
+            mine = means[means["task"] == task]
+            if mine["stage"].nunique() < 2:
+                continue
+            traces = []
+            for part in looks:
+                values = (100 * mine[mine["part"] == part.label].set_index("stage")["later"]).to_dict()
+                if values:
+                    hover = f"{part.label} tokens, stage %{{x}}: %{{y:.1f}} %"
+                    traces.append(scatter(part, [*values], [*values.values()], hover))
+                    cells_ = (number(values.get(t)) for t in range(1, last + 1))
+                    figure.row(f"{one.label}: {task}, {part.label}", *cells_, key=(one.label,))
+            label = f"Weight of {task}'s tokens on later groups over stages, {one.label}"
+            figure.panels.append(plot(task, label, traces, 190, (one.label,), xaxis=stages_axis(last), yaxis=PERCENT))
+    return figure
+
+
+def _grids(known: Cells) -> Iterator[tuple[Analysed, str, pd.DataFrame]]:
+    """Of each method the cells of all its tokens, then those of each part."""
+    for one, cells in known:
+        yield one, ALL, cells
+        for part in PARTS:
+            if len(rows := cells[cells["part"] == part]):
+                yield one, part, rows
+
+
+def _grid(cells: pd.DataFrame, value: str, rows: str, columns: str) -> pd.DataFrame:
+    """Mean values in percent by two columns of `cells`, None where there are none."""
+    table = mean_over(cells, [rows, columns]).pivot_table(index=rows, columns=columns, values=value) * 100
+    return table.astype(object).where(table.notna(), None)
+
+
+def _by_layer(known: Cells) -> Figure:
+    tasks = known[0][0].run.tasks
+    figure = Figure(
+        "drift-layers",
+        "Routing drift by layer",
+        "Row: decoder layer, from the first at the top; column: task. The weight in percent that the task's test "
+        "tokens put on groups added after its own at the last stage. Strongly coloured rows are the layers where "
+        "routing drifts.",
+        ("method: layer", "part", *tasks[:-1]),
+        choices={"method": [one.label for one, _ in known], "tokens": (ALL, *PARTS)},
+    )
+    for one, part, cells in _grids(known):
+        last = int(cells["stage"].max())
+        grid = _grid(cells[cells["stage"] == last], "later", "layer", "task")
+        older = [task for task in tasks[: last - 1] if task in grid]
+        layers = [str(layer) for layer in grid.index]
+        figure.heatmap(
+            Heatmap(
+                f"{one.label}, after stage {last}: {part}",
+                f"Weight on later groups by layer and task, {part}, {one.label}",
+                grid[older].to_numpy().tolist(),
+                older,
+                layers,
+                "layer {row}: tokens of {column} put {value} % on later groups",
+                (one.label, part),
+                numbered=False,
+                small=len(layers) > 12,
+            ),
+            f"{one.label}: layer ",
+            part,
+        )
+    return figure
+
+
+def _changed(known: Cells) -> Figure:
+    tasks = known[0][0].run.tasks
+    figure = Figure(
+        "drift-changed",
+        "Changed top experts",
+        "Row: task; column: the task learned since. The share of the row's test tokens, in percent, whose top expert "
+        "is no longer the one it was when the task had just been learned, a mean over layers. 0: every token is served "
+        "as it was.",
+        ("method: task", "part", *(f"stage {t}" for t in range(2, _last(known) + 1))),
+        choices={"method": [one.label for one, _ in known], "tokens": (ALL, *PARTS)},
+    )
+    for one, part, cells in _grids(known):
+        last = int(cells["stage"].max())
+        later = cells[cells["stage"] > cells["task"].map(tasks.index) + 1]
+        grid = _grid(later, "changed", "task", "stage")
+        older = [task for task in tasks[: last - 1] if task in grid.index]
+        stages = range(2, last + 1)
+        figure.heatmap(
+            Heatmap(
+                f"{one.label}: {part}",
+                f"Share of changed top experts by task and stage, {part}, {one.label}",
+                grid.reindex(index=older, columns=stages).to_numpy().tolist(),
+                tasks[1:last],
+                older,
+                "{row}: {value} % of tokens have another top expert after {column}",
+                (one.label, part),
+                first=2,
+            ),
+            f"{one.label}: ",
+            part,
+        )
+    return figure
+
+
+def _beside_forgetting(known: Cells) -> Figure:
+    figure = Figure(
+        "drift-forgetting",
+        "Does drift go with forgetting?",
+        head=("method: task", "drift (%)", "forgetting (points)"),
+        legend=[one.method.look for one, _ in known],
+        layout="wide",
+    )
+    traces, sentences, every = [], [], []
+    for one, _ in known:
+        pairs = drift_and_forgetting(one.run.path, one.frame)
+        every.append(pairs)
+        percent = pairs["drift"] * 100
+        traces.append(
+            scatter(
+                one.method.look,
+                percent,
+                pairs["forgetting"],
+                "%{fullData.name}, %{text}: drift %{x:.1f} %, lost %{y:.1f} points",
+                {"size": 10},
+                text=[escape(task) for task in pairs["task"]],
+                mode="markers+text" if len(known) == 1 else "markers",
+                textposition="top center",
+                textfont={"size": 11, "color": "var(--muted)"},
+                cliponaxis=False,
+            )
+        )
+        for task, weight, lost in zip(pairs["task"], percent, pairs["forgetting"], strict=True):
+            figure.row(f"{one.label}: {task}", number(weight), number(lost, sign=True))
+        sentences.append(f"{one.label} {_correlation(pairs)}")
+    if len(known) > 1:
+        sentences.append(f"all together {_correlation(pd.concat(every))}")
+    figure.caption = (
+        "A point is a task of a method: to the right, the weight its test tokens put on later groups at the last "
+        "stage; upwards, the points it lost since its best stage. If drift is what forgets, the points rise to the"
+        f" right. Correlation over tasks (Pearson r, Spearman ρ): {'; '.join(sentences)}. A correlation over "
+        "so few tasks says little by itself."
+    )
+    axes: dict[str, Any] = {
+        "xaxis": {"title": {"text": "weight on later groups (%)"}, "rangemode": "tozero", "showgrid": False},
+        "yaxis": {"title": {"text": "forgetting (points)"}},
+    }
+    margin = {"l": 8, "r": 40, "t": 24, "b": 8}
+    figure.panels = [plot("", "Drift and forgetting of each task", traces, 340, margin=margin, **axes)]
+    return figure
+
+
+def _correlation(pairs: pd.DataFrame) -> str:
+    found = correlation(pairs)
+    if found["pearson"] is None:
+        return "– (too few or too equal)"
+    return f"r {number(found['pearson'], 2, sign=True)}, ρ {number(found['spearman'], 2, sign=True)}"

@@ -1,4 +1,7 @@
-"""The token's dilemma: two tasks, the second learned with the new experts open to some tokens alone."""
+"""The token's dilemma: two tasks, the second learned with the new experts open to some tokens alone.
+
+What each strategy taught the new task, what it cost the old one, and the drift: in a frame, a sentence and figures.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,10 +10,12 @@ from typing import Any
 
 import pandas as pd
 
+from dymoe.analysis.figures import Figure, Look, Plot, Trace, error_bars, escape, listed, look, plot, scatter
 from dymoe.analysis.storage import COLUMNS
 from dymoe.errors import DymoeError
-from dymoe.evaluation import AccuracyMatrix
+from dymoe.evaluation.metrics import AccuracyMatrix
 from dymoe.learning.formats import read_results
+from dymoe.numbers import Stat, number
 from dymoe.sweep.sweep import Sweep, is_sweep, load_sweep
 
 GUIDANCE = "settings.guidance"
@@ -22,6 +27,15 @@ STRATEGIES = {
     "all": "none",
     "none": "no-token",
 }
+# What a strategy's name means to a reader who has not read the documentation.
+TOKENS = {
+    "new": "new tokens",
+    "ambiguous": "ambiguous tokens",
+    "old": "old tokens",
+    "all": "all tokens",
+    "none": "no token",
+}
+ALL = "all pairs"
 MEASURES = ("new_task_accuracy", "old_task_before", "old_task_after", "forgetting", "drift")
 
 
@@ -82,16 +96,16 @@ def dilemma(source: str | Path | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         if not file.is_file():
             raise DymoeError(f"{file}: no such results; learn them with `dymoe analyze dilemma {source}`")
         return dilemma(read_results(file)["rows"])
-    named = {mask: strategy for strategy, mask in STRATEGIES.items()}
+    strategies = {mask: strategy for strategy, mask in STRATEGIES.items()}
     rows = []
     for record in source:
         tasks: list[str] = record.get("tasks") or []
         matrix: list[list[float]] = record.get("matrix") or []
         mask = (record.get("settings") or {}).get("guidance")
-        if len(tasks) != 2 or len(matrix) != 2 or not isinstance(mask, str) or mask not in named:
+        if len(tasks) != 2 or len(matrix) != 2 or not isinstance(mask, str) or mask not in strategies:
             raise DymoeError(
                 f"{record.get('label')}, seed {record.get('seed')}: not a record of the token's dilemma (two tasks, "
-                f"settings.guidance one of {', '.join(named)})"
+                f"settings.guidance one of {', '.join(strategies)})"
             )
         (before,), (after, new) = AccuracyMatrix(matrix).rows
         weights = (record.get("drift") or {}).get(tasks[0])
@@ -99,7 +113,7 @@ def dilemma(source: str | Path | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             {
                 "pair": " -> ".join(tasks),
                 "seed": record["seed"],
-                "strategy": named[mask],
+                "strategy": strategies[mask],
                 "new_task_accuracy": float(new),
                 "old_task_before": float(before),
                 "old_task_after": float(after),
@@ -107,10 +121,13 @@ def dilemma(source: str | Path | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
                 "drift": float(weights[-1]) if weights else math.nan,
             }
         )
-    frame = pd.DataFrame(rows, columns=[*COLUMNS["dilemma"]])
-    order = {strategy: number for number, strategy in enumerate(STRATEGIES)}
-    keys = {"pair": frame["pair"], "seed": frame["seed"], "order": frame["strategy"].map(order)}
-    return frame.loc[pd.DataFrame(keys).sort_values(["pair", "seed", "order"]).index].reset_index(drop=True)
+    frame = _ordered(pd.DataFrame(rows, columns=[*COLUMNS["dilemma"]]))
+    return frame.sort_values(["pair", "seed", "strategy"], ignore_index=True).astype({"strategy": str})
+
+
+def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same rows, whose strategies sort in the order of `STRATEGIES`."""
+    return frame.assign(strategy=pd.Categorical(frame["strategy"], [*STRATEGIES], ordered=True))
 
 
 def is_dilemma(rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -135,19 +152,14 @@ def by_strategy(frame: pd.DataFrame) -> pd.DataFrame:
         Columns pair ("all pairs" for the mean over pairs), strategy, seeds, and for every measure its mean and, with
         `_std` behind its name, the deviation over seeds (NaN with one seed).
     """
-    whole = complete(frame)
-    together = whole.groupby(["strategy", "seed"], as_index=False)[[*MEASURES]].mean().assign(pair="all pairs")
+    whole = _ordered(complete(frame))
+    together = whole.groupby(["strategy", "seed"], observed=True, as_index=False)[[*MEASURES]].mean()
     parts = []
-    for part in (whole, together):
-        grouped = part.groupby(["pair", "strategy"])[[*MEASURES]]
+    for part in (whole, together.assign(pair=ALL)):
+        grouped = part.groupby(["pair", "strategy"], observed=True)[[*MEASURES]]
         spread = grouped.std(ddof=1).add_suffix("_std")
         parts.append(pd.concat([grouped.size().rename("seeds"), grouped.mean(), spread], axis=1).reset_index())
-    found = pd.concat(parts, ignore_index=True)
-    place = {strategy: number for number, strategy in enumerate(STRATEGIES)}
-    keys = pd.DataFrame(
-        {"last": found["pair"] == "all pairs", "pair": found["pair"], "place": found["strategy"].map(place)}
-    )
-    return found.loc[keys.sort_values(["last", "pair", "place"]).index].reset_index(drop=True)
+    return pd.concat(parts, ignore_index=True).astype({"strategy": str})
 
 
 def conclusion(frame: pd.DataFrame) -> str:
@@ -164,26 +176,25 @@ def conclusion(frame: pd.DataFrame) -> str:
     if cells.empty or not {"new", "ambiguous", "old"} <= {*whole["strategy"]}:
         return "No pair and seed has been learned under the strategies new, ambiguous and old yet."
     wide = whole.pivot(index=["pair", "seed"], columns="strategy", values=["new_task_accuracy", "forgetting", "drift"])
-    told = []
+    changes = []
     subjects = {"ambiguous": "ambiguous tokens alone", "old": "old tokens alone", "all": "all tokens together"}
     for kind, subject in subjects.items():
-        if kind not in {*whole["strategy"]}:
-            continue
-        learned, lost, drifted = (
-            _difference(wide[measure][kind] - wide[measure]["new"], scale)
-            for measure, scale in (("new_task_accuracy", 1), ("forgetting", 1), ("drift", 100))
-        )
-        told.append(
-            f"{subject} changed new-task accuracy by {learned} points, forgetting by {lost} and drift by {drifted}"
-        )
-    new = {measure: wide[measure]["new"].mean() for measure in ("new_task_accuracy", "forgetting")}
+        if kind in {*whole["strategy"]}:
+            learned, lost, drifted = (
+                _difference(wide[measure][kind] - wide[measure]["new"], scale)
+                for measure, scale in (("new_task_accuracy", 1), ("forgetting", 1), ("drift", 100))
+            )
+            changes.append(
+                f"{subject} changed new-task accuracy by {learned} points, forgetting by {lost} and drift by {drifted}"
+            )
+    accuracy, forgetting = (wide[measure]["new"].mean() for measure in ("new_task_accuracy", "forgetting"))
     pairs, seeds = (counted(cells[key].nunique(), key) for key in ("pair", "seed"))
     over = f"means over {len(cells)} learnings of {pairs} by {seeds}, ± standard error"
     if len(cells) == 1:
         over = "one pair and seed, so no standard error"
     return (
-        f"Against new tokens alone, with which the new task reached {new['new_task_accuracy']:.1f} % and the old one "
-        f"lost {new['forgetting']:.1f} points, {'; '.join(told)} ({over})."
+        f"Against new tokens alone, with which the new task reached {accuracy:.1f} % and the old one lost "
+        f"{forgetting:.1f} points, {'; '.join(changes)} ({over})."
     )
 
 
@@ -199,3 +210,151 @@ def _difference(values: pd.Series, scale: float) -> str:
         return "an unknown number of"
     error = f" ± {values.sem():.1f}" if len(values) > 1 else ""
     return f"{values.mean():+.1f}{error}"
+
+
+def headline(table: pd.DataFrame) -> str:
+    """What new, ambiguous and old tokens taught and cost, in one sentence.
+
+    Args:
+        table: of `by_strategy`.
+    """
+    rows = {row["strategy"]: row for row in _of(table, ALL)}
+    if "new" not in rows:
+        return "No pair of tasks has been learned under every strategy yet."
+    parts = []
+    for strategy in ("new", "ambiguous", "old"):
+        if row := rows.get(strategy):
+            learned, lost = number(row["new_task_accuracy"]), number(row["forgetting"])
+            first = strategy == "new"
+            what, whose = ("took the new task ", " points of the old one") if first else ("", "")
+            parts.append(f"{TOKENS[strategy]} alone {what}to {learned} % for {lost}{whose}")
+    return f"{', '.join([parts[0].capitalize(), *parts[1:]])}."
+
+
+# ---------------------------------------------------------------- figures
+
+
+def figures(table: pd.DataFrame, learnings: pd.DataFrame) -> list[Figure]:
+    """New-task accuracy against forgetting, and drift where runs measured it; none before anything counts.
+
+    Args:
+        table: of `by_strategy`.
+        learnings: of `dilemma`, those that count (`complete`).
+    """
+    return [trade(table, learnings), *drift(table, learnings)] if len(table) else []
+
+
+def trade(table: pd.DataFrame, learnings: pd.DataFrame) -> Figure:
+    """New-task accuracy against forgetting of the old task, a mark a strategy; all pairs together and each apart."""
+    figure = Figure(
+        "dilemma",
+        "What each strategy taught and what it cost",
+        "Upwards: accuracy on the new task after it, in percent. To the right: points that the old task lost to it. "
+        "The best place is the top left: learned, and nothing forgotten. A large open mark is a mean over seeds (in "
+        "the first plot of all pairs together), its bars the standard deviation over seeds; a small filled one is one "
+        "learning, a pair with a seed. Each strategy lets only these tokens reach the new experts while the new task "
+        "is learned. All plots have the same scales.",
+        ("pair: strategy", "seeds", "new task (%)", "old task before (%)", "after (%)", "forgetting (points)"),
+        legend=[_look(strategy) for strategy in STRATEGIES if strategy in {*table["strategy"]}],
+        layout="wide",
+    )
+    pairs = [ALL, *(pair for pair in dict.fromkeys(table["pair"]) if pair != ALL)]
+    for pair in pairs if len(pairs) > 2 else pairs[:1]:
+        figure.panels.append(_trade_plot(pair, table, learnings))
+    for pair in pairs:
+        for row in _of(table, pair):
+            accuracies = (_stat(row, name) for name in ("new_task_accuracy", "old_task_before", "old_task_after"))
+            forgetting = number(_stat(row, "forgetting"), sign=True)
+            figure.row(f"{pair}: {row['strategy']}", str(row["seeds"]), *map(number, accuracies), forgetting)
+    return figure
+
+
+def _trade_plot(pair: str, table: pd.DataFrame, learnings: pd.DataFrame) -> Plot:
+    there = learnings if pair == ALL else learnings[learnings["pair"] == pair]
+    traces: list[Trace] = []
+    for row in _of(table, pair):
+        mine = there[there["strategy"] == row["strategy"]]
+        stats = _stat(row, "forgetting"), _stat(row, "new_task_accuracy")
+        hover = "new task %{y:.1f} %, old task lost %{x:.1f} points"
+        traces += _marks(row["strategy"], mine, mine["forgetting"], mine["new_task_accuracy"], stats, hover)
+    each = "each pair and seed" if pair == ALL else "each seed"
+    x, y = (_range(table, learnings, name) for name in ("forgetting", "new_task_accuracy"))
+    return plot(
+        pair[0].upper() + pair[1:],
+        f"New-task accuracy against forgetting of the old task by strategy, {pair}, mean and {each}",
+        traces,
+        300,
+        xaxis={"title": {"text": "forgetting of the old task (points)"}, "range": x},
+        yaxis={"title": {"text": "new task (%)"}, "range": y},
+    )
+
+
+def drift(table: pd.DataFrame, learnings: pd.DataFrame) -> list[Figure]:
+    """Weight of the old task's tokens on the new group at the end, a row a strategy; none where no run measured it."""
+    known = learnings[learnings["drift"].notna()]
+    if known.empty:
+        return []
+    figure = Figure(
+        "dilemma-drift",
+        "Which tokens make the old ones follow",
+        "Routing drift: the share of routing weight that the old task's test tokens put on the group that the new task "
+        "added. Large open marks are means over pairs and seeds, their bars the standard deviation over seeds; small "
+        "ones single learnings. With no token the new experts learn nothing: what drifts there is drawn by their "
+        "untrained router rows alone.",
+        ("pair: strategy", "drift (%)"),
+        layout="wide",
+    )
+    measured = table[table["drift"].notna()]
+    rows = _of(measured, ALL)
+    traces: list[Trace] = []
+    for place, row in enumerate(rows):
+        mine = known[known["strategy"] == row["strategy"]]
+        stats = _stat(row, "drift", 100), Stat(place, None)
+        traces += _marks(row["strategy"], mine, mine["drift"] * 100, [place] * len(mine), stats, "%{x:.1f} %")
+    xaxis = {"title": {"text": "weight on the new group (%)"}, "rangemode": "tozero"}
+    yaxis = listed([TOKENS[row["strategy"]] for row in rows])
+    label = "Routing drift of the old task by strategy"
+    figure.panels = [plot("", label, traces, 70 + 40 * len(rows), xaxis=xaxis, yaxis=yaxis)]
+    for pair in dict.fromkeys(measured["pair"]):
+        for row in _of(measured, pair):
+            figure.row(f"{pair}: {row['strategy']}", number(_stat(row, "drift", 100)))
+    return [figure]
+
+
+def _marks(strategy: str, learnings: pd.DataFrame, x: Any, y: Any, stats: tuple[Stat, Stat], hover: str) -> list[Trace]:
+    """A small mark for each learning and a large one for their mean, open so that two in one place are both seen."""
+    one = _look(strategy)
+    names = [f"{escape(row.pair)}, seed {row.seed}" for row in learnings.itertuples()]
+    small = {"size": 8, "opacity": 0.5}
+    large = {"symbol": f"{one.marker}-open", "size": 14, "line": {"color": one.colour, "width": 3}}
+    means, bars = zip(
+        *((stat.mean, error_bars(axis, [stat])) for axis, stat in zip("xy", stats, strict=True)), strict=True
+    )
+    marks: Trace = {"mode": "markers", "cliponaxis": False}
+    return [
+        scatter(one, x, y, f"{one.label}, %{{customdata}}: {hover}", small, customdata=names, **marks),
+        scatter(one, [means[0]], [means[1]], f"{one.label}, mean: {hover}", large, **bars[0], **bars[1], **marks),
+    ]
+
+
+def _of(table: pd.DataFrame, pair: str) -> list[dict[Any, Any]]:
+    return table[table["pair"] == pair].to_dict("records")
+
+
+def _stat(row: Mapping[Any, Any], name: str, scale: float = 1) -> Stat:
+    """Mean and deviation of a measure; no deviation with one seed."""
+    mean, spread = float(row[name]) * scale, float(row[f"{name}_std"]) * scale
+    return Stat(mean, None if math.isnan(spread) else spread)
+
+
+def _look(strategy: str) -> Look:
+    return look(list(STRATEGIES).index(strategy), TOKENS[strategy])
+
+
+def _range(table: pd.DataFrame, learnings: pd.DataFrame, name: str) -> list[float]:
+    """From zero or below to beyond the largest, for all marks and bars of all plots."""
+    bars = table[f"{name}_std"].fillna(0)
+    ends = [*learnings[name], *(table[name] - bars), *(table[name] + bars)]
+    least, most = min(0.0, *ends), max(1.0, *ends)
+    room = 0.05 * (most - least)
+    return [least - room, most + room]

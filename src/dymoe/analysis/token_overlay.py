@@ -1,37 +1,58 @@
-"""Which group serves each patch of a picture and each word, token by token."""
+"""Which group serves each patch of a picture and each word, token by token: in a frame, and drawn over the sample.
+
+The report draws kept samples, `dymoe play` the question just asked. Each colour has a mark beside it (the group's
+number, the type's letter), each patch and word says the same in words under the pointer.
+"""
 
 import io
-from collections.abc import Sequence
-from dataclasses import replace
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
-from peft import PeftModel
 
-from dymoe.adapter import DyMoEConfig, LayerRouting
-from dymoe.adapter.trace import place_of
-from dymoe.analysis.learned import Learned, Tell, observe, open_run, silently
+from dymoe.analysis.figures import COLOURS, Figure, Key, Look, look
+from dymoe.analysis.runs import Analysed
 from dymoe.analysis.storage import joined
 from dymoe.analysis.tokens import KINDS, PADDING, image_tokens, kinds, patch_grid, texts
 from dymoe.errors import DymoeError
-from dymoe.evaluation.generate import to_device
-from dymoe.files import atomic_write
-from dymoe.models import Collator, Lvlm
-from dymoe.routing import TokenType, token_types
-from dymoe.tasks import Sample
+from dymoe.files import atomic_write, read_bytes
+from dymoe.numbers import number
+from dymoe.pictures import data_uri, opened
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from dymoe.adapter import DyMoEConfig, LayerRouting
+    from dymoe.analysis.learned import Learned, Tell
+    from dymoe.models import Collator, Lvlm
+    from dymoe.tasks import Sample
 
 SAMPLES = 3  # of each task
-TYPES = {int(kind): kind.name.lower() for kind in TokenType}
+TYPES = ("new", "ambiguous", "old")
 TOKEN = ("layer", "projection", "position", "kind", "text", "row", "column", "type", "group", "weight")
+NOTHING = "–"  # in place of the number of a group that there is not
+# What the page holds at most: samples over all methods, tokens (a patch or word at one stage), base64 of the pictures.
+PAGE_SAMPLES = 24
+PAGE_TOKENS = 20_000
+PAGE_PICTURES = 1_000_000
+# Of the wrapped layers of one decoder layer the one that is shown.
+PROJECTION = "v_proj"
+FILE = re.compile(r"[\w-]+\.(webp|png|jpe?g)")
+
+
+# ---------------------------------------------------------------- the frame
 
 
 def overlay(
-    run: str | Path | Learned,
+    run: "str | Path | Learned",
     tasks: Sequence[str] | None = None,
     samples: int = SAMPLES,
     layer: int | None = None,
-    tell: Tell = silently,
+    tell: "Tell | None" = None,
 ) -> pd.DataFrame:
     """Type and serving group of every token of some samples, at the stage that learned the task and at the last one.
 
@@ -50,6 +71,8 @@ def overlay(
     Raises:
         DymoeError: see `open_run`; no such task or layer; a method that routes nothing; a picture cannot be written.
     """
+    from dymoe.analysis.learned import open_run
+
     learned = open_run(run)
     learned.require_routing()
     chosen = [
@@ -58,27 +81,23 @@ def overlay(
         for sample in learned.samples(task, None)[:samples]
     ]
     last, frames = len(learned.stages), []
-    for number, (task, own, sample) in enumerate(chosen):
-        picture = _write_picture(learned, sample, number)
+    for index, (task, own, sample) in enumerate(chosen):
+        picture = _write_picture(learned, sample, index)
         for stage in dict.fromkeys((own.index, last)):
             learned.activate(stage)
-            found = token_routing(
-                learned.lvlm, learned.model, learned.collator, sample, sample.answer, layer, _dtype(learned)
-            )
-            frames.append(found.assign(task=task.name, sample=sample.id, picture=picture, stage=stage))
-        tell(task.name, number + 1, len(chosen))
+            model = (learned.lvlm, learned.model, learned.collator)
+            frame = token_routing(*model, sample, sample.answer, layer, learned.recipe.training.dtype)
+            frames.append(frame.assign(task=task.name, sample=sample.id, picture=picture, stage=stage))
+        if tell:
+            tell(task.name, index + 1, len(chosen))
     return joined("overlay", frames)
 
 
-def _dtype(learned: Learned) -> str:
-    return learned.recipe.training.dtype
-
-
 def token_routing(
-    lvlm: Lvlm,
-    peft_model: PeftModel,
-    collator: Collator,
-    sample: Sample,
+    lvlm: "Lvlm",
+    peft_model: "PeftModel",
+    collator: "Collator",
+    sample: "Sample",
     answer: str | None,
     layer: int | None = None,
     dtype: str = "bfloat16",
@@ -103,77 +122,84 @@ def token_routing(
     Raises:
         DymoeError: a sample that the collator refuses, no such layer, or no layer with experts.
     """
+    from dymoe.adapter.trace import place_of
+    from dymoe.analysis.learned import observe
+    from dymoe.evaluation.generate import to_device
+
     batch = collator([replace(sample, answer=answer, turns=())]) if answer else collator.prompts([sample])
     batch = to_device(batch, cast(Any, lvlm.model).device)
-    layers = sorted({place_of(one.name)[0] for one in cast(Any, peft_model.base_model).layers()})
-    number = layers[len(layers) // 2] if layer is None else layer
-    if number not in layers:
-        raise DymoeError(f"layer {number}: the experts sit in layers {layers[0]} to {layers[-1]}")
-    tokens = _described(lvlm, batch)
-    newest = cast(DyMoEConfig, peft_model.peft_config[cast(Any, peft_model.base_model).stage[-1]])
+    tuner = cast(Any, peft_model.base_model)
+    layers = sorted({place_of(one.name)[0] for one in tuner.layers()})
+    wanted = layers[len(layers) // 2] if layer is None else layer
+    if wanted not in layers:
+        raise DymoeError(f"layer {wanted}: the experts sit in layers {layers[0]} to {layers[-1]}")
+    tokens = _describe(lvlm, batch)
+    newest = cast("DyMoEConfig", peft_model.peft_config[tuner.stage[-1]])
     rows: list[dict[str, Any]] = []
 
-    def note(routing: LayerRouting) -> None:
+    def note(routing: "LayerRouting") -> None:
         place, projection = place_of(routing.layer)
-        if place == number and routing.weights[..., 0].numel() == batch["input_ids"].numel():
-            served = _served(routing, newest.tau)
+        if place == wanted and routing.weights[..., 0].numel() == batch["input_ids"].numel():
             rows.extend(
                 {"layer": place, "projection": projection, **token, **by}
-                for token, by in zip(tokens, served, strict=True)
+                for token, by in zip(tokens, _serve(routing, newest.tau), strict=True)
                 if token["kind"]
             )
 
     observe(peft_model, batch, note, dtype)
     if not rows:
-        raise DymoeError(f"layer {number}: none of the active groups has experts there; give another layer")
+        raise DymoeError(f"layer {wanted}: none of the active groups has experts there; give another layer")
     return pd.DataFrame(rows, columns=[*TOKEN])
 
 
-def _described(lvlm: Lvlm, batch: dict[str, Any]) -> list[dict[str, Any]]:
+def _describe(lvlm: "Lvlm", batch: dict[str, Any]) -> list[dict[str, Any]]:
     """Position, kind, text and patch of each token of a batch of one."""
     images = image_tokens(lvlm)
     ids, parts = batch["input_ids"][0].tolist(), kinds(batch, images)[0].tolist()
-    patches = parts.count(KINDS.index("image"))
-    grid = patch_grid(batch, patches)
-    found, seen = [], 0
+    grid = patch_grid(batch, parts.count(KINDS.index("image")))
+    tokens, patches = [], 0
     for position, (part, text) in enumerate(zip(parts, texts(lvlm, ids, images), strict=True)):
         row = column = -1
         kind = "" if part == PADDING else KINDS[part]
         if kind == "image":
-            row, column = divmod(seen, grid[1]) if grid is not None else (-1, -1)
-            seen += 1
-        found.append({"position": position, "kind": kind, "text": text, "row": row, "column": column})
-    return found
+            row, column = divmod(patches, grid[1]) if grid is not None else (-1, -1)
+            patches += 1
+        tokens.append({"position": position, "kind": kind, "text": text, "row": row, "column": column})
+    return tokens
 
 
-def _served(routing: LayerRouting, tau: float) -> list[dict[str, Any]]:
+def _serve(routing: "LayerRouting", tau: float) -> Iterator[dict[str, Any]]:
     """Type, group and the group's weight of each token."""
+    from dymoe.routing import TokenType, token_types
+
     weights = routing.weights.reshape(-1, routing.weights.shape[-1]).float()
     by_group = [part.sum(-1).tolist() for part in weights.split(list(routing.sizes), dim=-1)]
     types = [""] * len(weights)
     if routing.scores is not None:
         scores = routing.scores.reshape(-1, routing.scores.shape[-1])
-        types = [TYPES[kind] for kind in token_types(scores, routing.sizes[-1], tau).tolist()]
-    found = []
+        types = [TokenType(kind).name.lower() for kind in token_types(scores, routing.sizes[-1], tau).tolist()]
     for kind, *row in zip(types, *by_group, strict=True):
         most = max(row)
-        group = routing.groups[row.index(most)] if most > 0 else ""
-        found.append({"type": kind, "group": group, "weight": most})
-    return found
+        yield {"type": kind, "group": routing.groups[row.index(most)] if most > 0 else "", "weight": most}
 
 
-def _write_picture(learned: Learned, sample: Sample, number: int) -> str:
+def _write_picture(learned: "Learned", sample: "Sample", index: int) -> str:
     """The sample's picture in RUN/analysis/overlay/; its name there, "" for a question of text alone."""
     if not sample.has_image:
         return ""
-    name = f"{number}.webp"
-    buffer = io.BytesIO()
-    seen_picture(learned.lvlm, sample).save(buffer, "WEBP", quality=90)
-    atomic_write(learned.path / "analysis" / "overlay" / name, buffer.getvalue())
+    name = f"{index}.webp"
+    atomic_write(learned.path / "analysis" / "overlay" / name, as_webp(seen_picture(learned.lvlm, sample)))
     return name
 
 
-def seen_picture(lvlm: Lvlm, sample: Sample) -> Any:
+def as_webp(picture: Any) -> bytes:
+    """A PIL image as the page holds it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=90)
+    return buffer.getvalue()
+
+
+def seen_picture(lvlm: "Lvlm", sample: "Sample") -> Any:
     """The picture of a sample as the model sees it, scaled and cut, so that patches lie where they belong.
 
     Returns:
@@ -196,3 +222,205 @@ def seen_picture(lvlm: Lvlm, sample: Sample) -> Any:
     if processor.do_normalize:
         pixels = pixels * np.array(processor.image_std) + np.array(processor.image_mean)
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype("uint8"))
+
+
+# ---------------------------------------------------------------- a sample as it is drawn
+
+
+@dataclass(frozen=True)
+class Token:
+    """One patch or word: its classes, the number of its group, its text with the line breaks behind it, what it is."""
+
+    classes: str
+    group: str
+    text: str
+    end: str
+    title: str
+
+
+@dataclass(frozen=True)
+class View:
+    """A sample at one stage: `patches` line by line on a grid of `rows` by `columns`, `loose` for those without one."""
+
+    title: str
+    patches: Sequence[Token]
+    loose: Sequence[Token]
+    instruction: Sequence[Token]
+    answer: Sequence[Token]
+    rows: int
+    columns: int
+    text: str
+
+
+def view_of(
+    frame: pd.DataFrame, groups: Sequence[str], title: str = "", before: Mapping[int, str] | None = None
+) -> View:
+    """The tokens of one sample at one stage.
+
+    Args:
+        frame: rows of one layer and projection, as `token_routing` gives them.
+        groups: all groups in order; their places are their numbers and colours.
+        title: what is seen.
+        before: the serving group of each position at an earlier stage; tokens that another serves now are framed.
+    """
+    grid = frame[frame["row"] >= 0].sort_values(["row", "column"])
+    loose = frame[frame["row"] < 0].sort_values("position")
+    patches, image, instruction, answer = (
+        [_token(row, groups, before or {}) for row in rows.to_dict("records")]
+        for rows in (grid, *(loose[loose["kind"] == kind] for kind in KINDS))
+    )
+    sentences = [
+        f"{name}: {served_by(rows)}; {_types(rows)}."
+        for name, rows in (("Patches", frame[frame["kind"] == "image"]), ("Words", frame[frame["kind"] != "image"]))
+        if len(rows)
+    ]
+    rows, columns = (int(grid[key].max()) + 1 if len(grid) else 0 for key in ("row", "column"))
+    return View(title, patches, image, instruction, answer, rows, columns, " ".join(sentences))
+
+
+def _token(row: Mapping[Any, Any], groups: Sequence[str], before: Mapping[int, str]) -> Token:
+    group, kind = str(row["group"]), str(row["type"])
+    place = groups.index(group) if group in groups else None
+    classes = [] if place is None else [f"g{place % COLOURS}"]
+    title = f"{group} {number(100 * row['weight'], 0)} %" if group else "no group"
+    if kind in TYPES:
+        classes.append(kind[0])
+        title += f", {kind}"
+    if before and before.get(row["position"]) != group:
+        classes.append("c")
+        title += f", before: {before.get(row['position']) or 'no group'}"
+    # Line breaks have a sign, so that their colour is seen, and stand apart.
+    word = str(row["text"]).rstrip("\n")
+    end = str(row["text"])[len(word) :]
+    text = (word + "↵" * len(end)) or "∅"
+    return Token(" ".join(classes), NOTHING if place is None else str(place + 1), text, end, title)
+
+
+def served_by(rows: pd.DataFrame) -> str:
+    """How many tokens each group serves, as in "12 by scienceqa, 4 by textvqa"."""
+    counts = Counter(str(group) or "no group" for group in rows["group"])
+    return ", ".join(f"{count} by {group}" for group, count in counts.most_common())
+
+
+def _types(rows: pd.DataFrame) -> str:
+    counts = Counter(rows["type"])
+    return ", ".join(f"{counts[kind]} {kind}" for kind in TYPES if counts[kind]) or "no types"
+
+
+def group_look(place: int, group: str) -> Look:
+    """A group's entry in a legend: its name, its colour and its number."""
+    return look(place, group, str(place + 1))
+
+
+def type_look(kind: str, label: str = "") -> Look:
+    """A token type's entry in a legend: its name (or another label), its colour and its letter."""
+    return look(TYPES.index(kind), label or kind, kind[0])
+
+
+# ---------------------------------------------------------------- the figure
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One sample of one method; `picture` is the name of its style rule, `shape` its width divided by its height."""
+
+    key: Key
+    title: str
+    picture: str
+    shape: float
+    views: Sequence[View]
+
+
+@dataclass
+class Overlay(Figure):
+    """The figure of the samples: its panels are `Panel`s.
+
+    Attributes:
+        types: the legend of token types, beside that of the groups.
+        pictures: data: URI -> name of its style rule; each once however many methods show it.
+    """
+
+    types: Sequence[Look] = ()
+    pictures: dict[str, str] = field(default_factory=dict)
+
+
+def figures(have: Sequence[Analysed]) -> list[Figure]:
+    """Samples before and after, coloured by serving group or by token type.
+
+    Raises:
+        DymoeError: a picture is missing or broken; the message names the file.
+    """
+    chosen = list(_choose(have))
+    served = dict.fromkeys(group for one in have for group in one.frame["group"] if group)
+    groups = list(dict.fromkeys([*have[0].run.tasks, *served]))
+    shown = {group for *_, rows in chosen for group in rows["group"]}
+    names = dict.fromkeys(f"{task}: {sample}" for _, task, sample, _ in chosen)
+    figure = Overlay(
+        "overlay",
+        "Token by token",
+        head=("method: sample", "stage", "part", "tokens", *TYPES, "served by"),
+        legend=[group_look(place, group) for place, group in enumerate(groups) if group in shown],
+        choices={"method": [one.label for one in have], "sample": [*names]},
+        types=[type_look(kind) for kind in TYPES],
+    )
+    for one, task, sample, rows in chosen:
+        key = (one.label, f"{task}: {sample}")
+        views = []
+        for view, part in _views(one, task, rows, groups):
+            views.append(view)
+            for kind, tokens in part.groupby("kind", sort=False):
+                counts = Counter(tokens["type"])
+                cells = (str(kind), str(len(tokens)), *(str(counts[name]) for name in TYPES), served_by(tokens))
+                figure.row(f"{one.label}: {task}, {sample}", view.title, *cells, key=key)
+        uri, shape = _picture(one.run.path, str(rows["picture"].iloc[0]))
+        if uri and uri not in figure.pictures and sum(map(len, figure.pictures)) + len(uri) <= PAGE_PICTURES:
+            figure.pictures[uri] = f"p{len(figure.pictures)}"
+        layer = f"layer {rows['layer'].iloc[0]}, {rows['projection'].iloc[0]}"
+        title = f"{one.label}: {task}, {sample} ({layer})"
+        figure.panels.append(Panel(key, title, figure.pictures.get(uri, ""), shape, views))
+    return [figure]
+
+
+def _choose(have: Sequence[Analysed]) -> Iterator[tuple[Analysed, str, str, pd.DataFrame]]:
+    """(analysis, task, sample, its rows) of what is shown: of each task the first sample, then the second ..."""
+    tokens = PAGE_TOKENS
+    for one in have:
+        projections = one.frame["projection"].unique()
+        rows = one.frame[one.frame["projection"] == (PROJECTION if PROJECTION in projections else projections[0])]
+        turn: Counter[str] = Counter()
+        ordered = []
+        for (task, sample), part in rows.groupby(["task", "sample"], sort=False):
+            if task in one.run.tasks:
+                ordered.append((turn[task], one.run.tasks.index(task), str(task), str(sample), part))
+                turn[task] += 1
+        ordered.sort(key=lambda entry: entry[:2])
+        for *_, task, sample, part in ordered[: max(2, PAGE_SAMPLES // len(have))]:
+            if len(part) <= tokens:
+                tokens -= len(part)
+                yield one, task, sample, part
+
+
+def _views(one: Analysed, task: str, rows: pd.DataFrame, groups: Sequence[str]) -> Iterator[tuple[View, pd.DataFrame]]:
+    """The sample at the first and at the last stage it was looked at."""
+    before: dict[int, str] = {}
+    for stage in dict.fromkeys((rows["stage"].min(), rows["stage"].max())):
+        part = rows[rows["stage"] == stage]
+        learned = one.run.tasks[stage - 1] if stage <= len(one.run.tasks) else str(stage)
+        title = f"After learning {learned}" + (" (its own task)" if learned == task else "")
+        yield view_of(part, groups, title, before), part
+        before = dict(zip(part["position"], part["group"], strict=True))
+
+
+def _picture(run: Path, name: str) -> tuple[str, float]:
+    """A kept picture as a data: URI, and its width divided by its height; "" and 1 where there is none."""
+    if not name:
+        return "", 1.0
+    if not FILE.fullmatch(name):
+        raise DymoeError(f"{run / 'analysis' / 'overlay.parquet'}: picture {name!r} is no plain file name")
+    file = run / "analysis" / "overlay" / name
+    data = read_bytes(file)
+    try:
+        with opened(data) as image:
+            return data_uri(data), image.width / image.height
+    except DymoeError as error:
+        raise DymoeError(f"{file}: not a readable picture ({error}); run `dymoe analyze overlay` again") from None

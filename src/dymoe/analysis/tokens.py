@@ -1,18 +1,18 @@
 """The tokens of a batch: which are an image's, the instruction's, the answer's; their text and their patch."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from dymoe.models import Lvlm
+    from dymoe.models import Lvlm
 
 KINDS = ("image", "instruction", "answer")
 PADDING = -1
 
 
-def image_tokens(lvlm: Lvlm) -> list[int]:
+def image_tokens(lvlm: "Lvlm") -> list[int]:
     """Ids that stand for a part of a picture."""
     processor: Any = lvlm.processor
     written = getattr(processor, "image_token", None)
@@ -22,7 +22,7 @@ def image_tokens(lvlm: Lvlm) -> list[int]:
     return sorted(token for token in found if isinstance(token, int))
 
 
-def kinds(batch: Mapping[str, Any], images: Sequence[int]) -> Tensor:
+def kinds(batch: Mapping[str, Any], images: Sequence[int]) -> "Tensor":
     """Place in `KINDS` of every token, `PADDING` for padding: int8 (batch, tokens).
 
     The answer is what labels mark, its end token included; all the rest of the text counts as instruction.
@@ -31,6 +31,8 @@ def kinds(batch: Mapping[str, Any], images: Sequence[int]) -> Tensor:
         batch: `input_ids` and `attention_mask` (batch, tokens); `labels`, where there is an answer.
         images: see `image_tokens`.
     """
+    import torch
+
     ids = batch["input_ids"]
     found = torch.full(ids.shape, KINDS.index("instruction"), dtype=torch.int8, device=ids.device)
     found[torch.isin(ids, torch.tensor(images, dtype=ids.dtype, device=ids.device))] = KINDS.index("image")
@@ -40,7 +42,7 @@ def kinds(batch: Mapping[str, Any], images: Sequence[int]) -> Tensor:
     return found
 
 
-def texts(lvlm: Lvlm, ids: Sequence[int], images: Sequence[int]) -> list[str]:
+def texts(lvlm: "Lvlm", ids: Sequence[int], images: Sequence[int]) -> list[str]:
     """The text that each token adds to those before it; "" for a token of a picture.
 
     Decoded with the words before it, since some tokenizers write a leading space only inside a text.
@@ -69,7 +71,7 @@ def patch_grid(batch: Mapping[str, Any], tokens: int) -> tuple[int, int] | None:
         tokens: how many tokens the picture has.
     """
     grid = batch.get("image_grid_thw")
-    if isinstance(grid, Tensor) and grid.shape == (1, 3):
+    if grid is not None and tuple(grid.shape) == (1, 3):
         frames, rows, columns = (int(value) for value in grid[0])
         merged = round((rows * columns / tokens) ** 0.5) if tokens else 0  # patches along a side of a token
         if frames == 1 and rows * columns == tokens * merged**2:

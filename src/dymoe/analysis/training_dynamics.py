@@ -1,17 +1,22 @@
-"""How routing changed while a run learned, from what its trainer wrote down."""
+"""How routing changed while a run learned: token types, loss terms and entropy, from what its trainer wrote down."""
 
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from dymoe.adapter.trace import place_of
+from dymoe.analysis.figures import Figure, Plot, Trace, escape, look, plot, room, scatter
+from dymoe.analysis.runs import Analysed, stage_folders
 from dymoe.analysis.storage import COLUMNS
 from dymoe.errors import DymoeError
-from dymoe.learning.dynamics import lines
-from dymoe.learning.folder import StageFolder
+from dymoe.numbers import number
 
-FOLDER = re.compile(r"(\d+)-(.+)")
+TYPES = {"share_new": "new", "share_ambiguous": "ambiguous", "share_old": "old"}
+WEIGHT = {"new_group_weight": "weight on the new group"}
+TERMS = {name: name.replace("_", " ") for name in ("load_balance", "exclusivity", "specialization")}
+ENTROPY = {"entropy": "entropy"}
+# How the areas of the types are hatched, so that colour is not the only sign, and the characters for it.
+PATTERNS = {"-": "▤", "/": "▨", "x": "▦"}
 
 
 def dynamics(run: str | Path) -> pd.DataFrame:
@@ -30,16 +35,117 @@ def dynamics(run: str | Path) -> pd.DataFrame:
     Raises:
         DymoeError: it is no run folder, or a line is broken.
     """
+    from dymoe.adapter.trace import place_of
+    from dymoe.learning.dynamics import lines
+    from dymoe.learning.folder import StageFolder
+
     path = Path(run)
     if not (path / "run.yaml").is_file():
         raise DymoeError(f"{path}: no run.yaml here; give a run folder, as `dymoe run` makes it")
     rows = []
-    for folder in sorted((path / "stages").glob("*-*")):
-        named = FOLDER.fullmatch(folder.name)
-        for line in lines(StageFolder(folder).dynamics) if named else ():
+    for stage, task, folder in stage_folders(path):
+        for line in lines(StageFolder(folder).dynamics):
             for name, values in line["layers"].items():
                 layer, projection = place_of(name)
-                place = {"task": named[2], "stage": int(named[1]), "step": line["step"]}  # type: ignore[index]
-                found = dict(zip(line["values"], values, strict=True))
-                rows.append({**place, "layer": layer, "projection": projection, **found})
+                place = {"task": task, "stage": stage, "step": line["step"], "layer": layer, "projection": projection}
+                rows.append({**place, **dict(zip(line["values"], values, strict=True))})
     return pd.DataFrame(rows, columns=[*COLUMNS["dynamics"]])
+
+
+def figures(have: Sequence[Analysed]) -> list[Figure]:
+    """Token types with the weight on the new group, and loss terms with entropy; two plots of each a method."""
+    choices = {"method": [one.label for one in have]}
+    types = Figure(
+        "token-types",
+        "Training dynamics: token types",
+        "The types of the training tokens over the optimizer steps, the tasks one behind the other, each with its "
+        "own count of steps: the share of new, ambiguous and old tokens in percent (a mean over layers), and the "
+        "share of the routing weight that goes to the group in training. DyMoE's guidance keeps ambiguous and old "
+        "tokens off the new experts.",
+        ("method: task", "step", *TYPES.values(), *WEIGHT.values()),
+        legend=[look(place, name, [*PATTERNS.values()][place]) for place, name in enumerate(TYPES.values())],
+        choices=choices,
+        layout="wide",
+    )
+    terms = Figure(
+        "loss-terms",
+        "Training dynamics: loss terms and entropy",
+        "The routing losses before their weights, and the entropy of the routing weights in nats (a mean over "
+        "tokens and layers), over the same steps. Entropy 0: each token goes to one expert; the higher, the more "
+        "experts share it. A term that a method does not have stays at 0.",
+        ("method: task", "step", *TERMS.values(), *ENTROPY.values()),
+        legend=[look(place, name) for place, name in enumerate(TERMS.values())],
+        choices=choices,
+        layout="wide",
+    )
+    for one in have:
+        means = _over_layers(one.frame)
+        percent = means.assign(**{name: means[name] * 100 for name in (*TYPES, *WEIGHT)})
+        types.panels += [
+            _plot(one.label, percent, TYPES, "Share of tokens by type (%)", stacked=True),
+            _plot(one.label, percent, WEIGHT, "Routing weight on the new group (%)"),
+        ]
+        terms.panels += [
+            _plot(one.label, means, TERMS, "Loss terms"),
+            _plot(one.label, means, ENTROPY, "Entropy (nats)"),
+        ]
+        for figure, values, names, digits in (
+            (types, percent, (*TYPES, *WEIGHT), 1),
+            (terms, means, (*TERMS, *ENTROPY), 3),
+        ):
+            for row in values.to_dict("records"):
+                cells = (number(row[name], digits) for name in names)
+                figure.row(f"{one.label}: {row['task']}", str(row["step"]), *cells, key=(one.label,))
+    return [types, terms]
+
+
+def _over_layers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Means over layers and projections by stage, task and step; `at` counts steps on over the tasks."""
+    columns = [*TYPES, *WEIGHT, *TERMS, *ENTROPY]
+    means = frame.groupby(["stage", "task", "step"], as_index=False)[columns].mean()
+    means = means.sort_values(["stage", "step"], ignore_index=True)
+    lengths = means.groupby("stage")["step"].max()
+    return means.assign(at=means["step"] + means["stage"].map(lengths.cumsum() - lengths))
+
+
+def _plot(label: str, means: pd.DataFrame, names: dict[str, str], title: str, stacked: bool = False) -> Plot:
+    """Lines (or stacked areas) over all steps, a gap and a thin rule between tasks."""
+    stages = [part for _, part in means.groupby("stage", sort=True)]
+    tasks = [str(part["task"].iloc[0]) for part in stages]
+    traces: list[Trace] = []
+    for place, (name, words) in enumerate(names.items()):
+        one = look(place, words)
+        for stage, (task, part) in enumerate(zip(tasks, stages, strict=True)):
+            hover = f"{words}, {escape(task)}, step %{{customdata}}: %{{y:.3g}}"
+            area: Trace = {}
+            if stacked:
+                # Areas must not lean on those of another task.
+                pattern: Trace = {"shape": [*PATTERNS][place], "fgcolor": one.colour, "bgcolor": "var(--paper)"}
+                pattern |= {"fgopacity": 0.8, "size": 6, "solidity": 0.4}
+                area = {"stackgroup": f"stage{stage}", "fillcolor": one.colour, "fillpattern": pattern, "mode": "lines"}
+            traces.append(scatter(one, part["at"], part[name], hover, {"size": 5}, customdata=part["step"], **area))
+    ends = [float(part["at"].max()) + 0.5 for part in stages]
+    starts = [0.5, *ends[:-1]]
+    rule = {"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1}
+    rule["line"] = {"color": "var(--muted)", "width": 1, "dash": "dot"}
+    return plot(
+        f"{label}: {title}",
+        f"{title} over training steps, {label}",
+        traces,
+        280,
+        (label,),
+        margin={"l": 44, "r": 12, "t": 8, "b": 16 + 0.7 * room(tasks)},
+        shapes=[{**rule, "x0": end, "x1": end} for end in ends[:-1]],
+        xaxis={
+            "tickmode": "array",
+            "tickvals": [(start + end) / 2 for start, end in zip(starts, ends, strict=True)],
+            "ticktext": [escape(task) for task in tasks],
+            "tickangle": -45,
+            "ticklabeloverflow": "allow",
+            "automargin": False,
+            "showgrid": False,
+            "zeroline": False,
+            "range": [0.5, ends[-1]],
+        },
+        yaxis={"range": [0, 101]} if stacked else {"rangemode": "tozero"},
+    )

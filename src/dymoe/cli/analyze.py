@@ -170,7 +170,7 @@ def _dilemma(words: Sequence[str]) -> int:
     from dymoe.analysis.token_dilemma import dilemma_sweep
     from dymoe.files import atomic_write
     from dymoe.learning.formats import read_results
-    from dymoe.report.dilemma import write_dilemma
+    from dymoe.report.page import write_dilemma
 
     sweep = dilemma_sweep(given.words[1], given.keys)
     command = shlex.join(["dymoe", "analyze", *given.words, *given.keys])

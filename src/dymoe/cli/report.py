@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         raise DymoeError(f"{studies[0]}: the results of the token's dilemma make a page of their own; give them alone")
     require_extra("report", "report")
     if studies:
-        from dymoe.report.dilemma import write_dilemma
+        from dymoe.report.page import write_dilemma
 
         write_dilemma(first, target)
     else:

@@ -3,16 +3,15 @@
 Beside each stands a table of its signs with their shares. The markup needs no script and no network.
 """
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from dymoe.report.layout import source
-from dymoe.report.parts import Sign
-from dymoe.report.tokens import NOTHING, TYPES, body, group_sign, type_sign, view_of
+from dymoe.analysis.figures import Look
+from dymoe.analysis.token_overlay import NOTHING, TYPES, as_webp, group_look, type_look, view_of
+from dymoe.pictures import data_uri
+from dymoe.report.layout import environment, source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,53 +44,35 @@ def draw(frame: "pd.DataFrame", picture: "Image | None", groups: Sequence[str]) 
         picture: as the model sees it, None for a question of text alone.
         groups: the active groups in order; the last is the newest.
     """
-    seen = view_of(frame, groups)
-    shape, uri = (1.0, "") if picture is None else (picture.width / picture.height, _data_uri(picture))
-    tokens = body(seen, shape, uri)
-    serving = {group: group_sign(place, group) for place, group in enumerate(groups)}
-    blocks = [_block("Serving group", "group", tokens, frame, serving)]
+    looks = {group: group_look(place, group) for place, group in enumerate(groups)}
+    blocks = [_block("Serving group", "group", frame, looks)]
     if len(groups) > 1 and frame["type"].ne("").any():  # to a single group every token is new
-        types = {kind: type_sign(kind, f"new ({groups[-1]})" if kind == "new" else "") for kind in TYPES}
-        blocks.append(_block("Token type", "type", tokens, frame, types))
-    return Markup('<div class="routing">{}</div>').format(Markup("").join(blocks))
-
-
-def _block(title: str, column: str, tokens: Markup, frame: "pd.DataFrame", signs: Mapping[str, Sign]) -> Markup:
-    """Picture and words coloured by one column, with the shares of its values."""
-    return Markup('<section class="overlays" data-colour="{}"><h4>{}</h4>{}{}</section>').format(
-        column, title, tokens, _shares(frame, column, signs)
-    )
-
-
-def _shares(frame: "pd.DataFrame", column: str, signs: Mapping[str, Sign]) -> Markup:
-    """The legend: each sign with its share of the tokens of each part, in percent."""
-    kinds = [kind for kind in PARTS if (frame["kind"] == kind).any()]
-    tokens = {kind: frame.loc[frame["kind"] == kind, column] for kind in kinds}
-    head = Markup("").join(
-        Markup("<th scope=col>{}<br>{} tokens</th>").format(PARTS[kind], len(tokens[kind])) for kind in kinds
-    )
-    rows = []
-    found = {**signs, **({"": Sign("none", "var(--grid)", NOTHING)} if frame[column].eq("").any() else {})}
-    for value, sign in found.items():
-        cells = Markup("").join(
-            Markup("<td>{:.0f} %</td>").format(100 * tokens[kind].eq(value).mean()) for kind in kinds
+        looks = {kind: type_look(kind, f"new ({groups[-1]})" if kind == "new" else "") for kind in TYPES}
+        blocks.append(_block("Token type", "type", frame, looks))
+    counts = frame["kind"].value_counts()
+    html = (
+        environment()
+        .get_template("routing.html.jinja")
+        .render(
+            blocks=blocks,
+            view=view_of(frame, groups),
+            shape=1.0 if picture is None else picture.width / picture.height,
+            uri="" if picture is None else data_uri(as_webp(picture)),
+            parts=[(name, counts[kind]) for kind, name in PARTS.items() if kind in counts],
         )
-        rows.append(
-            Markup('<tr><th scope=row><span class="chip" style="--c: {}">{}</span>{}</th>{}</tr>').format(
-                sign.colour, sign.glyph, sign.label, cells
-            )
-        )
-    return Markup("<table><thead><tr><th></th>{}</tr></thead><tbody>{}</tbody></table>").format(
-        head, Markup("").join(rows)
     )
+    return Markup(html)
+
+
+def _block(title: str, column: str, frame: "pd.DataFrame", looks: Mapping[str, Look]) -> dict[str, Any]:
+    """A title, the column that colours the tokens, and the share of the tokens of each part for each of its values."""
+    if frame[column].eq("").any():
+        looks = {**looks, "": Look("none", "var(--grid)", NOTHING)}
+    parts = [frame.loc[frame["kind"] == kind, column] for kind in PARTS if frame["kind"].eq(kind).any()]
+    rows = [(look, [100 * part.eq(value).mean() for part in parts]) for value, look in looks.items()]
+    return {"title": title, "column": column, "rows": rows}
 
 
 def note(text: str) -> Markup:
     """A line of text where the routing would stand."""
-    return Markup("<p>{}</p>").format(escape(text))
-
-
-def _data_uri(picture: "Image") -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=90)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Markup("<p>{}</p>").format(text)

@@ -9,7 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from dymoe.report.samples import shorten
+from dymoe.analysis.figures import clip
+from dymoe.numbers import number
+
+LONGEST = 400  # characters of a question or an answer
 
 
 def render(template: str, **parts: Any) -> str:
@@ -38,15 +41,21 @@ def render(template: str, **parts: Any) -> str:
 @cache
 def environment() -> Environment:
     """The report's templates; text that they show is escaped."""
-    found = Environment(
+    made = Environment(
         loader=PackageLoader("dymoe.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters["shorten"] = shorten
-    return found
+    made.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    made.filters.update(clip=clip, number=number, shorten=_shorten)
+    return made
+
+
+def _shorten(text: str) -> str:
+    """At most LONGEST characters of a text, saying how many were left out."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST} more characters)"
 
 
 def source(name: str) -> str:

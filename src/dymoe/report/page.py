@@ -1,23 +1,39 @@
-"""Puts the page about runs together: summary, figures, samples, tables."""
+"""Puts a page together, about runs or about the token's dilemma: headline, figures, samples, tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dymoe.analysis import (
+    expert_activation,
+    forgetting,
+    routing_drift,
+    token_dilemma,
+    token_overlay,
+    training_dynamics,
+)
+from dymoe.analysis.figures import Figure, Table
+from dymoe.analysis.runs import Method, Run, analysed, gather, missing, read_runs
+from dymoe.analysis.token_dilemma import counted
+from dymoe.errors import DymoeError
 from dymoe.files import atomic_write
+from dymoe.learning.formats import read_results
 from dymoe.numbers import number
-from dymoe.report import figures
-from dymoe.report.activation_figures import activation_figures
-from dymoe.report.drift_figures import drift_figures
-from dymoe.report.dynamics_figures import dynamics_figures
 from dymoe.report.layout import render
-from dymoe.report.losses import losses
-from dymoe.report.overlay import Overlay, overlay
-from dymoe.report.parts import Figure, Table
-from dymoe.report.runs import Run, read_runs
 from dymoe.report.samples import Comparison, compare
-from dymoe.report.summary import METRICS, Method, gather
-from dymoe.report.words import cards, headline, lost_most, remarks
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METRICS = ("MFT", "MFN", "MAA", "BWT", "BWT_T-1")
+# Analysis -> what draws it, and the section that says what is missing where nothing is drawn.
+ANALYSES = {
+    "drift": (routing_drift.figures, "drift-parts", "Routing drift, token by token"),
+    "activation": (expert_activation.figures, "activation", "Activation by group and layer"),
+    "overlay": (token_overlay.figures, "overlay", "Token by token"),
+    "dynamics": (training_dynamics.figures, "token-types", "Training dynamics"),
+}
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -41,85 +57,149 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     return Path(out)
 
 
+def write_dilemma(results: Path, out: Path) -> Path:
+    """Write one self-contained HTML page about the token's dilemma and return its path.
+
+    Args:
+        results: the results (.jsonl) of its sweep, as `dymoe analyze dilemma` writes them.
+        out: the HTML file to write; replaced atomically.
+
+    Raises:
+        DymoeError: there is no such file, it holds no runs of the token's dilemma, or `out` cannot be written.
+    """
+    if not results.is_file():
+        raise DymoeError(f"{results}: no such results; `dymoe analyze dilemma` writes them")
+    study = read_results(results)
+    if not study["rows"]:
+        raise DymoeError(f"{results}: holds no finished runs yet; go on with `dymoe analyze dilemma`")
+    try:
+        frame = token_dilemma.dilemma(study["rows"])
+    except DymoeError as error:
+        raise DymoeError(f"{results}: {error}") from None
+    atomic_write(out, dilemma_page(frame, study["about"]).encode("utf-8", "replace"))
+    return out
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One table of a section; with a `fold` it stands in a fold of that name."""
+
+    table: Table
+    label: str
+    kind: str
+    fold: str = ""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A section of tables: the open ones, a caption, those in folds."""
+
+    id: str
+    title: str
+    tables: Sequence[Shown]
+    caption: str = ""
+
+
 def page_of(methods: Sequence[Method]) -> str:
-    """The page as HTML text."""
-    first = _present(losses(methods))
-    forgetting = _present(
-        figures.side_by_side(methods),
-        figures.over_stages(methods),
-        figures.matrices(methods),
-        figures.lost_per_task(methods),
-    )
-    routing = [
-        *_present(figures.routing_drift(methods), figures.routing_maps(methods)),
-        *drift_figures(methods),
-        *activation_figures(methods),
-    ]
-    tokens, training = overlay(methods), dynamics_figures(methods)
+    """The page about runs as HTML text."""
+    drift, activation, overlay, dynamics = (analysis_figures(methods, name) for name in ANALYSES)
     runs = [run for method in methods for run in method.runs]
-    hashes, hash_verdict = hash_table(runs)
     samples = compare(methods)
+    stream, tasks = runs[0].stream, counted(len(methods[0].tasks), "task")
+    sections: dict[str, list[Any]] = {
+        "Forgetting": [
+            forgetting.losses(methods),
+            metrics(methods),
+            forgetting.side_by_side(methods),
+            forgetting.over_stages(methods),
+            forgetting.matrices(methods),
+            forgetting.lost_per_task(methods),
+            samples,
+        ],
+        "Routing": [
+            routing_drift.over_stages(methods),
+            routing_drift.maps(methods),
+            *drift,
+            *activation,
+            *overlay,
+            *dynamics,
+        ],
+        "Evidence": [hashes(runs), run_tables(runs)],
+    }
     return render(
         "page.html.jinja",
-        stream=methods[0].runs[0].stream,
-        headline=headline(methods),
-        cards=cards(methods),
-        remarks=remarks(methods),
-        contents=_contents(first, forgetting, routing, tokens, training),
+        title=f"What was forgotten: {stream}",
+        kicker=f"dymoe report · {stream} · {tasks} · {counted(len(methods), 'method')}",
+        headline=forgetting.headline(methods),
+        cards=forgetting.cards(methods),
+        remarks=forgetting.remarks(methods),
+        sections={part: [section for section in those if section is not None] for part, those in sections.items()},
         methods=methods,
-        metrics=metrics_table(methods),
-        first=first,
-        forgetting=forgetting,
-        routing=routing,
-        overlay=tokens,
-        training=training,
-        hashes=hashes,
-        hash_verdict=hash_verdict,
-        samples=samples,
         pairs=pair_table(methods, samples),
-        answered_by=[(method.label, method.runs[0].seed) for method in methods],
-        runs=run_table(runs),
-        machines=machine_table(runs),
     )
 
 
-def _present(*figures: Figure | None) -> list[Figure]:
-    return [figure for figure in figures if figure is not None]
+def dilemma_page(frame: "pd.DataFrame", about: Mapping[str, Any]) -> str:
+    """The page about the token's dilemma as HTML text.
+
+    Args:
+        frame: of `dymoe.analysis.dilemma`.
+        about: of the sweep: its title, command, budget, machine and versions, where they are known.
+    """
+    table, learnings = token_dilemma.by_strategy(frame), token_dilemma.complete(frame)
+    remarks = [token_dilemma.conclusion(frame).replace(" -", " \u2212")]
+    if left_out := len(frame) - len(learnings):
+        why = "Runs that do not count, since not every strategy has their pair and seed yet"
+        remarks.append(f"{why}: {left_out}.")
+    facts = [(name, in_words(about.get(name))) for name in ("command", "budget", "machine", "versions")]
+    how = Table(("what", "how"), [fact for fact in facts if fact[1]])
+    title = str(about.get("title") or "Token's dilemma")
+    return render(
+        "page.html.jinja",
+        title=title,
+        kicker=f"dymoe analyze dilemma · {title}",
+        headline=token_dilemma.headline(table),
+        cards=[],
+        remarks=remarks,
+        sections={
+            "Dilemma": token_dilemma.figures(table, learnings),
+            "Evidence": [Tables("made", "How it was made", [Shown(how, "How it was made", "machines")])],
+        },
+    )
 
 
-Links = list[tuple[str, str]]
+def analysis_figures(methods: Sequence[Method], name: str) -> list[Figure]:
+    """The figures of a kept analysis; where some methods lack it, a note with the command that makes it.
+
+    Raises:
+        DymoeError: a kept analysis is broken; the message names the file.
+    """
+    draw, section, title = ANALYSES[name]
+    have = analysed(methods, name)
+    note, command = missing(methods, have, name)
+    figures = draw(have) if have else []
+    if not figures and note:
+        figures = [Figure(section, title)]
+    if figures:
+        figures[0] = replace(figures[0], note=note, command=command)
+    return [replace(figure, made=[one.made for one in have]) for figure in figures]
 
 
-def _contents(
-    first: Sequence[Figure],
-    forgetting: Sequence[Figure],
-    routing: Sequence[Figure],
-    tokens: Overlay | None,
-    training: Sequence[Figure],
-) -> list[tuple[str, Links]]:
-    """The page's sections as (id, title), under three names."""
-
-    def links(figures: Sequence[Figure]) -> Links:
-        return [(figure.id, figure.title) for figure in figures]
-
-    samples = ("samples", "What one still answers and another has lost")
-    about_routing = [*links(routing), *([("overlay", "Token by token")] if tokens else []), *links(training)]
-    return [
-        ("Forgetting", [*links(first), ("metrics", "Metrics"), *links(forgetting), samples]),
-        *([("Routing", about_routing)] if about_routing else []),
-        ("Evidence", [("hashes", "Frozen groups"), ("runs", "Runs")]),
-    ]
-
-
-def metrics_table(methods: Sequence[Method]) -> Table:
+def metrics(methods: Sequence[Method]) -> Tables:
     """MFT, MFN, MAA and BWT of each method, and which task it lost most of."""
     rows = []
     for method in methods:
-        values = [(method.metric(key), key.startswith("BWT")) for key in METRICS]
-        cells = ["–" if stat is None else stat.text(sign=signed) for stat, signed in values]
-        rows.append((method.label, method.seeds, *cells, "–" if method.level else lost_most(method)))
-    head = ("method", "runs", "MFT", "MFN", "MAA", "BWT (÷ T)", "BWT (÷ T−1)", "lost most")
-    return Table(head, tuple(rows))
+        cells = [number(method.metric(key), sign=key.startswith("BWT")) for key in METRICS]
+        rows.append((method.label, method.seeds, *cells, "–" if method.level else forgetting.lost_most(method)))
+    table = Table(("method", "runs", "MFT", "MFN", "MAA", "BWT (÷ T)", "BWT (÷ T−1)", "lost most"), rows)
+    caption = (
+        "In percent and percentage points. MFT: mean accuracy of each task as just learned. MFN: mean accuracy over "
+        "all tasks at the end. MAA: mean over stages of the mean over the tasks seen so far. BWT: backward transfer, "
+        "the change of each task since it was learned, summed and divided by the number of tasks T or by T−1; below "
+        "zero is forgetting. Lost most: the task that ended farthest below its accuracy when learned. ± is the "
+        "standard deviation over seeds."
+    )
+    return Tables("metrics", "Metrics", [Shown(table, "Metrics of each method", "numbers metrics")], caption)
 
 
 def pair_table(methods: Sequence[Method], samples: Comparison) -> Table | None:
@@ -127,96 +207,91 @@ def pair_table(methods: Sequence[Method], samples: Comparison) -> Table | None:
     if len(methods) < 2:
         return None
     others = [method for method in methods if not method.level]
-    rows = [
-        (
-            method.label,
-            *("–" if other is method else str(samples.counts[method.index][other.index]) for other in others),
-        )
-        for method in methods
-    ]
-    return Table(("still answered by", *(f"lost by {method.label}" for method in others)), tuple(rows))
-
-
-def hash_table(runs: Sequence[Run]) -> tuple[Table, str]:
-    """For every expert group of every run: its hash when learned and whether it ever changed; and the sum in words."""
     rows = []
-    kept, differing, shared = 0, [], []
+    for method in methods:
+        counts = samples.counts[method.index]
+        rows.append((method.label, *("–" if other is method else str(counts[other.index]) for other in others)))
+    return Table(("still answered by", *(f"lost by {method.label}" for method in others)), rows)
+
+
+def hashes(runs: Sequence[Run]) -> Tables:
+    """For every expert group of every run: its hash when learned and whether it ever changed; and the sum in words."""
+    rows: list[tuple[str, ...]] = []
+    same, different, shared = 0, [], []
     for run in runs:
         history: dict[str, list[tuple[int, str]]] = {}
         for stage, groups in run.group_hashes:
             for name, digest in groups.items():
                 history.setdefault(name, []).append((stage, digest))
-        for name, seen in history.items():
-            first, last = seen[0], seen[-1]
-            changed = sorted({stage for stage, digest in seen if digest != first[1]})
+        for name, ((begun, own), *later) in history.items():
+            changed = sorted({stage for stage, digest in later if digest != own})
             if changed and len(history) == 1:  # later tasks added none, so they train this one
                 verdict = "shared by all tasks, which train it on"
                 shared.append(run.name)
             elif changed:
                 verdict = f"differs at stage {', '.join(map(str, changed))}: not frozen"
-                differing.append(f"{name} of {run.name}")
-            elif last[0] == first[0]:
+                different.append(f"{name} of {run.name}")
+            elif not later:
                 verdict = "new at this stage"
             else:
-                verdict = f"identical through stage {last[0]}"
-                kept += 1
-            rows.append((run.name, name, str(first[0]), first[1], verdict))
-    words = [f"Expert groups checked at a later stage that are identical: {kept}."] if kept else []
-    if differing:
-        words.append(f"Changed after they were learned: {', '.join(differing)}.")
-    if shared:
-        words.append(f"Not frozen, since all tasks share and train it: the one group of {', '.join(shared)}.")
-    if not words:
-        words.append("No group has been followed by a later stage yet.")
-    head = ("run", "group", "learned at stage", "hash when learned", "since then")
-    return Table(head, tuple(rows)), " ".join(words)
+                verdict = f"identical through stage {later[-1][0]}"
+                same += 1
+            rows.append((run.name, name, str(begun), own, verdict))
+    sentences = [
+        f"Expert groups checked at a later stage that are identical: {same}." if same else "",
+        f"Changed after they were learned: {', '.join(different)}." if different else "",
+        f"Not frozen, since all tasks share and train it: the one group of {', '.join(shared)}." if shared else "",
+    ]
+    if not rows:
+        return Tables("hashes", "Frozen groups", [], "These runs recorded no hashes of expert groups.")
+    table = Table(("run", "group", "learned at stage", "hash when learned", "since then"), rows)
+    verdict = " ".join(filter(None, sentences)) or "No group has been followed by a later stage yet."
+    caption = (
+        f"{verdict} The hash of each group when it was learned is compared with its hash at every later stage: a "
+        "frozen group must stay identical bit for bit."
+    )
+    shown = Shown(table, "Hashes of the expert groups", "hashes", "Hashes")
+    return Tables("hashes", "Frozen groups", [shown], caption)
 
 
-def run_table(runs: Sequence[Run]) -> Table:
-    """Where the numbers come from: folder, seed, base model, steps and time."""
+def run_tables(runs: Sequence[Run]) -> Tables:
+    """Where the numbers come from: folder, seed, base model, steps and time; machines and versions."""
     rows = []
     for run in runs:
-        seconds = run.facts.get("seconds")
-        timing = seconds if isinstance(seconds, dict) else {}
+        steps, trained = (run.facts.get(key) for key in ("steps_per_task", "trainable_parameters"))
+        # Thousands stand apart by spaces that never break a line.
+        count = f"{trained:,}".replace(",", "\u202f") if isinstance(trained, int) else "–"
+        times = (_minutes(run.facts.get("seconds"), part) for part in ("train", "evaluate"))
         rows.append(
-            (
-                run.name,
-                run.method,
-                str(run.seed),
-                run.base,
-                str(run.facts.get("steps_per_task", "–")),
-                _grouped(run.facts.get("trainable_parameters")),
-                _minutes(timing.get("train")),
-                _minutes(timing.get("evaluate")),
-            )
+            (run.name, run.method, str(run.seed), run.base, "–" if steps is None else str(steps), count, *times)
         )
     head = ("run", "method", "seed", "base model", "steps a task", "trained parameters", "training", "evaluation")
-    return Table(head, tuple(rows))
-
-
-def machine_table(runs: Sequence[Run]) -> Table:
-    """What the runs were learned on and with: machine and versions."""
     facts = ("machine", "versions")
-    rows = ((run.name, *(", ".join(_flat(run.facts.get(fact))) or "–" for fact in facts)) for run in runs)
-    return Table(("run", *facts), tuple(rows))
+    machines = [(run.name, *(in_words(run.facts.get(fact)) or "–" for fact in facts)) for run in runs]
+    return Tables(
+        "runs",
+        "Runs",
+        [
+            Shown(Table(head, rows), "The runs behind the numbers", "runs"),
+            Shown(
+                Table(("run", *facts), machines),
+                "Machines and versions of the runs",
+                "machines",
+                "Machines and versions",
+            ),
+        ],
+    )
 
 
-def _grouped(count: Any) -> str:
-    """A count with its thousands apart, by spaces that never break a line."""
-    return f"{count:,}".replace(",", "\u202f") if isinstance(count, int) else "–"
-
-
-def _minutes(seconds: Any) -> str:
-    """The sum of a list of seconds (or one number of seconds) in minutes."""
-    values = seconds if isinstance(seconds, list) else [seconds]
-    known = [float(value) for value in values if isinstance(value, int | float)]
+def _minutes(seconds: Any, part: str) -> str:
+    """The sum of a part's list of seconds (or one number of seconds) in minutes."""
+    values = seconds.get(part) if isinstance(seconds, dict) else None
+    known = [value for value in (values if isinstance(values, list) else [values]) if isinstance(value, int | float)]
     return f"{number(sum(known) / 60)} min" if known else "–"
 
 
-def _flat(value: Any) -> Iterator[str]:
+def in_words(value: Any) -> str:
+    """A fact on one line, a mapping as in "cores 2, gpu none"; what is None is left out."""
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            if item is not None:
-                yield f"{key} {item}"
-    elif value is not None:
-        yield str(value)
+        return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
+    return "" if value is None else str(value)

@@ -10,14 +10,13 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+from dymoe.analysis.forgetting import ranked
+from dymoe.analysis.runs import Method, Run, stage_folders
 from dymoe.errors import DymoeError
 from dymoe.files import read_json, read_json_lines
 from dymoe.learning.formats import Scored, ShownSample
 from dymoe.messages import brief, listed
 from dymoe.pictures import MAGIC
-from dymoe.report.runs import Run, stage_folders
-from dymoe.report.summary import Method
-from dymoe.report.words import ranked
 
 # Samples of each task at least, of each pair of methods (one still answers, one has lost) and in all at most.
 PER_TASK = 3
@@ -25,7 +24,6 @@ PER_PAIR = 8
 MOST = 96
 # Base64 characters of all images together: with plotly.js (5 MB) the page stays well under 10 MB.
 IMAGE_BUDGET = 2_000_000
-LONGEST = 400
 
 
 @dataclass(frozen=True)
@@ -124,6 +122,8 @@ class Comparison:
     total: int
     counts: tuple[tuple[int, ...], ...]
     pair: tuple[int, int] | None
+    id: str = "samples"
+    title: str = "What one still answers and another has lost"
 
 
 def compare(methods: Sequence[Method]) -> Comparison:
@@ -205,11 +205,6 @@ def _first_pair(methods: Sequence[Method], counts: Sequence[Sequence[int]]) -> t
     return None
 
 
-def shorten(text: str) -> str:
-    """At most LONGEST characters of a text, saying how many were left out."""
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST} more characters)"
-
-
 def _interest(shown: Shown) -> tuple[int, int, int]:
     """Lost by some and kept by others, lost at all, by how many."""
     return (int(bool(shown.lost and shown.kept)), int(bool(shown.lost)), len(shown.lost))
@@ -264,8 +259,8 @@ def _answers(run: Run, wanted: set[tuple[str, str]]) -> dict[tuple[int, str, str
     """(stage, task, id) -> answer, for the wanted (task, id) of the stages that are done."""
     found = {}
     tasks = {task for task, _ in wanted}
-    folders = stage_folders(run.path) if run.trained else [(1, run.path / "zero-shot")]
-    for stage, folder in folders:
+    folders = stage_folders(run.path) if run.trained else [(1, "", run.path / "zero-shot")]
+    for stage, _, folder in folders:
         if run.level:
             stage = 1
         elif stage > run.stages:

@@ -1,0 +1,430 @@
+"""Runs side by side: folders and sweeps' results read and checked, seeds gathered into methods, means with spread."""
+
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dymoe.analysis.figures import Look, look
+from dymoe.analysis.storage import about, stored
+from dymoe.errors import DymoeError
+from dymoe.evaluation.metrics import ROUNDING, AccuracyMatrix, drift
+from dymoe.files import read_json
+from dymoe.learning.formats import KEY, RoutingWeights, read_results, run_results
+from dymoe.messages import brief, shorten
+from dymoe.numbers import Stat
+from dymoe.sweep.records import told
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STAGE_FOLDER = re.compile(r"(\d+)-(.+)")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Weight that each task's test tokens put on each expert group at one stage.
+
+    A row sums to 1, to less where layers have no experts, and to more where a method adds up all groups at full weight.
+    """
+
+    groups: tuple[str, ...]
+    weights: Mapping[str, tuple[float, ...]]
+
+    def drift(self, task: str) -> float | None:
+        """The task's drift (`evaluation.metrics.drift`), in 0..1, None where there is none or it was not asked."""
+        return drift(task, self.groups, self.weights[task]) if task in self.weights else None
+
+    @property
+    def divides(self) -> bool:
+        """Whether there are several groups among which tokens are divided."""
+        return len(self.groups) > 1 and all(math.fsum(row) <= 1 + ROUNDING for row in self.weights.values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what results.json and the stages' routing.json say, or a record of a sweep, checked.
+
+    `path` is the run folder, or the sweep's file; `label` the sweep's row, empty in a run folder. `rows` is the
+    accuracy matrix as far as the run has come; a run without stages (joint: all tasks learned at once; zero-shot: none)
+    has one row over all tasks in `level` instead.
+    """
+
+    path: Path
+    name: str
+    method: str
+    stream: str
+    tasks: tuple[str, ...]
+    seed: int
+    base: str
+    rows: tuple[tuple[float, ...], ...]
+    level: tuple[float, ...] | None
+    format_drift: Mapping[str, float]
+    group_hashes: tuple[tuple[int, Mapping[str, str]], ...]
+    routing: Mapping[int, Routing]
+    facts: Mapping[str, Any]
+    label: str = ""
+
+    @property
+    def trained(self) -> bool:
+        """Whether any task was learned."""
+        return bool(self.rows) or self.facts.get("joint") is not None
+
+    @property
+    def stages(self) -> int:
+        """How many stages are done (0 for a run without any)."""
+        return len(self.rows)
+
+    def matrix(self, stages: int | None = None) -> AccuracyMatrix:
+        """The accuracy matrix after the first `stages` stages (all that are done by default)."""
+        rows = self.rows[:stages]
+        return AccuracyMatrix(rows, self.tasks[: len(rows)])
+
+
+@dataclass(frozen=True)
+class Method:
+    """The runs (seeds) of one method; `index` picks its look everywhere on the page."""
+
+    label: str
+    runs: tuple[Run, ...]
+    index: int
+
+    @property
+    def look(self) -> Look:
+        """The method's line and mark; without stages a line alone, dotted (joint) or dashed (nothing learned)."""
+        own = look(self.index, self.label)
+        if not self.level:
+            return own
+        glyph, dash = ("┄", "dot") if self.runs[0].trained else ("╌", "longdashdot")
+        return replace(own, glyph=glyph, dash=dash)
+
+    @property
+    def level(self) -> bool:
+        """Whether there are no stages, so that nothing is forgotten: all tasks learned at once, or none."""
+        return self.runs[0].level is not None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The stream's tasks in learned order."""
+        return self.runs[0].tasks
+
+    @property
+    def stages(self) -> int:
+        """Stages that every run of the method has done; all means are over these."""
+        return min(run.stages for run in self.runs)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run has learned the whole stream."""
+        return self.level or self.stages == len(self.tasks)
+
+    @property
+    def seeds(self) -> str:
+        """As in "seeds 0, 1"."""
+        numbers = ", ".join(str(run.seed) for run in self.runs)
+        return f"seed {numbers}" if len(self.runs) == 1 else f"seeds {numbers}"
+
+    @property
+    def routed(self) -> bool:
+        """Whether its tokens are divided among groups, as its stages' routing.json say."""
+        return any(routing.divides for run in self.runs for routing in run.routing.values())
+
+    def metric(self, key: str) -> Stat | None:
+        """MFT, MFN, MAA, BWT or BWT_T-1 over the runs; without stages only MFN, the final accuracy, has a meaning."""
+        if not self.level:
+            return Stat.of([run.matrix(self.stages).to_dict()[key] for run in self.runs])
+        return Stat.of([statistics.fmean(run.level or ()) for run in self.runs]) if key == "MFN" else None
+
+    def rows(self) -> list[list[float]]:
+        """The accuracy matrix, averaged over the runs cell by cell."""
+        return [
+            [statistics.fmean(run.rows[t][i] for run in self.runs) for i in range(t + 1)] for t in range(self.stages)
+        ]
+
+    def level_accuracy(self, task: int) -> float:
+        """Mean accuracy in percent on one task of a method without stages."""
+        return statistics.fmean(run.level[task] for run in self.runs if run.level)
+
+    def forgetting(self, task: int) -> Stat | None:
+        """Percentage points lost on a task since its best earlier stage; None before it was learned."""
+        if task >= self.stages:
+            return None
+        return Stat.of([run.matrix(self.stages).forgetting()[task] for run in self.runs])
+
+    def format_drift(self, task: int) -> Stat | None:
+        """Format drift in points as results.json gives it; None where a run does not give it."""
+        name = self.tasks[task]
+        given = [run.format_drift[name] for run in self.runs if name in run.format_drift]
+        return Stat.of(given) if len(given) == len(self.runs) else None
+
+    def drift(self, stage: int, task: int) -> float | None:
+        """Mean weight in percent that a task's tokens put on newer groups at a stage (1-based)."""
+        name = self.tasks[task]
+        given = [run.routing[stage].drift(name) for run in self.runs if stage in run.routing]
+        known = [value for value in given if value is not None]
+        return 100 * statistics.fmean(known) if len(known) == len(self.runs) else None
+
+    def mean_drift(self, stage: int) -> float | None:
+        """`drift` averaged over the old tasks of a stage; None at the first stage or without routing."""
+        known = [value for i in range(stage - 1) if (value := self.drift(stage, i)) is not None]
+        return statistics.fmean(known) if known else None
+
+    def change(self, task: int, stage: int) -> Stat | None:
+        """Points that a task's accuracy changed by at a stage (1-based) that learned another; None before that."""
+        if not task + 1 < stage <= self.stages:
+            return None
+        return Stat.of([run.rows[stage - 1][task] - run.rows[stage - 2][task] for run in self.runs])
+
+    def change_of_task(self, task: int) -> Stat | None:
+        """Points that a task's accuracy changed by since it was learned; None where nothing was learned after it.
+
+        The sum over tasks is T times backward transfer, and so is the sum over stages of `change_at`.
+        """
+        if not task + 1 < self.stages:
+            return None
+        return Stat.of([run.rows[self.stages - 1][task] - run.rows[task][task] for run in self.runs])
+
+    def change_at(self, stage: int) -> Stat | None:
+        """Points that the tasks before it changed by at a stage (1-based), summed over them; None at the first."""
+        if not 1 < stage <= self.stages:
+            return None
+        return Stat.of(
+            [math.fsum(run.rows[stage - 1][i] - run.rows[stage - 2][i] for i in range(stage - 1)) for run in self.runs]
+        )
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read what is to be compared: run folders, and sweeps' results (.jsonl), which stand for all their runs.
+
+    Raises:
+        DymoeError: no folder, one given twice, one that is no run or is broken, or runs of different streams.
+    """
+    if not paths:
+        raise DymoeError("report: no run folder given; at least one is needed")
+    resolved = [Path(path).resolve() for path in paths]
+    for path, real in zip(paths, resolved, strict=True):
+        if resolved.count(real) > 1:
+            raise DymoeError(f"{path}: this run folder is given more than once; give each run once")
+    runs: list[Run] = []
+    for path in map(Path, paths):
+        runs += read_sweep(path) if path.suffix == ".jsonl" else [read_run(path)]
+    first = runs[0]
+    for run in runs[1:]:
+        for key, here, there in (
+            ("stream", run.stream, first.stream),
+            ("tasks", list(run.tasks), list(first.tasks)),
+        ):
+            if here != there:
+                raise DymoeError(
+                    f"{_where(run)}: {key} is {brief(here)}, but {_where(first)} has {brief(there)}; only runs of one "
+                    "stream with the same tasks in the same order can be compared"
+                )
+    return runs
+
+
+def _where(run: Run) -> str:
+    """The file that a run was read from, as a message names it."""
+    return f"{run.path}: {run.name}" if run.label else str(run.path / "results.json")
+
+
+def read_sweep(file: Path) -> list[Run]:
+    """Read the records of a sweep's results as runs; predictions and routing by stage are not in them.
+
+    Raises:
+        DymoeError: no such file, no sweep's results, no record yet, or a broken one; the message names it.
+    """
+    if not os.path.lexists(file):
+        raise DymoeError(f"{file}: no such file; a run folder, or the results of `dymoe sweep`, is needed")
+    rows = read_results(file)["rows"]
+    if not rows:
+        raise DymoeError(f"{file}: holds no finished run yet; go on with the sweep")
+    runs = []
+    for row in rows:
+        name = told([row[key] for key in KEY])
+        steps = row["recipe"]["training"].get("steps_per_task")
+        data = {**row, "name": name, **({} if steps is None else {"steps_per_task": steps})}
+        runs.append(replace(_run(file, f"{file}: {name}", data, {}), label=row["label"]))
+    return runs
+
+
+def read_run(path: Path) -> Run:
+    """Read one run folder.
+
+    Raises:
+        DymoeError: results.json or a stage's routing.json is missing or broken; the message names the file.
+    """
+    results = run_results(path)
+    files = {stage: folder / "routing.json" for stage, _, folder in stage_folders(path)}
+    routing = {stage: _routing(file) for stage, file in files.items() if file.exists()}
+    return _run(path, str(path / "results.json"), results, routing)
+
+
+def _run(path: Path, file: str, data: Mapping[str, Any], routing: Mapping[int, Routing]) -> Run:
+    """A run from its checked results; `file` is where they stand, for messages."""
+    # A run that learns may have a zero-shot row beside its matrix.
+    level = data.get("zero_shot" if data.get("joint") is None and not data.get("matrix") else "joint")
+    if level is None and not data.get("matrix"):
+        raise DymoeError(f"{file}: matrix: the run has finished no stage yet, so nothing can be shown")
+    known = {"tasks", "matrix", "lenient_matrix", "metrics", "forgetting", "format_drift", "group_hashes"}
+    hashes = sorted(((entry["stage"], entry["groups"]) for entry in data.get("group_hashes") or []), key=itemgetter(0))
+    return Run(
+        path=path,
+        name=data["name"],
+        method=data["method"],
+        stream=data["stream"],
+        tasks=tuple(data["tasks"]),
+        seed=data["seed"],
+        base=data.get("base", ""),
+        rows=() if level else tuple(map(tuple, data["matrix"])),
+        level=tuple(level) if level else None,
+        format_drift=data.get("format_drift") or {},
+        group_hashes=tuple(hashes),
+        routing=routing,
+        facts={key: value for key, value in data.items() if key not in known},
+    )
+
+
+def stage_folders(path: Path) -> Iterator[tuple[int, str, Path]]:
+    """(number, name, folder) of every folder stages/NN-NAME, in order of the stages."""
+    folders = [folder for folder in (path / "stages").glob("*") if folder.is_dir()]
+    matches = [(match, folder) for folder in folders if (match := STAGE_FOLDER.fullmatch(folder.name))]
+    yield from sorted((int(match[1]), match[2], folder) for match, folder in matches)
+
+
+def _routing(file: Path) -> Routing:
+    data = read_json(file, RoutingWeights)
+    for task, row in data["tasks"].items():
+        if len(row["weight"]) != len(data["groups"]):
+            count = len(data["groups"])
+            where = f"{file}: tasks.{shorten(task)}.weight"
+            raise DymoeError(f"{where}: expected one weight for each of {count} groups, got {brief(row['weight'])}")
+    return Routing(tuple(data["groups"]), {task: tuple(row["weight"]) for task, row in data["tasks"].items()})
+
+
+# ---------------------------------------------------------------- seeds and settings
+
+
+def gather(runs: Sequence[Run]) -> list[Method]:
+    """Group runs by method and settings, in the order given.
+
+    Runs that differ in their seed alone are averaged. Where a method comes with several settings, the label names
+    what differs. Two runs with the same settings and seed cannot be two seeds of one configuration, so then each
+    stands alone under its own name.
+    """
+    grouped: dict[tuple[str, str, bool], list[Run]] = {}
+    for run in runs:
+        settings = json.dumps(_settings(run), sort_keys=True, default=str)
+        grouped.setdefault((_name(run), settings, run.level is not None), []).append(run)
+    labelled: list[tuple[str, list[Run]]] = []
+    for (name, _, _), members in grouped.items():
+        variants = [other[0] for other in grouped.values() if _name(other[0]) == name]
+        label = f"{name}{_difference(members[0], variants)}"
+        if len({run.seed for run in members}) == len(members):
+            labelled.append((label, sorted(members, key=lambda run: run.seed)))
+        else:
+            labelled.extend((f"{label} ({run.name})", [run]) for run in members)
+    labels = [label for label, _ in labelled]
+    return [
+        Method(f"{label} [{members[0].path.name}]" if labels.count(label) > 1 else label, tuple(members), index)
+        for index, (label, members) in enumerate(labelled)
+    ]
+
+
+def _name(run: Run) -> str:
+    """The sweep's row, or the method with its companions, as in "dymoe with replay"."""
+    if run.label:
+        return run.label
+    companions = run.facts.get("with")
+    return f"{run.method} with {', '.join(companions)}" if companions else run.method
+
+
+def _settings(run: Run) -> dict[str, object]:
+    """The method's settings and, as "replay.size", those of its companions; none where a sweep names the row."""
+    if run.label:
+        return {}
+    settings = dict(run.facts.get("settings") or {})
+    companions = run.facts.get("with") or {}
+    for name in companions:
+        values = companions[name] if isinstance(companions, dict) else None
+        settings |= {f"{name}.{key}": value for key, value in (values or {}).items()}
+    return settings
+
+
+def _difference(run: Run, variants: Sequence[Run]) -> str:
+    """The settings of `run` in which the variants of its method differ, " (key value, ...)" or nothing."""
+    others = [_settings(variant) for variant in variants]
+    own = _settings(run)
+    keys = sorted({key for settings in others for key in settings})
+    parts = [f"{key} {own.get(key)}" for key in keys if any(other.get(key) != own.get(key) for other in others)]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+# ---------------------------------------------------------------- their analyses
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """A kept analysis of one method: the frame of its first run that has one, with at least one row.
+
+    `made` says how it was made: the method and the command.
+    """
+
+    method: Method
+    run: Run
+    frame: "pd.DataFrame"
+    made: str
+
+    @property
+    def label(self) -> str:
+        """The method's name."""
+        return self.method.label
+
+
+def analysed(methods: Sequence[Method], name: str) -> list[Analysed]:
+    """The methods with a kept analysis `name` (see `dymoe.analysis.stored`), in their order.
+
+    Raises:
+        DymoeError: a file is broken or of another analysis; the message names it.
+    """
+    result = []
+    for method in methods:
+        for run in method.runs:
+            frame = stored(run.path, name)
+            if frame is not None and len(frame):
+                command = (about(run.path, name) or {}).get("command", f"dymoe analyze {name}")
+                result.append(Analysed(method, run, frame, f"{method.label}, seed {run.seed}: {command}"))
+                break
+    return result
+
+
+def missing(methods: Sequence[Method], have: Sequence[Analysed], name: str) -> tuple[str, str]:
+    """Which methods lack an analysis, and the command that makes it for the first of them; empty where none does."""
+    there = {one.method.index for one in have}
+    lacking = [method for method in methods if method.routed and method.index not in there]
+    unlogged = [method for method in lacking if name == "dynamics" and not any(map(_logged, method.runs))]
+    able = [method for method in lacking if method not in unlogged]
+    note = f"Nothing was logged while {_names(unlogged)} learned (training.dynamics_every). " if unlogged else ""
+    if not able:
+        return note.strip(), ""
+    how = "This makes it" if len(able) == 1 else "For the first, this makes it"
+    command = f"dymoe analyze {name} {shlex.quote(str(able[0].runs[0].path))}"
+    return f"{note}Not analysed yet: {_names(able)}. {how}:", command
+
+
+def _names(methods: Iterable[Method]) -> str:
+    return ", ".join(method.label for method in methods)
+
+
+def _logged(run: Run) -> bool:
+    """Whether the trainer wrote down how routing changed; older runs have no such log."""
+    return any(run.path.glob("stages/*/dynamics.jsonl"))
