@@ -213,6 +213,10 @@ def test_the_first_stages_alone_are_what_the_run_was_then(learned, tiny_folder, 
     assert results["forgetting"] == {"ImageNet": 10.0, "VQAv2": 0.0}
     assert results["format_drift"] == {"ImageNet": 5.0, "VQAv2": 0.0}
     assert results["tasks"] == whole["tasks"]
+    assert results["answers"] == {
+        task: {"questions": whole["answers"][task]["questions"], "scores": whole["answers"][task]["scores"][:stages]}
+        for task, stages in (("ImageNet", 2), ("VQAv2", 1))
+    }
     assert results["group_hashes"] == whole["group_hashes"][:2]
     assert results["drift"] == {"ImageNet": whole["drift"]["ImageNet"][:2], "VQAv2": whole["drift"]["VQAv2"][:1]}
     assert [len(row) for row in results["seconds"].values()] == [2] * len(results["seconds"])

@@ -233,6 +233,11 @@ def first_stages(results: dict[str, Any], count: int, where: str) -> dict[str, A
     cut["drift"] = {
         task: row[: count - tasks.index(task)] for task, row in results.get("drift", {}).items() if task in learned
     }
+    if "answers" in results:
+        asked = {task: row for task, row in results["answers"].items() if task in learned}
+        cut["answers"] = {
+            task: {**row, "scores": row["scores"][: count - tasks.index(task)]} for task, row in asked.items()
+        }
     for key in ("samples", "training"):
         cut[key] = {task: row for task, row in results.get(key, {}).items() if task in learned}
     # How many parameters there were earlier stands in the stages alone.
