@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.scoring import COIN_TASKS, lenient, names, readable, scorer
+from dymoe.tasks.coin import TASKS
+from dymoe.tasks.scoring import lenient, names, readable, scorer
 
 TEN = ["stop"] * 6 + ["stop sign"] * 3 + ["halt"]
 RECORDS: dict[str, dict[str, Any]] = {
@@ -22,7 +23,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "VQAv2": {"answer": "2", "answers": ["2"] * 10},
     "OCRVQA": {"answer": "Children's Books"},
 }
-RULES = [f"{rule}/{task}" for rule in ("coin", "corrected") for task in COIN_TASKS] + ["sefe/ScienceQA"]
+RULES = [f"{rule}/{task}" for rule in ("coin", "corrected") for task in TASKS] + ["sefe/ScienceQA"]
 HUGE = [
     "9" * 10**5, "[" * 10**5, "A " * 50_000, "," * 10**5, "." * 10**5, "The answer is B. " * 6000, "\ud800" * 10**5,
     "[0.25,0.25,0.75,0.75]" * 5000, "'s" * 50_000, "1.1" * 30_000, " " * 10**5, "[" + " " * 10**5, "-" * 10**5 + "1",
@@ -42,7 +43,7 @@ def record(rule: str) -> dict[str, Any]:
 
 def test_the_eight_tasks_have_both_rules_in_any_case() -> None:
     for rule in ("coin", "corrected"):
-        for task in COIN_TASKS:
+        for task in TASKS:
             assert f"{rule}/{task.lower()}" in names()
             assert scorer(f"{rule}/{task}") is scorer(f"{rule}/{task.lower()}") is scorer(f"{rule}/{task.upper()}")
     with pytest.raises(DymoeError, match="did you mean coin/grounding"):

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.scoring import COIN_TASKS, scorer
+from dymoe.tasks.coin import TASKS
+from dymoe.tasks.scoring import scorer
 from dymoe.tasks.scoring.runner import Scores, rule_name, score_files
 
 Run = Callable[..., Scores]
@@ -315,6 +316,6 @@ def test_accuracy_is_the_mean_of_the_scores(tmp_path_factory: Any, task: str, te
 
 
 def test_every_task_has_a_rule_that_the_runner_finds() -> None:
-    assert {rule_name(rule, task)[0] for rule in ("coin", "corrected") for task in COIN_TASKS} == {
-        f"{rule}/{task.lower()}" for rule in ("coin", "corrected") for task in COIN_TASKS
+    assert {rule_name(rule, task)[0] for rule in ("coin", "corrected") for task in TASKS} == {
+        f"{rule}/{task.lower()}" for rule in ("coin", "corrected") for task in TASKS
     }

@@ -7,14 +7,15 @@ from typing import Any
 from dymoe.cli.options import Command
 from dymoe.errors import DymoeError
 from dymoe.messages import say
+from dymoe.tasks.coin import TASKS
 
-HELP = """usage: dymoe score --rule coin|corrected --task TASK PREDICTIONS REFERENCES [options]
+HELP = f"""usage: dymoe score --rule coin|corrected --task TASK PREDICTIONS REFERENCES [options]
 
 Score a file of predictions (JSON lines with question_id and text) against a file of test records (CoIN's test.json or
 val.json); print the accuracy and what was counted, and write them as JSON with the rule and the files' SHA-256.
 
   --rule RULE        coin: as CoIN's published code, flaw for flaw; corrected: as a careful benchmark would
-  --task TASK        ScienceQA, TextVQA, ImageNet, GQA, VizWiz, Grounding, VQAv2 or OCRVQA, in any case
+  --task TASK        one of {", ".join(TASKS)}, in any case
   --annotations DIR  the image root (cl_dataset) or the task's folder in it: ScienceQA's problems.json and
                      pid_splits.json, TextVQA's TextVQA_0.5.1_val.json (needed), GQA's testdev_balanced_questions.json
   --variant NAME     with --rule coin: coin (default) or sefe (SEFE's code); they differ on ScienceQA alone

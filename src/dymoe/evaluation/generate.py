@@ -9,6 +9,8 @@ import torch
 
 from dymoe.errors import DymoeError
 from dymoe.evaluation.decode import Greedy
+from dymoe.tasks.scoring import rule
+from dymoe.tasks.scoring.answers import Answer, percent, score_answers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,12 +57,12 @@ class TaskResult:
     @property
     def strict(self) -> float:
         """Accuracy in percent under the strict rule."""
-        return 100.0 * sum(p.score for p in self.predictions) / len(self.predictions)
+        return percent([each.score for each in self.predictions])
 
     @property
     def lenient(self) -> float:
         """Accuracy in percent under the lenient rule."""
-        return 100.0 * sum(p.lenient for p in self.predictions) / len(self.predictions)
+        return percent([each.lenient for each in self.predictions])
 
     def records(self) -> list[dict[str, Any]]:
         """The predictions as they stand in predictions/<task>.jsonl."""
@@ -171,8 +173,6 @@ def evaluate(
         DymoeError: the split is empty, the model's scores are not finite, or a reference cannot be read (the sample is
             named).
     """
-    from dymoe.tasks.scoring import lenient, scorer
-
     samples = evaluated(task, split, limit)
     trace = None if peft_model is None else cast(Any, peft_model.base_model).trace
     measuring = nullcontext() if trace is None else trace.measuring()
@@ -183,14 +183,12 @@ def evaluate(
             )
         except DymoeError as error:
             raise DymoeError(f"task {task.name!r}: {error}") from error
-    strict_rule, lenient_rule = scorer(task.scorer), lenient(task.scorer)
-    predictions = []
-    for sample, answer in zip(samples, answers, strict=True):
-        try:
-            scores = strict_rule(answer, sample.reference), lenient_rule(answer, sample.reference)
-        except DymoeError as error:
-            raise DymoeError(f"task {task.name!r}: sample {sample.id!r}: {error}") from error
-        predictions.append(Prediction(sample.id, sample.question, sample.answer, answer, *scores))
+    answered = [Answer(sample.id, text, sample.reference) for sample, text in zip(samples, answers, strict=True)]
+    scores = score_answers(rule(task.scorer), answered, f"task {task.name!r}: sample")
+    predictions = [
+        Prediction(sample.id, sample.question, sample.answer, text, score.strict, score.lenient)
+        for sample, text, score in zip(samples, answers, scores, strict=True)
+    ]
     if weights is None:
         return TaskResult(task.name, tuple(predictions))
     weights = weights.joined(gather(weights))

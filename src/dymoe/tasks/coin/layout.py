@@ -17,13 +17,13 @@ from typing import Any
 from dymoe.errors import DymoeError
 from dymoe.files import expand, read_json
 from dymoe.tasks import instructions
+from dymoe.tasks.coin import TASKS
 from dymoe.tasks.lazy import what_is_there
 from dymoe.tasks.llava import parse
 from dymoe.tasks.scoring.annotations import FILES
 from dymoe.tasks.source import Source
 
 PUBLISHED = Path(__file__).parent / "published.json"
-TASKS = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCRVQA")
 BELOW = ("", "playground", "data", "datasets")  # where below the root the folders may stand
 NAMED = ("Instructions_Original", "Instruction_Original", "Instructions", "annotations", "playground")
 PEEK_BYTES, PEEK_RECORDS = 1 << 18, 40

@@ -11,7 +11,7 @@ from dymoe.errors import DymoeError
 from dymoe.tasks.index import Reference
 from dymoe.tasks.llava import Record, box_text, read_box
 from dymoe.tasks.scoring import soft_accuracy
-from dymoe.tasks.scoring.annotations import FILES, Annotations, load
+from dymoe.tasks.scoring.annotations import FILES, Annotations, counts, load
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _CHOICE = re.compile(r"^([A-Z])\. (.+)$", re.MULTILINE)
@@ -70,7 +70,7 @@ def _joined(annotations: Annotations) -> Reference:
 
     def read(record: Record) -> tuple[dict[str, Any], bool]:
         told = {**_plain(record)[0], **annotations.fields(record.id)}
-        return told, told.get("isBalanced", True)  # no rule counts the questions that are not balanced
+        return told, counts(told)
 
     return read
 

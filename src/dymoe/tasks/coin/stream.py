@@ -6,8 +6,7 @@ from pathlib import Path
 
 from dymoe.errors import DymoeError
 from dymoe.tasks.base import Stream, Task
-from dymoe.tasks.coin import references
-from dymoe.tasks.coin.layout import TASKS as NAMES
+from dymoe.tasks.coin import TASKS, references
 from dymoe.tasks.coin.layout import Layout, find
 from dymoe.tasks.coin.preflight import findings, published_times, stand_in
 from dymoe.tasks.index import Index, Plan, held_out, index, listed, scorable, usable
@@ -15,32 +14,9 @@ from dymoe.tasks.lazy import Records, View
 from dymoe.tasks.llava import Record
 from dymoe.tasks.source import Source
 
-__all__ = ["TASKS", "Limits", "TaskIndexes", "findings", "indexes", "load", "published_times", "rules", "stand_in"]
+__all__ = ["TASKS", "TaskIndexes", "findings", "indexes", "load", "published_times", "rules", "stand_in"]
 
 MOST_HELD_OUT = 1000
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Longest answers in tokens, the end token included: what the task's answers need, and CoIN's own."""
-
-    short: int
-    coin: int
-
-
-# The short ones: a letter; words; a label of up to eight words; a box of four numbers, two tokens a digit at most;
-# names of several authors.
-TASKS = {
-    "ScienceQA": Limits(16, 1024),
-    "TextVQA": Limits(32, 128),
-    "ImageNet": Limits(32, 1024),
-    "GQA": Limits(16, 128),
-    "VizWiz": Limits(32, 128),
-    "Grounding": Limits(48, 1024),
-    "VQAv2": Limits(16, 1024),
-    "OCRVQA": Limits(64, 128),
-}
-assert tuple(TASKS) == NAMES
 
 
 def rules(source: Source) -> str:

@@ -4,7 +4,7 @@ The pocket stream's rules have plain names ("letter"). CoIN's eight tasks have t
 what CoIN's published code does, flaw for flaw, so that numbers can be compared with published ones;
 "corrected/grounding" does what a careful benchmark would do. The task may be in any case. `runner` scores whole files.
 A rule from outside (`dymoe.plugins`) is a function ``my_rule.py:rule``, its own lenient twin, or an object with
-`strict`, `lenient` and `readable` as the modules here have them.
+`strict`, `lenient` and `readable` as the modules here have them. What else a module may have stands at `Rule`.
 
 Both are functions (prediction, reference) -> float in [0, 1]. A prediction may be any text: what cannot be read
 is wrong. A reference that cannot be read raises `DymoeError`. An answer that the lenient rule accepts and the
@@ -12,7 +12,8 @@ strict rule does not is format drift: the model still knows, but says it in anot
 """
 
 from collections.abc import Callable, Mapping
-from types import ModuleType, SimpleNamespace
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from dymoe import plugins
@@ -25,6 +26,7 @@ from dymoe.tasks.scoring import (
     coin_ocrvqa,
     coin_open_answer,
     coin_scienceqa,
+    coin_textvqa,
     exact_match,
     iou,
     letter,
@@ -33,6 +35,7 @@ from dymoe.tasks.scoring import (
     sefe_scienceqa,
     soft_accuracy,
 )
+from dymoe.tasks.scoring.policy import QUESTIONS, Policy
 from dymoe.tasks.scoring.text import Scorer
 
 _RULES: dict[str, ModuleType] = {
@@ -41,7 +44,7 @@ _RULES: dict[str, ModuleType] = {
     "exact_match": exact_match,
     "iou": iou,
     "coin/scienceqa": coin_scienceqa,
-    "coin/textvqa": soft_accuracy,
+    "coin/textvqa": coin_textvqa,
     "coin/imagenet": coin_imagenet,
     "coin/gqa": coin_gqa,
     "coin/vizwiz": coin_open_answer,
@@ -59,9 +62,33 @@ _RULES: dict[str, ModuleType] = {
     "sefe/scienceqa": sefe_scienceqa,
 }
 
-COIN_TASKS = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCRVQA")
+__all__ = ["Rule", "Scorer", "lenient", "names", "readable", "right_answer", "rule", "scorer"]
 
-__all__ = ["COIN_TASKS", "Scorer", "lenient", "names", "readable", "right_answer", "scorer"]
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule, and what a file of answers is scored with under it; the names are those of a module's functions.
+
+    Attributes:
+        name: as it was asked for.
+        strict: (prediction, reference) -> score.
+        lenient: the same by the format-tolerant rule; never lower.
+        readable: whether the strict rule finds an answer in a prediction at all.
+        right: reference -> what the rule wants said: its answer, of a choice the letter. Raises a DymoeError where the
+            reference cannot be read.
+        policy: what the rule divides by (`POLICY` of the module).
+        skipped: whether the rule passes over a prediction, which is then wrong.
+        remarks: (references by id, their file) -> what is to be said of them.
+    """
+
+    name: str
+    strict: Scorer
+    lenient: Scorer
+    readable: Callable[[str, Mapping[str, Any]], bool]
+    right: Callable[[Mapping[str, Any]], str] = exact_match.read_answer
+    policy: Policy = QUESTIONS
+    skipped: Callable[[str], bool] = lambda prediction: False
+    remarks: Callable[[Mapping[str, Mapping[str, Any]], str], list[str]] = lambda references, origin: []
 
 
 def names() -> tuple[str, ...]:
@@ -69,58 +96,44 @@ def names() -> tuple[str, ...]:
     return tuple(_RULES)
 
 
-def scorer(name: str) -> Scorer:
-    """Return the strict rule of this name.
+def rule(name: str) -> Rule:
+    """The rule of this name.
 
     Raises:
         DymoeError: no such rule; the message names the nearest one.
     """
-    strict: Scorer = _rule(name).strict
-    return strict
+    found = _RULES.get(name) or _RULES.get(str(name).lower()) or plugins.find(str(name), "dymoe.scorers")
+    if found is None:
+        raise DymoeError(unknown("scoring rule", name, (*_RULES, *plugins.names("dymoe.scorers"))))
+    parts = {part: getattr(found, part) for part in ("strict", "lenient", "readable") if hasattr(found, part)}
+    if len(parts) == 3:
+        more = {"right": "right", "policy": "POLICY", "skipped": "skipped", "remarks": "remarks"}
+        parts |= {field: getattr(found, part) for field, part in more.items() if hasattr(found, part)}
+        return Rule(name, **parts)
+    if not callable(found):
+        raise DymoeError(f"{name}: a scoring rule must be a function or have strict, lenient and readable")
+    checked = _within(name, found)
+    return Rule(name, checked, checked, exact_match.readable)
+
+
+def scorer(name: str) -> Scorer:
+    """The strict rule of this name; raises as `rule`."""
+    return rule(name).strict
 
 
 def lenient(name: str) -> Scorer:
-    """Return the format-tolerant rule of this name; it never scores lower than the strict one.
-
-    Raises:
-        DymoeError: no such rule; the message names the nearest one.
-    """
-    tolerant: Scorer = _rule(name).lenient
-    return tolerant
+    """The format-tolerant rule of this name, which never scores lower than the strict one; raises as `rule`."""
+    return rule(name).lenient
 
 
 def readable(name: str) -> Callable[[str, Mapping[str, Any]], bool]:
-    """Return the test whether the strict rule of this name finds an answer in a prediction at all.
-
-    Raises:
-        DymoeError: no such rule; the message names the nearest one.
-    """
-    reads: Callable[[str, Mapping[str, Any]], bool] = _rule(name).readable
-    return reads
+    """The test whether the strict rule of this name finds an answer in a prediction at all; raises as `rule`."""
+    return rule(name).readable
 
 
 def right_answer(name: str) -> Callable[[Mapping[str, Any]], str]:
-    """Return what the rule of this name wants said: its reference's answer, of a choice the letter.
-
-    The function raises a `DymoeError` where the reference cannot be read.
-
-    Raises:
-        DymoeError: no such rule; the message names the nearest one.
-    """
-    right: Callable[[Mapping[str, Any]], str] = getattr(_rule(name), "right", exact_match.read_answer)
-    return right
-
-
-def _rule(name: str) -> Any:
-    rule = _RULES.get(name) or _RULES.get(str(name).lower()) or plugins.find(str(name), "dymoe.scorers")
-    if rule is None:
-        raise DymoeError(unknown("scoring rule", name, (*_RULES, *plugins.names("dymoe.scorers"))))
-    if all(hasattr(rule, part) for part in ("strict", "lenient", "readable")):
-        return rule
-    if not callable(rule):
-        raise DymoeError(f"{name}: a scoring rule must be a function or have strict, lenient and readable")
-    checked = _within(name, rule)
-    return SimpleNamespace(strict=checked, lenient=checked, readable=exact_match.readable)
+    """What gives the text that the rule of this name wants said, see `Rule.right`; raises as `rule`."""
+    return rule(name).right
 
 
 def _within(name: str, rule: Callable[..., Any]) -> Scorer:

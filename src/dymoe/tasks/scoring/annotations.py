@@ -5,7 +5,7 @@ answers and which of its questions are balanced in ``testdev_balanced_questions.
 records (`dymoe.tasks.coin.references`), `dymoe score` into the references of a file (`dymoe.tasks.scoring.reading`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,31 @@ def load(task: str, path: Path) -> Annotations:
     if task == "TextVQA":
         return Annotations(path, _by_question(mapping(path), path), _people)
     return Annotations(path, mapping(path), _problem if task == "ScienceQA" else _balance)
+
+
+def counts(reference: Mapping[str, Any]) -> bool:
+    """Whether a question counts in its task's score: of GQA's, those of the balanced set alone do."""
+    return reference.get("isBalanced") is not False
+
+
+def remarks_without(task: str, records: Iterable[Mapping[str, Any]], origin: str) -> tuple[str, ...]:
+    """What is to be said where a task is scored by its records alone, without its annotation file.
+
+    Args:
+        task: the task.
+        records: its references.
+        origin: their file, for messages.
+
+    Raises:
+        DymoeError: the records do not hold what the rule needs.
+    """
+    if task == "TextVQA" and any(record.get("answers") is None for record in records):
+        raise DymoeError(
+            f"{origin}: TextVQA's records hold no 'answers'; give the folder with {FILES[task][0]} as annotations"
+        )
+    if task == "GQA" and any("isBalanced" not in record for record in records):
+        return ("no annotation file: every question counts as balanced",)
+    return ()
 
 
 def split_questions(path: Path) -> list[str]:

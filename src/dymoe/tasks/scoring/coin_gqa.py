@@ -1,7 +1,7 @@
 """`coin/gqa`: CoIN's rule, flaw for flaw: the text without trailing periods, in lower case, is the answer.
 
 Space around the prediction is kept, and the answer is taken as it stands, so one with a capital cannot be matched.
-Only balanced questions count, and only those predicted (the runner does that). `exact_match` is the corrected rule.
+Only balanced questions count, and only those predicted (`POLICY`). `exact_match` is the corrected rule.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,9 @@ from typing import Any
 
 from dymoe.tasks.scoring import exact_match
 from dymoe.tasks.scoring.exact_match import either, read_text
+from dymoe.tasks.scoring.policy import Policy
+
+POLICY = Policy("predictions", "every balanced question with a prediction; the others are left out", twice="last")
 
 
 def strict(prediction: str, reference: Mapping[str, Any]) -> float:

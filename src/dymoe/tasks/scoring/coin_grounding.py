@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from dymoe.tasks.scoring import iou
+from dymoe.tasks.scoring.policy import PREDICTIONS
+
+POLICY = PREDICTIONS
+remarks = iou.remarks
 
 
 def strict(prediction: str, reference: Mapping[str, Any]) -> float:

@@ -8,6 +8,9 @@ from typing import Any
 
 from dymoe.tasks.scoring import exact_match
 from dymoe.tasks.scoring.exact_match import either, read_text
+from dymoe.tasks.scoring.policy import PREDICTIONS
+
+POLICY = PREDICTIONS
 
 
 def strict(prediction: str, reference: Mapping[str, Any]) -> float:

@@ -11,7 +11,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dymoe.tasks.scoring import letter
+from dymoe.tasks.scoring.policy import Policy
 from dymoe.tasks.scoring.text import Scorer
+
+POLICY = Policy(
+    "questions",
+    "every question of the test split; one without a prediction is wrong",
+    twice="last",
+    strange="ignore",
+)
 
 _LONE = re.compile(r"\b(\w)\b")
 

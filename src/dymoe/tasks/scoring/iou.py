@@ -65,6 +65,29 @@ def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
     return _BOX.fullmatch(prediction.strip()) is not None
 
 
+def remarks(references: Mapping[str, Mapping[str, Any]], origin: str) -> list[str]:
+    """What is to be said of a file's references: boxes that rounding left without area, which no answer overlaps.
+
+    Args:
+        references: by question id, as published.
+        origin: their file.
+
+    Raises:
+        DymoeError: a box cannot be read.
+    """
+    empty = []
+    for identity, reference in references.items():
+        try:
+            x0, y0, x1, y1 = read_published(reference)
+        except DymoeError as error:
+            raise DymoeError(f"{origin}: record {identity!r}: {error}") from error
+        if x0 >= x1 or y0 >= y1:
+            empty.append(identity)
+    if not empty:
+        return []
+    return [f"{len(empty)} boxes of {origin} have no area, so no answer is right (first: {empty[0]!r})"]
+
+
 def iou(first: Box, second: Box) -> float:
     """Intersection over union of two boxes (x0, y0, x1, y1), any unit; 0 when one has no area or is not finite."""
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]

@@ -128,7 +128,7 @@ def read_references(path: str | Path, task: str, annotations: str | Path | None 
         raise DymoeError(f"{path}: it holds no records")
     found = References(records, str(path), (_source(path, len(records)),))
     if annotations is None:
-        return found
+        return replace(found, remarks=files.remarks_without(task, records.values(), str(path)))
     folder = Path(annotations)
     if not folder.is_dir():
         raise DymoeError(f"{folder}: no such folder; give the image root (cl_dataset) or the task's folder in it")

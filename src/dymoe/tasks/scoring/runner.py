@@ -2,19 +2,22 @@
 
 CoIN's published code divides by different things: ScienceQA by the whole test split, the others by the number of
 predictions, so that a question without an answer costs nothing. The corrected rules divide by the number of
-questions, and refuse answers that are there twice or belong to no question.
+questions, and refuse answers that are there twice or belong to no question (`dymoe.tasks.scoring.policy`).
 """
 
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dymoe.errors import DymoeError
 from dymoe.messages import unknown
-from dymoe.tasks.scoring import COIN_TASKS, coin_ocrvqa, iou, lenient, readable, scorer
+from dymoe.tasks import coin
+from dymoe.tasks.scoring import Rule
+from dymoe.tasks.scoring import rule as rule_of
+from dymoe.tasks.scoring.annotations import counts
+from dymoe.tasks.scoring.answers import Answer, percent, score_answers
 from dymoe.tasks.scoring.reading import (
     Prediction,
     References,
@@ -26,38 +29,6 @@ from dymoe.tasks.scoring.reading import (
 
 RULES = ("coin", "corrected")
 VARIANTS = ("coin", "sefe")
-# What CoIN's ScienceQA code writes in place of an answer that is not there.
-_NO_ANSWER = "FAILED"
-
-
-@dataclass(frozen=True)
-class _Policy:
-    """What a rule divides by, and what it does with ids that are there twice or belong to no question."""
-
-    over: Literal["questions", "predictions", "positions"]
-    what: str
-    twice: Literal["each", "last", "refuse"]
-    strange: Literal["refuse", "ignore", "count"]
-
-
-_CORRECTED = _Policy("questions", "every question; one without a prediction is wrong", "refuse", "refuse")
-_COIN = _Policy(
-    "predictions", "every line of the predictions file; a question without one is left out", "each", "refuse"
-)
-_POLICIES = {
-    "coin/scienceqa": _Policy(
-        "questions", "every question of the test split; one without a prediction is wrong", "last", "ignore"
-    ),
-    "sefe/scienceqa": _Policy(
-        "predictions", "every question with a prediction, known or not; the others are left out", "last", "count"
-    ),
-    "coin/gqa": _Policy(
-        "predictions", "every balanced question with a prediction; the others are left out", "last", "refuse"
-    ),
-    "coin/imagenet": _Policy(
-        "positions", "every line of the predictions file, each with the answer at its position", "each", "ignore"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -126,9 +97,9 @@ def rule_name(rule: str, task: str, variant: str = "coin") -> tuple[str, str]:
     for kind, value, known in (("rule", rule, RULES), ("variant", variant, VARIANTS)):
         if value not in known:
             raise DymoeError(unknown(kind, value, known))
-    spelled = {name.lower(): name for name in COIN_TASKS}.get(task.lower())
+    spelled = {name.lower(): name for name in coin.TASKS}.get(task.lower())
     if spelled is None:
-        raise DymoeError(unknown("task", task, COIN_TASKS))
+        raise DymoeError(unknown("task", task, coin.TASKS))
     if rule == "corrected" and variant != "coin":
         raise DymoeError(f"variant {variant!r}: the corrected rule has no variants; it goes with rule 'coin'")
     owner = "sefe" if variant == "sefe" and spelled == "ScienceQA" else rule
@@ -157,164 +128,119 @@ def score_files(
     """
     name, spelled = rule_name(rule, task, variant)
     right = read_references(references, spelled, annotations)
-    said, source = read_predictions(predictions)
-    if not said:
+    answers, source = read_predictions(predictions)
+    if not answers:
         raise DymoeError(f"{predictions}: no predictions; expected one JSON object a line")
-    said = name_predictions(said, right, str(predictions))
-    if (
-        spelled == "TextVQA"
-        and annotations is None
-        and not all(record.get("answers") is not None for record in right.records.values())
-    ):
-        raise DymoeError(
-            f"{references}: TextVQA's records hold no 'answers'; give the folder with TextVQA_0.5.1_val.json as "
-            "annotations"
-        )
-    return _score(name, spelled, said, source, right)
+    return _score(rule_of(name), spelled, name_predictions(answers, right, str(predictions)), source, right)
 
 
-def _score(name: str, task: str, said: Sequence[Prediction], source: Source, right: References) -> Scores:
-    policy = _POLICIES.get(name, _CORRECTED if name.startswith("corrected/") else _COIN)
-    ids: dict[str, list[str]] = {"missing": [], "skipped": [], "duplicates": [], "unknown": [], "unreadable": []}
-    remarks = list(right.remarks)
-    ids["duplicates"] = [identity for identity, count in Counter(each.id for each in said).items() if count > 1]
-    if ids["duplicates"] and policy.twice == "refuse":
-        first = ids["duplicates"][0]
-        lines = ", ".join(str(each.line) for each in said if each.id == first)
-        raise DymoeError(
-            f"{source.path}: question_id {first!r} is there twice (lines {lines}; {len(ids['duplicates'])} ids are); "
-            "keep one answer a question"
-        )
-    asked = (
-        _by_position(said, source, right, ids, remarks)
-        if policy.over == "positions"
-        else _by_id(policy, said, source, right, ids)
-    )
-    kept = []
-    for identity, text, reference in asked:
-        if reference.get("isBalanced") is not False:
-            kept.append((identity, text, reference))
-        else:
-            ids["skipped"].append(identity)
-    if task == "GQA" and any("isBalanced" not in reference for reference in right.records.values()):
-        remarks.append("no annotation file: every question counts as balanced")
-    rules = scorer(name), lenient(name), readable(name)
-    strict_scores, lenient_scores = [], []
-    for identity, text, reference in kept:
-        strict, tolerant, reads = _one(rules, identity, text, reference, right)
-        strict_scores.append(strict)
-        lenient_scores.append(tolerant)
-        if text is not None and not reads:
-            ids["unreadable"].append(identity)
-        if name == "coin/ocrvqa" and text is not None and coin_ocrvqa.skipped(text):
-            ids["skipped"].append(identity)
-    if task == "Grounding":
-        remarks += _empty_boxes(right)
-    denominator = len(kept) + (len(ids["unknown"]) if policy.strange == "count" else 0)
+@dataclass(frozen=True)
+class _Matched:
+    """Predictions beside their questions.
+
+    Attributes:
+        answers: what is to be scored.
+        missing: ids of questions without a prediction.
+        unknown: ids of predictions without a question.
+        remarks: what is to be said of it.
+    """
+
+    answers: list[Answer]
+    missing: list[str]
+    unknown: list[str]
+    remarks: tuple[str, ...] = ()
+
+
+def _score(rule: Rule, task: str, predictions: Sequence[Prediction], source: Source, references: References) -> Scores:
+    policy = rule.policy
+    duplicates = _duplicates(rule, predictions, source)
+    matched = (_by_position if policy.over == "positions" else _by_id)(rule, predictions, source, references)
+    counted = [each for each in matched.answers if counts(each.reference)]
+    scores = score_answers(rule, counted, f"{references.origin}: record")
+    strict, lenient = [each.strict for each in scores], [each.lenient for each in scores]
+    denominator = len(counted) + (len(matched.unknown) if policy.strange == "count" else 0)
     if not denominator:
-        raise DymoeError(f"{source.path}: no prediction counts under {name} ({policy.what})")
-    strict_sum, lenient_sum = math.fsum(strict_scores), math.fsum(lenient_scores)
-    whole, none = sum(score == 1 for score in strict_scores), sum(score == 0 for score in strict_scores)
-    counts = Counts(
-        right=whole,
-        partial=len(kept) - whole - none,
-        wrong=none + denominator - len(kept),
-        **{key: len(value) for key, value in ids.items()},
-    )
+        raise DymoeError(f"{source.path}: no prediction counts under {rule.name} ({policy.what})")
+    answered = [(each.id, each.text, each.reference) for each in counted if each.text is not None]
+    ids = {
+        "missing": matched.missing,
+        "skipped": [each.id for each in matched.answers if not counts(each.reference)]
+        + [identity for identity, text, _ in answered if rule.skipped(text)],
+        "duplicates": duplicates,
+        "unknown": matched.unknown,
+        "unreadable": [identity for identity, text, right in answered if not rule.readable(text, right)],
+    }
+    whole, none = strict.count(1), strict.count(0)
     return Scores(
         task=task,
-        rule=name,
-        accuracy=100 * strict_sum / denominator,
-        lenient_accuracy=100 * lenient_sum / denominator,
-        format_drift=100 * (lenient_sum - strict_sum) / denominator,
+        rule=rule.name,
+        accuracy=percent(strict, denominator),
+        lenient_accuracy=percent(lenient, denominator),
+        format_drift=percent(lenient, denominator) - percent(strict, denominator),
         denominator=denominator,
         denominator_is=policy.what,
-        counts=counts,
+        counts=Counts(
+            right=whole,
+            partial=len(counted) - whole - none,
+            wrong=none + denominator - len(counted),
+            **{key: len(value) for key, value in ids.items()},
+        ),
         ids={key: tuple(value) for key, value in ids.items()},
-        remarks=tuple(remarks),
+        remarks=(*references.remarks, *matched.remarks, *rule.remarks(references.records, references.origin)),
         predictions=source,
-        references=right.sources,
+        references=references.sources,
     )
 
 
-_Asked = list[tuple[str, str | None, Mapping[str, Any]]]
-
-
-def _by_id(
-    policy: _Policy, said: Sequence[Prediction], source: Source, right: References, ids: dict[str, list[str]]
-) -> _Asked:
-    """What is scored when answers belong to questions by id; fills in what is unknown and missing."""
-    if policy.twice == "last":
-        said = list({each.id: each for each in said}.values())
-    strange = [each for each in said if each.id not in right.records]
-    if strange and policy.strange == "refuse":
+def _duplicates(rule: Rule, predictions: Sequence[Prediction], source: Source) -> list[str]:
+    """The ids that come more than once, refused where the rule does so."""
+    twice = [identity for identity, count in Counter(each.id for each in predictions).items() if count > 1]
+    if twice and rule.policy.twice == "refuse":
+        lines = ", ".join(str(each.line) for each in predictions if each.id == twice[0])
         raise DymoeError(
-            f"{source.path}: line {strange[0].line}: question_id {strange[0].id!r} is not in {right.origin} "
+            f"{source.path}: question_id {twice[0]!r} is there twice (lines {lines}; {len(twice)} ids are); "
+            "keep one answer a question"
+        )
+    return twice
+
+
+def _by_id(rule: Rule, predictions: Sequence[Prediction], source: Source, references: References) -> _Matched:
+    """What is scored when answers belong to questions by id."""
+    records = references.records
+    if rule.policy.twice == "last":
+        predictions = list({each.id: each for each in predictions}.values())
+    strange = [each for each in predictions if each.id not in records]
+    if strange and rule.policy.strange == "refuse":
+        raise DymoeError(
+            f"{source.path}: line {strange[0].line}: question_id {strange[0].id!r} is not in {references.origin} "
             f"({len(strange)} such lines); do the two files belong together?"
         )
-    ids["unknown"] = [each.id for each in strange]
-    texts = {each.id: each.text for each in said}
-    ids["missing"] = [
-        key for key, record in right.records.items() if key not in texts and record.get("isBalanced") is not False
-    ]
-    if policy.over == "questions":
-        return [(key, texts.get(key), record) for key, record in right.records.items()]
-    return [(each.id, each.text, right.records[each.id]) for each in said if each.id in right.records]
+    texts = {each.id: each.text for each in predictions}
+    if rule.policy.over == "questions":
+        answers = [Answer(key, texts.get(key), record) for key, record in records.items()]
+    else:
+        answers = [Answer(each.id, each.text, records[each.id]) for each in predictions if each.id in records]
+    missing = [key for key, record in records.items() if key not in texts and counts(record)]
+    return _Matched(answers, missing, [each.id for each in strange])
 
 
-def _by_position(
-    said: Sequence[Prediction], source: Source, right: References, ids: dict[str, list[str]], remarks: list[str]
-) -> _Asked:
+def _by_position(rule: Rule, predictions: Sequence[Prediction], source: Source, references: References) -> _Matched:
     """What is scored when line n belongs to record n, whatever their ids say."""
-    records = list(right.records.items())
-    if len(said) > len(records):
+    records = list(references.records.items())
+    if len(predictions) > len(records):
         raise DymoeError(
-            f"{source.path}: {len(said)} lines, but {right.origin} has only {len(records)} records; CoIN's rule "
-            "takes them by position"
+            f"{source.path}: {len(predictions)} lines, but {references.origin} has only {len(records)} records; CoIN's "
+            "rule takes them by position"
         )
-    ids["missing"] = [identity for identity, _ in records[len(said) :]]
-    ids["unknown"] = [each.id for each in said if each.id not in right.records]
-    moved = [each for each, (identity, _) in zip(said, records, strict=False) if each.id != identity]
+    pairs = list(zip(predictions, records, strict=False))
+    moved = [each for each, (identity, _) in pairs if each.id != identity]
+    remarks = []
     if moved:
-        remarks.append(
-            f"{len(moved)} lines stand where another question's answer is (first: line {moved[0].line}); CoIN's rule "
-            "takes them by position all the same"
-        )
-    return [(each.id, each.text, record) for each, (_, record) in zip(said, records, strict=False)]
-
-
-_Score = Callable[[str, Mapping[str, Any]], float]
-_Reads = Callable[[str, Mapping[str, Any]], bool]
-
-
-def _one(
-    rules: tuple[_Score, _Score, _Reads],
-    identity: str,
-    text: str | None,
-    reference: Mapping[str, Any],
-    right: References,
-) -> tuple[float, float, bool]:
-    """Strict score, lenient score and whether the text is readable; a missing text is wrong, its record still read."""
-    strict, tolerant, reads = rules
-    try:
-        if text is None:
-            strict(_NO_ANSWER, reference)
-            return 0.0, 0.0, False
-        return strict(text, reference), tolerant(text, reference), reads(text, reference)
-    except DymoeError as error:
-        raise DymoeError(f"{right.origin}: record {identity!r}: {error}") from error
-
-
-def _empty_boxes(right: References) -> list[str]:
-    """A remark on boxes that rounding left without area; no answer can overlap them."""
-    empty = []
-    for identity, record in right.records.items():
-        try:
-            x0, y0, x1, y1 = iou.read_published(record)
-        except DymoeError as error:
-            raise DymoeError(f"{right.origin}: record {identity!r}: {error}") from error
-        if x0 >= x1 or y0 >= y1:
-            empty.append(identity)
-    if not empty:
-        return []
-    return [f"{len(empty)} boxes of {right.origin} have no area, so no answer is right (first: {empty[0]!r})"]
+        where = f"{len(moved)} lines stand where another question's answer is (first: line {moved[0].line})"
+        remarks.append(f"{where}; CoIN's rule takes them by position all the same")
+    return _Matched(
+        answers=[Answer(each.id, each.text, record) for each, (_, record) in pairs],
+        missing=[identity for identity, _ in records[len(predictions) :]],
+        unknown=[each.id for each in predictions if each.id not in references.records],
+        remarks=tuple(remarks),
+    )

@@ -9,6 +9,14 @@ import re
 
 from dymoe.tasks.scoring import letter
 from dymoe.tasks.scoring.coin_scienceqa import leading, rules
+from dymoe.tasks.scoring.policy import Policy
+
+POLICY = Policy(
+    "predictions",
+    "every question with a prediction, known or not; the others are left out",
+    twice="last",
+    strange="count",
+)
 
 _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
