@@ -18,8 +18,8 @@ def workable(value: float) -> bool:
 
 
 def number(value: "float | Stat | None", digits: int = 1, sign: bool = False) -> str:
-    """A number as the page shows it, with a real minus sign; an en dash where there is none."""
-    if value is None:
+    """A number as the page shows it, with a real minus sign; an en dash where there is none (None, NaN)."""
+    if value is None or value != value:
         return "–"
     if isinstance(value, Stat):
         return value.text(digits, sign)

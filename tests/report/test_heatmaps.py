@@ -1,5 +1,8 @@
 """Heatmaps: what each cell says, and which share of the strongest colour it gets."""
 
+import math
+
+import pandas as pd
 import pytest
 from reading import Text
 
@@ -21,15 +24,16 @@ def values(heatmap: Heatmap) -> list[tuple[str, str | None, bool]]:
 
 
 def test_percentages_are_cells_out_of_a_hundred() -> None:
-    made = Heatmap("t", "l", [[12.3456789, None], [0.0, 100.0]], ["A", "B"], ["A", "B"], "{row}")
+    frame = pd.DataFrame([[12.3456789, math.nan], [0.0, 100.0]], ["A", "B"], ["A", "B"])
+    made = Heatmap("t", "l", frame, "{row}")
     assert made.reach == 100
     assert values(made) == [("12", "--v:12.346", False), ("0", "--v:0", False), ("100", "--v:100", False)]
     assert [text for tag, text, _ in drawn(made) if tag == "th"] == ["1 A", "2 B", "1 A", "2 B"]
 
 
-@pytest.mark.parametrize(("z", "reach"), [([[-40.0, 10.0]], 40), ([[0.0, 0.0]], 1), ([[None, None]], 1)])
-def test_changes_reach_to_the_largest_of_either_sign(z: list[list[float | None]], reach: float) -> None:
-    made = Heatmap("", "", z, ["A", "B"], ["m"], "", change=True, numbered=False, first=2)
+@pytest.mark.parametrize(("z", "reach"), [([-40.0, 10.0], 40), ([0.0, 0.0], 1), ([math.nan] * 2, 1)])
+def test_changes_reach_to_the_largest_of_either_sign(z: list[float], reach: float) -> None:
+    made = Heatmap("", "", pd.DataFrame([z], ["m"], ["A", "B"]), "", change=True, numbered=False, first=2)
     assert made.reach == reach
     assert [text for tag, text, _ in drawn(made) if tag == "th"] == ["2 A", "3 B", "m"]
     if reach == 40:
@@ -38,10 +42,7 @@ def test_changes_reach_to_the_largest_of_either_sign(z: list[list[float | None]]
 
 def test_long_names_are_clipped_and_kept_whole_beside() -> None:
     name = "a name of more than twenty letters"
-    heads = [
-        (text, attributes["title"])
-        for tag, text, attributes in drawn(Heatmap("", "", [[1.0]], [name], [name], ""))
-        if tag == "th"
-    ]
+    cells = drawn(Heatmap("", "", pd.DataFrame([[1.0]], [name], [name]), ""))
+    heads = [(text, attributes["title"]) for tag, text, attributes in cells if tag == "th"]
     assert heads == [("1 a name of more than…", f"1 {name}")] * 2
     assert len("a name of more than…") == 20

@@ -1,5 +1,7 @@
 """The first screen: who forgot least, what it forgot, and when."""
 
+import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from run_folders import TASKS, make_joint, make_run
 
 from dymoe.analysis.forgetting import cards, losses, lost_most, ranked
 from dymoe.analysis.runs import gather, read_runs
-from dymoe.numbers import number
+from dymoe.numbers import Stat, number
 
 
 def test_the_first_screen_names_what_was_lost_and_when(tmp_path: Path) -> None:
@@ -42,31 +44,23 @@ def test_before_the_second_stage_there_is_nothing_to_tell(tmp_path: Path) -> Non
 def test_both_heatmaps_add_up_to_backward_transfer(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"{m}{s}", m, s) for m in ("lora", "dymoe", "incmoelora") for s in (0, 1)]
     methods = gather(read_runs(runs))
-    order = ranked(methods)
-    assert [m.label for m in order] == sorted(
-        (m.label for m in methods),
-        key=lambda label: -next(m.metric("BWT").mean for m in methods if m.label == label),  # type: ignore[union-attr]
-    )
-    for method in order:
-        backward = method.metric("BWT")
-        assert backward is not None
-        rows = [method.rows()[t] for t in range(8)]
-        by_task = [method.change_of_task(i) for i in range(7)]
-        by_stage = [method.change_at(t) for t in range(2, 9)]
-        assert sum(stat.mean for stat in by_task if stat) == pytest.approx(8 * backward.mean)
-        assert sum(stat.mean for stat in by_stage if stat) == pytest.approx(8 * backward.mean)
-        for i in range(7):
-            assert by_task[i].mean == pytest.approx(rows[7][i] - rows[i][i])  # type: ignore[union-attr]
-            for t in range(i + 2, 9):
-                change = method.change(i, t)
-                assert change is not None
-                assert change.mean == pytest.approx(rows[t - 1][i] - rows[t - 2][i])
-        assert method.change(3, 4) is None
     figure = losses(methods)
     assert figure is not None
-    table = {row[0]: row[1:] for row in figure.rows}
-    first = order[0]
-    assert table[f"{first.label}: {TASKS[0]}"][-1] == first.change_of_task(0).text(sign=True)  # type: ignore[union-attr]
-    total = sum(first.change_of_task(i).mean for i in range(7))  # type: ignore[union-attr]
-    assert table[f"{first.label}: all older tasks"][-1] == number(total, sign=True)
-    assert [plot.title for plot in figure.folded] == [method.label for method in order]
+    what, when = (panel.frame for panel in figure.panels)
+    backward = {method.label: statistics.mean(run.matrix().bwt() for run in method.runs) for method in methods}
+    order = sorted(methods, key=lambda method: -backward[method.label])
+    assert [method.label for method in order] == [method.label for method in ranked(methods)] == list(what.index)
+    rows = {row[0]: row[1:] for row in figure.rows}
+    for method, each in zip(order, figure.folded, strict=True):
+        mean = [[statistics.mean(run.rows[t][i] for run in method.runs) for i in range(t + 1)] for t in range(8)]
+        assert what.loc[method.label].sum() == pytest.approx(8 * backward[method.label])
+        assert when.loc[method.label].sum() == pytest.approx(8 * backward[method.label])
+        assert each.title == method.label
+        for i in range(7):
+            assert what.loc[method.label].iloc[i] == pytest.approx(mean[7][i] - mean[i][i])
+            for t in range(1, 8):
+                change = mean[t][i] - mean[t - 1][i] if t > i else math.nan
+                assert each.frame.iloc[i, t - 1] == pytest.approx(change, nan_ok=True)
+        first = Stat.of([run.rows[7][0] - run.rows[0][0] for run in method.runs])
+        assert rows[f"{method.label}: {TASKS[0]}"][-1] == number(first, sign=True)
+        assert rows[f"{method.label}: all older tasks"][-1] == number(8 * backward[method.label], sign=True)

@@ -8,9 +8,12 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dymoe.numbers import Stat, number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLOURS = 8
 LABEL = 20  # characters of a label
@@ -70,24 +73,20 @@ class Plot:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """A table of coloured cells, which is read without scripts, by screen readers and on paper.
+    """A frame as a table of coloured cells, which is read without scripts, by screen readers and on paper.
 
     Attributes:
         title: its heading.
         label: what it shows, for screen readers.
-        z: a row of percentages (0 to 100) or, with `change`, of points for each of `rows`; None is left blank.
-        columns: names, shown with their numbers from `first` on.
-        rows: names, shown with their numbers if `numbered`.
+        frame: percentages (0 to 100) or, with `change`, points, below 0 for a loss; NaN is left blank. Its names are
+            shown with their numbers: columns from `first` on, rows if `numbered`.
         hover: the text under the pointer, with "{row}", "{column}" and "{value}" in it.
-        change: values are changes in points; below 0 is loss.
         small: low rows, for many of them.
     """
 
     title: str
     label: str
-    z: Sequence[Sequence[float | None]]
-    columns: Sequence[str]
-    rows: Sequence[str]
+    frame: "pd.DataFrame"
     hover: str
     key: Key = ()
     change: bool = False
@@ -96,11 +95,18 @@ class Heatmap:
     small: bool = False
 
     @property
+    def rows(self) -> list[tuple[str, list[float]]]:
+        """Name and values of each row."""
+        return [
+            (str(name), values.tolist())
+            for name, values in zip(self.frame.index, self.frame.to_numpy(float), strict=True)
+        ]
+
+    @property
     def reach(self) -> float:
         """The value of the strongest colour."""
-        if not self.change:
-            return 100.0
-        return max((abs(value) for row in self.z for value in row if value is not None), default=0.0) or 1.0
+        most = self.frame.abs().max(axis=None) if self.change else 100.0
+        return float(most) if most > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ class Figure:
     layout: str = ""
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     chosen: Key = ()
-    folded: Sequence[Heatmap] = ()
+    folded: list[Heatmap] = field(default_factory=list)
     fold: str = ""
     note: str = ""
     command: str = ""
@@ -155,7 +161,7 @@ class Figure:
     def heatmap(self, heatmap: Heatmap, whose: str, *cells: str) -> None:
         """Add a heatmap and its numbers: rows begin with `whose`, the row's name, and `cells`."""
         self.panels.append(heatmap)
-        for name, values in zip(heatmap.rows, heatmap.z, strict=True):
+        for name, values in heatmap.rows:
             self.row(f"{whose}{name}", *cells, *map(number, values), key=heatmap.key)
 
     def place(self, key: Key) -> str:

@@ -3,6 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from dymoe.analysis.figures import (
     PERCENT,
@@ -44,11 +48,7 @@ def losses(methods: Sequence[Method]) -> Figure | None:
     order = ranked(methods)
     if not order or order[0].stages < 2:
         return None
-    stages = order[0].stages
-    later, tasks = range(2, stages + 1), order[0].tasks[:stages]
-    labels = [method.label for method in order]
-    by_task = [[_mean(method.change_of_task(i)) for i in range(stages - 1)] for method in order]
-    by_stage = [[_mean(method.change_at(t)) for t in later] for method in order]
+    labels, tasks = [method.label for method in order], order[0].tasks[: order[0].stages]
     figure = Figure(
         "losses",
         "What was lost, and when",
@@ -56,60 +56,36 @@ def losses(methods: Sequence[Method]) -> Figure | None:
         "was learned to the end. When: points all older tasks together lost while the task of that column was learned. "
         "Both rows of a method add up to the same number, which divided by the number of tasks T is its backward "
         "transfer.",
-        ("method: task", *(f"{t} {tasks[t - 1]}" for t in later), "since learned"),
+        ("method: task", *(f"{t} {task}" for t, task in enumerate(tasks[1:], start=2)), "since learned"),
         layout="wide",
         fold="Each method, task by task and stage by stage",
     )
-    what = "What: change of each task since learned (points)"
-    when = "When: change of older tasks while learning … (points)"
-    small = len(order) > 6
-    figure.panels = [
-        Heatmap(
-            what,
-            "Change of each task since it was learned, by method",
-            by_task,
-            tasks[:-1],
-            labels,
-            "{row}: {value} points on {column}",
-            change=True,
-            numbered=False,
-            small=small,
-        ),
-        Heatmap(
-            when,
-            "Change of all older tasks together while each task was learned, by method",
-            by_stage,
-            tasks[1:],
-            labels,
-            "{row}: {value} points while learning {column}",
-            change=True,
-            numbered=False,
-            first=2,
-            small=small,
-        ),
-    ]
-    each = []
-    for method, lost in zip(order, by_task, strict=True):
-        changes = [[method.change(i, t) for t in later] for i in range(stages - 1)]
-        for i, row in enumerate(changes):
-            cells = [number(stat, sign=True) for stat in (*row, method.change_of_task(i))]
-            figure.row(f"{method.label}: {tasks[i]}", *cells)
-        total = [number(stat, sign=True) for stat in (*map(method.change_at, later), math.fsum(lost))]
-        figure.row(f"{method.label}: all older tasks", *total)
-        each.append(
-            Heatmap(
-                method.label,
-                f"Change of each task at each stage of {method.label}",
-                [[None if stat is None else stat.mean for stat in row] for row in changes],
-                tasks[1:],
-                tasks[:-1],
-                "{row}: {value} points while learning {column}",
-                change=True,
-                first=2,
-            )
-        )
-    figure.folded = each
+    style: dict[str, Any] = {"change": True, "numbered": False, "small": len(order) > 6}
+    what = _means([method.changes_of_tasks() for method in order], labels, tasks[:-1])
+    title, label = (
+        "What: change of each task since learned (points)",
+        "Change of each task since it was learned, by method",
+    )
+    figure.panels.append(Heatmap(title, label, what, "{row}: {value} points on {column}", **style))
+    when = _means([method.changes_at_stages() for method in order], labels, tasks[1:])
+    title = "When: change of older tasks while learning … (points)"
+    label = "Change of all older tasks together while each task was learned, by method"
+    hover = "{row}: {value} points while learning {column}"
+    figure.panels.append(Heatmap(title, label, when, hover, first=2, **style))
+    for method in order:
+        changes = list(zip(*method.changes(), strict=True))[: len(tasks) - 1]  # by task
+        label = f"Change of each task at each stage of {method.label}"
+        each = _means(changes, tasks[:-1], tasks[1:])
+        figure.folded.append(Heatmap(method.label, label, each, hover, change=True, first=2))
+        for task, row, whole in zip(tasks[:-1], changes, method.changes_of_tasks(), strict=True):
+            figure.row(f"{method.label}: {task}", *(number(stat, sign=True) for stat in (*row, whole)))
+        total = (*method.changes_at_stages(), what.loc[method.label].sum())
+        figure.row(f"{method.label}: all older tasks", *(number(stat, sign=True) for stat in total))
     return figure
+
+
+def _means(stats: Sequence[Sequence[Stat | None]], rows: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame([map(_mean, row) for row in stats], index=[*rows], columns=[*columns])
 
 
 def side_by_side(methods: Sequence[Method]) -> Figure:
@@ -171,16 +147,15 @@ def over_stages(methods: Sequence[Method]) -> Figure:
         ("task: method", *(f"stage {t}" for t in range(1, last + 1))) if last else ("task: method", "accuracy"),
         legend=[method.look for method in methods],
     )
-    means = [method.rows() for method in methods]
     for i, task in enumerate(tasks[: last or len(tasks)]):
         traces = []
-        for method, mean in zip(methods, means, strict=True):
+        for method in methods:
             if method.level:
-                level = method.level_accuracy(i)
+                level = method.levels()[i]
                 values = {1: level, max(last, 2): level}
                 shown = {max(last, 1): level}
             else:
-                values = shown = {t: mean[t - 1][i] for t in range(i + 1, method.stages + 1)}
+                values = shown = dict(enumerate(method.accuracy.mean(0)[i:, i].tolist(), start=i + 1))
             if values:
                 mode = "lines" if method.level else "lines+markers"
                 hover = "%{fullData.name}, stage %{x}: %{y:.1f} %"
@@ -198,11 +173,10 @@ def matrices(methods: Sequence[Method]) -> Figure | None:
         return None
     tasks = methods[0].tasks
 
-    def draw(title: str, rows: Sequence[Sequence[float]]) -> Heatmap:
-        columns = tasks[: len(rows)]
-        z = [[*row, *[None] * (len(rows) - len(row))] for row in rows]
-        hover = "after learning {row}: {value} % on {column}"
-        return Heatmap(title, f"Accuracy matrix of {title}", z, columns, columns, hover)
+    def draw(title: str, rows: np.ndarray) -> Heatmap:
+        names = tasks[: len(rows)]
+        frame = pd.DataFrame(rows[:, : len(rows)], names, names)
+        return Heatmap(title, f"Accuracy matrix of {title}", frame, "after learning {row}: {value} % on {column}")
 
     figure = Figure(
         "matrices",
@@ -213,16 +187,16 @@ def matrices(methods: Sequence[Method]) -> Figure | None:
         ("stage", *tasks),
         layout="wide",
         folded=[
-            draw(f"{method.label}, seed {run.seed}", run.rows)
+            draw(f"{method.label}, seed {run.seed}", rows)
             for method in sequential
             if len(method.runs) > 1
-            for run in method.runs
+            for run, rows in zip(method.runs, method.accuracy, strict=True)
         ],
         fold="The matrix of each seed",
     )
     for method in sequential:
         seeds = "" if len(method.runs) == 1 else f", mean of {len(method.runs)} seeds"
-        figure.heatmap(draw(f"{method.label}{seeds}", method.rows()), f"{method.label}, after ")
+        figure.heatmap(draw(f"{method.label}{seeds}", method.accuracy.mean(0)), f"{method.label}, after ")
     return figure
 
 
@@ -233,8 +207,9 @@ def lost_per_task(methods: Sequence[Method]) -> Figure | None:
         return None
     last = max(method.stages for method in sequential)
     tasks = methods[0].tasks[:last]
-    lost = [[method.forgetting(i) for i in range(last)] for method in sequential]
-    drifts = [[method.format_drift(i) for i in range(last)] for method in sequential]
+    nothing = [None] * last
+    lost = [[*method.forgetting(), *nothing][:last] for method in sequential]
+    drifts = [method.format_drift()[:last] for method in sequential]
     figure = Figure(
         "lost",
         "What each task lost",
@@ -342,7 +317,7 @@ def cards(methods: Sequence[Method]) -> list[Card]:
 
 def _losses(method: Method) -> list[tuple[float, int]]:
     """(change in points, task) of every task that ended below what it was when learned, the greatest loss first."""
-    changes = [(change.mean, task) for task in range(method.stages) if (change := method.change_of_task(task))]
+    changes = [(change.mean, task) for task, change in enumerate(method.changes_of_tasks())]
     return sorted(pair for pair in changes if pair[0] <= -SEEN)
 
 
@@ -352,9 +327,8 @@ def lost_most(method: Method) -> str:
     if not lost:
         return "nothing" if method.stages > 1 else "–"
     points, task = lost[0]
-    stages = range(task + 2, method.stages + 1)
-    worst = min(stages, key=lambda stage: _mean(method.change(task, stage)))
-    return f"{method.tasks[task]} ({number(-points)} points, mostly while learning {method.tasks[worst - 1]})"
+    changes = [(change.mean, stage) for stage, row in enumerate(method.changes(), start=1) if (change := row[task])]
+    return f"{method.tasks[task]} ({number(-points)} points, mostly while learning {method.tasks[min(changes)[1]]})"
 
 
 def _what(method: Method) -> Card:
@@ -370,11 +344,11 @@ def _what(method: Method) -> Card:
 
 
 def _when(method: Method) -> Card:
-    points, stage = min((_mean(method.change_at(stage)), stage) for stage in range(2, method.stages + 1))
+    points, stage = min((change.mean, stage) for stage, change in enumerate(method.changes_at_stages(), start=2))
     if points > -SEEN:
         text = "Every stage left the older tasks, taken together, where they were or better."
         return Card("When", "At no stage", text)
-    worst, task = min((_mean(method.change(task, stage)), task) for task in range(stage - 1))
+    worst, task = min((change.mean, task) for task, change in enumerate(method.changes()[stage - 2]) if change)
     older = "the task before it" if stage == 2 else f"the {stage - 1} tasks before it taken together"
     text = f"{number(points, sign=True)} points over {older}"
     if stage > 2:

@@ -251,7 +251,7 @@ def correlation(pairs: pd.DataFrame) -> dict[str, float | int | None]:
 
 def over_stages(methods: Sequence[Method]) -> Figure | None:
     """Weight that old tasks' tokens put on newer groups, over stages."""
-    routed = [m for m in methods if any(m.mean_drift(t) is not None for t in range(2, m.stages + 1))]
+    routed = [method for method in methods if any(stat for row in method.drift() for stat in row)]
     if not routed:
         return None
     last = max(method.stages for method in routed)
@@ -267,13 +267,12 @@ def over_stages(methods: Sequence[Method]) -> Figure | None:
     )
     traces = []
     for method in routed:
-        stages = range(2, method.stages + 1)
-        means = [method.mean_drift(t) for t in stages]
-        traces.append(scatter(method.look, [*stages], means, "%{fullData.name}, stage %{x}: %{y:.1f} %", {"size": 8}))
+        by_stage = pd.DataFrame(method.drift()[1:]).map(lambda stat: stat.mean if stat else None).astype(float)
+        stages, means = by_stage.index + 2, by_stage.mean(axis=1)
+        traces.append(scatter(method.look, stages, means, "%{fullData.name}, stage %{x}: %{y:.1f} %", {"size": 8}))
         figure.row(f"{method.label}: mean of old tasks", *map(number, means))
         for i, task in enumerate(method.tasks[: method.stages - 1]):
-            values = [method.drift(t, i) if t > i + 1 else None for t in stages]
-            figure.row(f"{method.label}: {task}", *map(number, values))
+            figure.row(f"{method.label}: {task}", *map(number, by_stage[i]))
     xaxis = {"dtick": 1, "title": {"text": "stage"}, "showgrid": False, "range": [1.8, last + 0.2]}
     yaxis = {"title": {"text": "weight on newer groups (%)"}, "rangemode": "tozero"}
     figure.panels = [plot("", "Routing drift of each method over stages", traces, 280, xaxis=xaxis, yaxis=yaxis)]
@@ -298,10 +297,10 @@ def maps(methods: Sequence[Method]) -> Figure | None:
             continue
         routing = run.routing[max(stages)]
         tasks = [task for task in run.tasks if task in routing.weights]
-        z = [[100 * weight for weight in routing.weights[task]] for task in tasks]
+        frame = pd.DataFrame([routing.weights[task] for task in tasks], tasks, routing.groups) * 100
         title = f"{method.label}, seed {run.seed}, stage {max(stages)}"
         label, hover = f"Routing weight of tasks on groups: {title}", "tokens of {row} put {value} % on group {column}"
-        figure.heatmap(Heatmap(title, label, z, routing.groups, tasks, hover), f"{method.label}: ")
+        figure.heatmap(Heatmap(title, label, frame, hover), f"{method.label}: ")
         groups = max(groups, routing.groups, key=len)
     figure.head = ("method: task", *groups)
     return figure if figure.panels else None
@@ -365,9 +364,8 @@ def _grids(known: Cells) -> Iterator[tuple[Analysed, str, pd.DataFrame]]:
 
 
 def _grid(cells: pd.DataFrame, value: str, rows: str, columns: str) -> pd.DataFrame:
-    """Mean values in percent by two columns of `cells`, None where there are none."""
-    table = mean_over(cells, [rows, columns]).pivot_table(index=rows, columns=columns, values=value) * 100
-    return table.astype(object).where(table.notna(), None)
+    """Mean values in percent by two columns of `cells`, NaN where there are none."""
+    return mean_over(cells, [rows, columns]).pivot_table(index=rows, columns=columns, values=value) * 100
 
 
 def _by_layer(known: Cells) -> Figure:
@@ -384,23 +382,13 @@ def _by_layer(known: Cells) -> Figure:
     for one, part, cells in _grids(known):
         last = int(cells["stage"].max())
         grid = _grid(cells[cells["stage"] == last], "later", "layer", "task")
-        older = [task for task in tasks[: last - 1] if task in grid]
-        layers = [str(layer) for layer in grid.index]
-        figure.heatmap(
-            Heatmap(
-                f"{one.label}, after stage {last}: {part}",
-                f"Weight on later groups by layer and task, {part}, {one.label}",
-                grid[older].to_numpy().tolist(),
-                older,
-                layers,
-                "layer {row}: tokens of {column} put {value} % on later groups",
-                (one.label, part),
-                numbered=False,
-                small=len(layers) > 12,
-            ),
-            f"{one.label}: layer ",
-            part,
-        )
+        grid = grid[[task for task in tasks[: last - 1] if task in grid]]
+        title = f"{one.label}, after stage {last}: {part}"
+        label = f"Weight on later groups by layer and task, {part}, {one.label}"
+        hover = "layer {row}: tokens of {column} put {value} % on later groups"
+        key, small = (one.label, part), len(grid) > 12
+        heatmap = Heatmap(title, label, grid, hover, key, numbered=False, small=small)
+        figure.heatmap(heatmap, f"{one.label}: layer ", part)
     return figure
 
 
@@ -418,23 +406,12 @@ def _changed(known: Cells) -> Figure:
     for one, part, cells in _grids(known):
         last = int(cells["stage"].max())
         later = cells[cells["stage"] > cells["task"].map(tasks.index) + 1]
-        grid = _grid(later, "changed", "task", "stage")
-        older = [task for task in tasks[: last - 1] if task in grid.index]
-        stages = range(2, last + 1)
-        figure.heatmap(
-            Heatmap(
-                f"{one.label}: {part}",
-                f"Share of changed top experts by task and stage, {part}, {one.label}",
-                grid.reindex(index=older, columns=stages).to_numpy().tolist(),
-                tasks[1:last],
-                older,
-                "{row}: {value} % of tokens have another top expert after {column}",
-                (one.label, part),
-                first=2,
-            ),
-            f"{one.label}: ",
-            part,
-        )
+        grid = _grid(later, "changed", "task", "stage").reindex(columns=range(2, last + 1))
+        grid = grid.loc[[task for task in tasks[: last - 1] if task in grid.index]].set_axis(tasks[1:last], axis=1)
+        label = f"Share of changed top experts by task and stage, {part}, {one.label}"
+        hover = "{row}: {value} % of tokens have another top expert after {column}"
+        heatmap = Heatmap(f"{one.label}: {part}", label, grid, hover, (one.label, part), first=2)
+        figure.heatmap(heatmap, f"{one.label}: ", part)
     return figure
 
 

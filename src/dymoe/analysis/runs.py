@@ -8,9 +8,12 @@ import shlex
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dymoe.analysis.figures import Look, look
 from dymoe.analysis.storage import about, stored
@@ -136,68 +139,66 @@ class Method:
         """Whether its tokens are divided among groups, as its stages' routing.json say."""
         return any(routing.divides for run in self.runs for routing in run.routing.values())
 
+    @cached_property
+    def accuracy(self) -> np.ndarray:
+        """Percent, (runs, stages, tasks); NaN before a task is learned."""
+        values = np.full((len(self.runs), self.stages, len(self.tasks)), np.nan)
+        for place, run in enumerate(self.runs):
+            for stage, row in enumerate(run.rows[: self.stages]):
+                values[place, stage, : stage + 1] = row
+        return values
+
     def metric(self, key: str) -> Stat | None:
         """MFT, MFN, MAA, BWT or BWT_T-1 over the runs; without stages only MFN, the final accuracy, has a meaning."""
         if not self.level:
             return Stat.of([run.matrix(self.stages).to_dict()[key] for run in self.runs])
         return Stat.of([statistics.fmean(run.level or ()) for run in self.runs]) if key == "MFN" else None
 
-    def rows(self) -> list[list[float]]:
-        """The accuracy matrix, averaged over the runs cell by cell."""
-        return [
-            [statistics.fmean(run.rows[t][i] for run in self.runs) for i in range(t + 1)] for t in range(self.stages)
-        ]
+    def levels(self) -> list[float]:
+        """Mean accuracy in percent on each task of a method without stages."""
+        return np.mean([run.level for run in self.runs if run.level], axis=0).tolist()
 
-    def level_accuracy(self, task: int) -> float:
-        """Mean accuracy in percent on one task of a method without stages."""
-        return statistics.fmean(run.level[task] for run in self.runs if run.level)
+    def forgetting(self) -> list[Stat | None]:
+        """Percentage points lost on each task since its best earlier stage; none before it was learned."""
+        return over_seeds(np.array([run.matrix(self.stages).forgetting() for run in self.runs]))
 
-    def forgetting(self, task: int) -> Stat | None:
-        """Percentage points lost on a task since its best earlier stage; None before it was learned."""
-        if task >= self.stages:
-            return None
-        return Stat.of([run.matrix(self.stages).forgetting()[task] for run in self.runs])
+    def format_drift(self) -> list[Stat | None]:
+        """Format drift of each task in points as results.json gives it; None where a run does not give it."""
+        given = [[run.format_drift.get(task, math.nan) for task in self.tasks] for run in self.runs]
+        return over_seeds(np.array(given))
 
-    def format_drift(self, task: int) -> Stat | None:
-        """Format drift in points as results.json gives it; None where a run does not give it."""
-        name = self.tasks[task]
-        given = [run.format_drift[name] for run in self.runs if name in run.format_drift]
-        return Stat.of(given) if len(given) == len(self.runs) else None
+    def drift(self) -> list[list[Stat | None]]:
+        """Weight in percent that each task's tokens put on newer groups, by stage; None for what is new or unknown."""
+        values = np.full(self.accuracy.shape, np.nan)
+        for place, run in enumerate(self.runs):
+            for stage, routing in run.routing.items():
+                for task, name in enumerate(self.tasks[: stage - 1] if stage <= self.stages else ()):
+                    share = routing.drift(name)
+                    values[place, stage - 1, task] = math.nan if share is None else 100 * share
+        return over_seeds(values)
 
-    def drift(self, stage: int, task: int) -> float | None:
-        """Mean weight in percent that a task's tokens put on newer groups at a stage (1-based)."""
-        name = self.tasks[task]
-        given = [run.routing[stage].drift(name) for run in self.runs if stage in run.routing]
-        known = [value for value in given if value is not None]
-        return 100 * statistics.fmean(known) if len(known) == len(self.runs) else None
+    def changes(self) -> list[list[Stat | None]]:
+        """Points that each task's accuracy changed by at each stage from the second on; None before it was learned."""
+        return over_seeds(np.diff(self.accuracy, axis=1))
 
-    def mean_drift(self, stage: int) -> float | None:
-        """`drift` averaged over the old tasks of a stage; None at the first stage or without routing."""
-        known = [value for i in range(stage - 1) if (value := self.drift(stage, i)) is not None]
-        return statistics.fmean(known) if known else None
+    def changes_of_tasks(self) -> list[Stat]:
+        """Points that each task but the last changed by since it was learned.
 
-    def change(self, task: int, stage: int) -> Stat | None:
-        """Points that a task's accuracy changed by at a stage (1-based) that learned another; None before that."""
-        if not task + 1 < stage <= self.stages:
-            return None
-        return Stat.of([run.rows[stage - 1][task] - run.rows[stage - 2][task] for run in self.runs])
-
-    def change_of_task(self, task: int) -> Stat | None:
-        """Points that a task's accuracy changed by since it was learned; None where nothing was learned after it.
-
-        The sum over tasks is T times backward transfer, and so is the sum over stages of `change_at`.
+        Their sum is T times backward transfer, and so is that of `changes_at_stages`.
         """
-        if not task + 1 < self.stages:
-            return None
-        return Stat.of([run.rows[self.stages - 1][task] - run.rows[task][task] for run in self.runs])
+        learned = np.diagonal(self.accuracy, axis1=1, axis2=2)[:, :-1]
+        return over_seeds(self.accuracy[:, -1, : learned.shape[1]] - learned)
 
-    def change_at(self, stage: int) -> Stat | None:
-        """Points that the tasks before it changed by at a stage (1-based), summed over them; None at the first."""
-        if not 1 < stage <= self.stages:
-            return None
-        return Stat.of(
-            [math.fsum(run.rows[stage - 1][i] - run.rows[stage - 2][i] for i in range(stage - 1)) for run in self.runs]
-        )
+    def changes_at_stages(self) -> list[Stat]:
+        """Points that the tasks before it changed by at each stage from the second on, summed over them."""
+        return over_seeds(np.nansum(np.diff(self.accuracy, axis=1), axis=2))
+
+
+def over_seeds(values: np.ndarray) -> Any:
+    """Mean and spread over the first axis, for every place of the others; None where a run has no number."""
+    if values.ndim > 1:
+        return [over_seeds(values[:, place]) for place in range(values.shape[1])]
+    return None if np.isnan(values).any() else Stat.of(values.tolist())
 
 
 # ---------------------------------------------------------------- reading
