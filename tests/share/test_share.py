@@ -578,7 +578,7 @@ def test_what_a_base_model_is(tmp_path, monkeypatch):
     (tmp_path / "models" / "llava").mkdir(parents=True)
     kinds = {name: base_kind(name) for name in ("pocket", "a/b", "models/llava", "/models/llava", "~/llava", "./a/b")}
     assert kinds == {
-        "pocket": "pocket", "a/b": "hub", "models/llava": "folder", "/models/llava": "folder", "~/llava": "folder",
+        "pocket": "assembled", "a/b": "hub", "models/llava": "folder", "/models/llava": "folder", "~/llava": "folder",
         "./a/b": "folder",
     }  # fmt: skip
 

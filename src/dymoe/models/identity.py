@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dymoe.errors import DymoeError
-from dymoe.files import expand, read_json, sha256_of
+from dymoe.files import expand, sha256_of
+from dymoe.models.assembled import assembled
 from dymoe.models.images import cores
 
 # What transformers reads of a folder: weights, configs, tokenizer and templates.
@@ -29,8 +30,8 @@ def identity(name: str, cache_dir: Path | None = None, revision: str | None = No
     Raises:
         DymoeError: there is no such folder or Hub model, or a file cannot be read.
     """
-    if name == "pocket":
-        return {"sha256": _digest(_pocket(cache_dir))}
+    if (parts := assembled(name)) is not None:
+        return {"sha256": _digest(parts.digests(cache_dir))}
     folder = expand(name)
     if not folder.is_dir():
         return {"commit": commit(name, cache_dir, revision)}
@@ -62,17 +63,6 @@ def commit(name: str, cache_dir: Path | None = None, revision: str | None = None
     if not COMMIT.fullmatch(sha):
         raise DymoeError(f"model {name!r}: the Hub names no commit of it ({sha!r})")
     return sha
-
-
-def _pocket(cache_dir: Path | None) -> list[tuple[str, str]]:
-    """Name and SHA-256 of every file of the pocket model; those of its parts were compared when they were opened."""
-    from dymoe.models import assets, pocket
-
-    digests = [(pocket.PROJECTOR.name, sha256_of(pocket.PROJECTOR))]
-    for part in (assets.language_model(cache_dir), assets.vision_tower(cache_dir)):
-        files = read_json(part / assets.MANIFEST)["files"]
-        digests += [(f"{part.name}/{name}", entry["sha256"]) for name, entry in sorted(files.items())]
-    return digests
 
 
 def _digest(files: "zip[tuple[str, str]] | list[tuple[str, str]]") -> str:

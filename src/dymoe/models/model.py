@@ -8,6 +8,7 @@ from dymoe.adapter.decoder import decoder_linears, drop_capture_hooks
 from dymoe.errors import DymoeError
 from dymoe.files import expand
 from dymoe.libraries import require_extra
+from dymoe.models.assembled import MODULES, assembled
 from dymoe.models.identity import commit
 from dymoe.models.options import ModelOptions
 
@@ -55,12 +56,10 @@ def load(
         raise DymoeError(f"dtype: {dtype!r} is not a floating dtype of torch; use bfloat16, float32 or float16")
     if options is not None and options.load_in_4bit:
         require_extra("quantization", "model_options.load_in_4bit")
-        if name == "pocket":
-            raise DymoeError("model_options.load_in_4bit: the pocket model is small and has no 4-bit form")
-    if name == "pocket":
-        from dymoe.models import pocket
-
-        model, processor = pocket.assemble(kind, cache_dir)
+        if name in MODULES:
+            raise DymoeError(f"model_options.load_in_4bit: the model {name!r} is small and has no 4-bit form")
+    if (parts := assembled(name)) is not None:
+        model, processor = parts.assemble(kind, cache_dir)
     else:
         model, processor = _from_transformers(name, kind, cache_dir, options or ModelOptions(), revision)
     loaded = Lvlm(freeze(model), processor)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dymoe.errors import DymoeError
+from dymoe.files import read_json, sha256_of
 from dymoe.libraries import require_extra
 from dymoe.models import assets
 
@@ -99,6 +100,20 @@ def describe(language: Path) -> "tuple[Any, LlavaProcessor]":
     text_config = json.loads((language / "config.json").read_text(encoding="utf-8"))
     text_config["pad_token_id"] = processor.tokenizer.pad_token_id
     return build_config(text_config, processor.image_token_id), processor
+
+
+def outline() -> "tuple[Any, LlavaProcessor]":
+    """Configuration and processor; of the parts, only the language model's folder is needed."""
+    return describe(assets.language_model())
+
+
+def digests(cache_dir: Path | None = None) -> list[tuple[str, str]]:
+    """Name and SHA-256 of every file that is read; those of the parts were compared when they were opened."""
+    found = [(PROJECTOR.name, sha256_of(PROJECTOR))]
+    for part in (assets.language_model(cache_dir), assets.vision_tower(cache_dir)):
+        files = read_json(part / assets.MANIFEST)["files"]
+        found += [(f"{part.name}/{name}", entry["sha256"]) for name, entry in sorted(files.items())]
+    return found
 
 
 def load_projector(path: Path = PROJECTOR) -> dict[str, "torch.Tensor"]:

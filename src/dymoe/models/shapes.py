@@ -6,6 +6,7 @@ from dymoe.adapter.decoder import decoder_linears
 from dymoe.errors import DymoeError
 from dymoe.files import expand
 from dymoe.libraries import require_extra
+from dymoe.models.assembled import MODULES, assembled
 from dymoe.models.model import Lvlm, freeze, processor_at
 from dymoe.models.options import ModelOptions
 
@@ -70,8 +71,8 @@ def config_of(name: str, options: ModelOptions) -> Any:
     folder = expand(name)
     if not folder.is_dir() and options.shape != "none":
         return published_config(options.shape)
-    if name == "pocket":
-        raise DymoeError("the pocket model is put together from parts and has no configuration of its own")
+    if name in MODULES:
+        raise DymoeError(f"the model {name!r} is put together from parts and has no configuration of its own")
     try:
         return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -104,10 +105,8 @@ def outline(name: str, options: ModelOptions) -> Lvlm:
     """
     from dymoe.models.check import check_processor
 
-    if name == "pocket":
-        from dymoe.models import assets, pocket
-
-        config, processor = pocket.describe(assets.language_model())
+    if (parts := assembled(name)) is not None:
+        config, processor = parts.outline()
     else:
         config = config_of(name, options)
         try:

@@ -98,7 +98,7 @@ def _metadata(shared: Shared) -> str:
 
 def _facts(shared: Shared) -> str:
     results = shared.results
-    base = {"pocket": "pocket model of dymoe", "hub": "Hub repository", "folder": "local folder of the author"}
+    base = {"assembled": "model of dymoe", "hub": "Hub repository", "folder": "local folder of the author"}
     versions = results.get("versions", {})
     rows = [
         ("base model", f"{escape(results['base'])} ({base[base_kind(shared.base)]})"),

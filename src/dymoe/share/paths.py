@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dymoe.models.assembled import MODULES
+
 # A path from the root, the home folder, a drive or the folder one is in. Hub ids, rules such as coin/gqa and web
 # addresses are none. Regular expressions of layer names have backslashes, so these count behind a drive alone.
 START = re.compile(r"(?:file:(?://)?|~[\w.-]*|[A-Za-z]:|\.{1,2})?/|[A-Za-z]:\\|\\\\\w[\w.-]*\\")
@@ -41,8 +43,8 @@ def base_name(name: str) -> str:
 
 
 def base_kind(name: str) -> str:
-    """What a recipe's `model` names: "pocket", a "folder" of this machine, or a repository of the "hub"."""
-    if name == "pocket":
-        return "pocket"
+    """What a recipe's `model` names: an "assembled" model, a "folder" of this machine, a repository of the "hub"."""
+    if name in MODULES:
+        return "assembled"
     one_slash = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
     return "hub" if one_slash and not Path(name).is_dir() else "folder"
