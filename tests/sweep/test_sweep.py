@@ -21,7 +21,7 @@ from dymoe.learning.formats import read_results, write_results
 from dymoe.learning.recipe import load_recipe
 from dymoe.sweep.jobs import _Job, _stop, last_line, stage_of
 from dymoe.sweep.plan import Plan
-from dymoe.sweep.records import choose
+from dymoe.sweep.records import choose, data_fingerprint, record
 from dymoe.sweep.sweep import is_sweep, load_sweep
 from tests.learning.test_resume import COMMAND
 from tests.learning.tiny import write_recipe
@@ -394,3 +394,21 @@ def test_a_sweep_is_interrupted_fails_in_part_and_ends_whole(tiny_folder, tmp_pa
     assert [file.name for file in (tmp_path / "runs").iterdir()] == [".sweep.lock"]
     assert read_results(tmp_path / "r.jsonl")["rows"] == whole["rows"]
     assert (tmp_path / "t.md").read_text().splitlines()[4:] == before.splitlines()[4:]
+
+
+def test_a_run_whose_numbers_are_no_record_is_refused_before_it_is_written(tmp_path):
+    """A record of the wrong form would make the file of all records unreadable."""
+    (cell, *_) = plan(write_sweep(tmp_path)).cells
+    cell.folder.mkdir(parents=True)
+    made = data_fingerprint(
+        *("pocket-coin", "origin", "original", ("ImageNet",), None, None, "test", 0), load_recipe(cell.file).data
+    )
+    described = {"recipe": load_recipe(cell.file, cell.words).resolved(), "data": {"fingerprint": made}}
+    (cell.folder / "run.yaml").write_text(yaml.safe_dump(described))
+    results = {**record_of(cell), "name": "run", "reports": [{}, {"locator": {"accuracy": 0.9, "by_task": {}}}]}
+    (cell.folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(DymoeError, match=r"results.json: locator.tasks: is missing"):
+        record(cell)
+    results["reports"] = [{"locator": {"accuracy": 90.0, "tasks": {}}}, {"probe": {}}]
+    (cell.folder / "results.json").write_text(json.dumps(results))
+    assert "locator" not in record(cell), "the last stage says nothing of one"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from dymoe.errors import DymoeError
 from dymoe.learning import inspection
 from dymoe.learning.folder import FREE
-from dymoe.learning.formats import KEY, Description, run_results
+from dymoe.learning.formats import KEY, Description, Record, run_results
 from dymoe.learning.recipe import Recipe
 from dymoe.models.options import ModelOptions
 from dymoe.schema import check
@@ -163,7 +163,7 @@ def record(cell: Cell) -> dict[str, Any]:
     """The cell's record from its finished run folder.
 
     Raises:
-        DymoeError: the folder holds no results, or those of another recipe or other data.
+        DymoeError: the folder holds no results, those of another recipe or other data, or what is no record.
     """
     results = run_results(cell.folder)
     run = check(read_yaml(cell.folder / "run.yaml"), Description, str(cell.folder / "run.yaml"))
@@ -174,7 +174,10 @@ def record(cell: Cell) -> dict[str, Any]:
     last = (results.get("reports") or [{}])[-1]
     if "locator" in last:
         kept["locator"] = last["locator"]
-    return {**names_of(cell), "fingerprint": cell.fingerprint, **kept, "recipe": dict(cell.recipe)}
+    row = {**names_of(cell), "fingerprint": cell.fingerprint, **kept, "recipe": dict(cell.recipe)}
+    return dict(
+        check(row, Record, f"{cell.folder}: results.json")
+    )  # or the file of all records could not be read again
 
 
 def names_of(cell: Cell) -> dict[str, Any]:
