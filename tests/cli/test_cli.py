@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
 from dymoe.cli import COMMANDS, main
 from dymoe.cli.demo import sentence
+from dymoe.cli.options import Given
+from dymoe.cli.run import COMMAND
 
 
 def test_help_loads_no_heavy_library():
@@ -22,6 +25,24 @@ def test_help_loads_no_heavy_library():
 def test_every_command_has_help(command, capsys):
     assert main([command, "--help"]) == 0
     assert f"usage: dymoe {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_says_every_option(command, capsys):
+    module = import_module(f"dymoe.cli.{'listing' if command == 'list' else command}")
+    options = module.OPTIONS if command == "analyze" else {command: module.COMMAND.options}
+    assert main([command, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"  {option}" in told for several in options.values() for option in several)
+
+
+def test_keys_of_a_recipe_may_stand_before_it_and_flags_between(capsys):
+    words = ["run", "--training.lr=1e-3", "--resume", "nowhere.yaml", "--seed", "3"]
+    assert COMMAND.parse(words[1:]) == Given(
+        ["nowhere.yaml"], {"--resume": True}, ["--training.lr=1e-3", "--seed", "3"]
+    )
+    assert main(words) == 2
+    assert "nowhere.yaml: no such recipe" in capsys.readouterr().err
 
 
 def test_only_run_is_started_in_several_processes(monkeypatch, capsys):

@@ -170,7 +170,6 @@ NAN = torch.tensor([[[1.0] * 32, [float("nan")] * 32]] * 2)
         (lambda t: t.update({"weight": torch.zeros(1)}), "no part of an expert group"),
         (lambda t: t.update({"\x1b[31m" + "x" * 10_000: torch.zeros(1)}), "no part of an expert group"),
         (lambda t: t.update({f"{LAYER}{'.x' * 10_000}.dymoe_A": torch.zeros(2, 2, 32)}), "no place for"),
-        (lambda t: t.update({f"{LAYER}{'.x' * 10_000}.dymoe_A": torch.zeros(2, 32)}), "of shape (2, 32)"),
         (lambda t: t.update({"base_model.model.lm_head.dymoe_A": torch.zeros(2, 2, 32)}), "lm_head.dymoe_A"),
         (lambda t: t.update({"base_model.model.dymoe_selector.dymoe_key": torch.zeros(32)}), "dymoe_selector"),
         (lambda t: t.pop(f"{LAYER}.dymoe_A"), f"lacks 1 of 42 tensors: {LAYER}.dymoe_A"),
@@ -297,8 +296,8 @@ def test_two_groups_of_names_that_are_one_file(copy, capsys):
 @pytest.mark.parametrize(
     "size, value, message",
     [
-        ("hidden_size", 64, r"this model has \(2, 2, 64\)"),
-        ("intermediate_size", 64, r"this model has \(2, 2, 64\)"),
+        ("hidden_size", 64, r"expected \(2, 2, 64\)"),
+        ("intermediate_size", 64, r"expected \(2, 2, 64\)"),
         ("num_hidden_layers", 1, "no place for"),
     ],
 )
@@ -324,7 +323,7 @@ def test_a_second_group_that_does_not_fit_leaves_no_first_one(copy):
     pull(copy, copy.parent / "pulled")
     base = tiny_llama()
     was = state(base)
-    with pytest.raises(DymoeError, match=r"dymoe_router of shape \(7, 32\), this model has \(4, 32\)"):
+    with pytest.raises(DymoeError, match=r"dymoe_router of shape \(7, 32\), expected \(4, 32\)"):
         load_stage(copy, base)
     assert state(base) == was
     assert list(load_stage(copy, base, 1).peft_config) == ["birds"]

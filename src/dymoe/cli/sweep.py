@@ -22,7 +22,7 @@ Learn every cell (recipe, order, instructions, seed) of a sweep file, several at
   --KEY VALUE set a key of the sweep, for example --seeds '[0]' --jobs 6 --base.training.steps_per_task 120
 """
 
-FLAGS: dict[str, Kind] = {"--dry-run": None, "--replace": None, "--resume": None}
+FLAGS: dict[str, Kind] = {"--dry-run": None, "--replace": None}
 COMMAND = Command(
     "sweep",
     HELP,

@@ -29,7 +29,6 @@ from dymoe.learning.recipe import Training
 from dymoe.learning.sampler import Loader, Order
 from dymoe.libraries import require_extra, require_names
 from dymoe.methods import Method
-from dymoe.methods.companions import Companion
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # transformers' names
 SUMS = "sums.json"
@@ -174,12 +173,12 @@ class StageTrainer(Trainer):
             raise DymoeError(f"training.dtype: float16 does not go with {way} here; use bfloat16")
         if self._parted and "paged" in str(self.args.optim):
             raise DymoeError(f"training.optimizer: paged-adamw is for one GPU; {way} spreads adamw's state")
-        if self._cut and _has_own(method, "loss_terms"):
+        if self._cut and method.brings("loss_terms"):
             raise DymoeError(
                 f"method {method.name}: its loss reads whole parameters, which {way} cuts into parts; "
                 "use recipes/accelerate/ddp.yaml or zero2.yaml"
             )
-        if self._parted and _has_own(method, "before_step"):
+        if self._parted and method.brings("before_step"):
             raise DymoeError(
                 f"method {method.name}: it changes gradients before a step, which {way} does not hand out whole; "
                 "use recipes/accelerate/ddp.yaml"
@@ -406,12 +405,3 @@ class StageTrainer(Trainer):
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             vars(self.model).pop("forward", None)  # the unwrapped method, now found on the class again
         self.accelerator.free_memory()
-
-
-def _has_own(method: Method, hook: str) -> bool:
-    """Whether the method, or a companion, brings this hook itself."""
-    for part in getattr(method, "parts", (method,)):
-        owner = next(cls for cls in type(part).__mro__ if hook in vars(cls))
-        if owner not in (Method, Companion):
-            return True
-    return False

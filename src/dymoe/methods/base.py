@@ -188,6 +188,10 @@ class Method:
         """
         return 0
 
+    def brings(self, hook: str) -> bool:
+        """Whether the method, or a companion with it, has a hook of its own: how training is spread depends on it."""
+        return getattr(type(self), hook) is not getattr(Method, hook)
+
     # data
     def training_samples(self, stage: Stage) -> Sequence[Sample]:
         """The samples that `stage` trains on; those that are on disk stay there."""

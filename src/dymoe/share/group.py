@@ -97,7 +97,7 @@ def read_group(folder: Path, group: Group, where: str) -> tuple[DyMoEConfig, dic
         raise DymoeError(f"{told}/{WEIGHTS}: cannot be read as safetensors") from None
     if other := next((name for name, tensor in tensors.items() if tensor.dtype != torch.float32), None):
         raise DymoeError(f"{told}/{WEIGHTS} holds {brief(other)} as {tensors[other].dtype}, expected torch.float32")
-    check_tensors(tensors, config, f"{told}/{WEIGHTS}", shapes_of(config, tensors, told))
+    check_tensors(tensors, f"{told}/{WEIGHTS}", shapes_of(config, tensors, told))
     if tensors_hash(sorted(tensors.items())) != group.hash:
         raise DymoeError(f"{told}: expert group {group.name!r} is not the one saved (hash differs)")
     return config, tensors

@@ -70,6 +70,11 @@ class Composed(Method):
         """What the method holds."""
         return self.method.held(trainable, inputs)
 
+    def brings(self, hook: str) -> bool:
+        """Whether the method or a companion has a hook of its own."""
+        own = (getattr(type(one), hook) is not getattr(Companion, hook) for one in self.companions)
+        return self.method.brings(hook) or any(own)
+
     def config(self, stage: Stage) -> DyMoEConfig:
         """The method's config as the companions change it."""
         return self._changed(self.method.config(stage), stage)
