@@ -26,7 +26,6 @@ from dymoe.adapter import (
 from dymoe.adapter.selectors import SELECTORS
 from dymoe.errors import DymoeError
 from dymoe.files import TEMPORARY, atomic_dir, reason
-from dymoe.learning import sharded
 from dymoe.messages import brief, printable, shorten
 
 WEIGHTS = "adapter_model.safetensors"  # PEFT's name
@@ -131,8 +130,13 @@ def write_group(model: PeftModel, name: str, folder: Path, target: Path | None =
                 written = list(file.keys())
     except (OSError, SafetensorError) as error:
         raise DymoeError(f"{target}: cannot be written ({reason(error, folder)})") from error
-    own = [key.rpartition(".")[0] for key in sharded.named(model) if of_group(key, name)]
+    own = [key.rpartition(".")[0] for key in named(model) if of_group(key, name)]
     _compare_names(written, own, f"{target}: expert group {name!r} is not saved: its file, read back,")
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters by the names they have in an unwrapped model."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in model.named_parameters()}
 
 
 def of_group(parameter: str, group: str) -> bool:

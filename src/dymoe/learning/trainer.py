@@ -1,12 +1,9 @@
 """The trainer of one stage: transformers' Trainer, answer-only logits, routing terms, small checkpoints.
 
-It trains in one process or in several. Gradients, sharding and their communication are accelerate's work; here is what
-must not depend on it: the loss, the order of the samples, the precision, and checkpoints that another number of
-processes can go on with.
+It trains in one process or in several; what that asks of a trainer is in `learning.sharded`.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,25 +16,23 @@ from transformers.trainer_callback import PrinterCallback
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json, read_json, reason
-from dymoe.learning import sharded
 from dymoe.learning.callbacks import Divergence, StageCallback
 from dymoe.learning.checkpoints import mark_complete
 from dymoe.learning.distributed import ALONE, Processes
-from dymoe.learning.groups import WEIGHTS, of_group, read_tensors, set_group, trace_of, write_group
+from dymoe.learning.groups import WEIGHTS, read_tensors, set_group, trace_of, write_group
 from dymoe.learning.loss import answer_logits, next_token_loss
 from dymoe.learning.recipe import Training
 from dymoe.learning.sampler import Loader, Order
+from dymoe.learning.sharded import ShardedTrainer
 from dymoe.libraries import require_extra, require_names
 from dymoe.methods import Method
 
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # transformers' names
 SUMS = "sums.json"
 # Names of transformers' Trainer that are not promised to stay: overridden, called or set here.
 require_names(
     Trainer,
-    *("_save", "_save_checkpoint", "_load_from_checkpoint", "_prepare_for_training", "_load_scaler"),
-    *("_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler", "create_accelerator_and_postprocess"),
-    *("loss_is_scaled_for_ga", "_maybe_log_save_evaluate", "_load_rng_state"),
+    *("_save", "_save_checkpoint", "_load_from_checkpoint", "_load_rng_state"),
+    *("loss_is_scaled_for_ga", "_maybe_log_save_evaluate"),
 )
 # As well, but they are there only while it trains.
 COUNTED = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
@@ -103,7 +98,7 @@ def training_arguments(
     return arguments
 
 
-class StageTrainer(Trainer):
+class StageTrainer(ShardedTrainer):
     """Trains one expert group on one stage's samples.
 
     Args:
@@ -132,8 +127,8 @@ class StageTrainer(Trainer):
         processes: Processes = ALONE,
         name: str | None = None,
     ) -> None:
-        self.processes = processes
-        self.dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+        self.group, self.method, self.processes = group, method, processes
+        self.trace = trace_of(model)
         super().__init__(
             model=model,
             args=arguments,
@@ -142,9 +137,6 @@ class StageTrainer(Trainer):
             callbacks=[*callbacks, StageCallback(model, method)],
         )
         self.remove_callback(PrinterCallback)
-        self.group = group
-        self.method = method
-        self.trace = trace_of(model)
         # compute_loss divides by the step's items itself, so nothing is left to scale for accumulation.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -152,68 +144,7 @@ class StageTrainer(Trainer):
         self._logged = 0  # the step at which `_terms` began
         self._ended = 0  # the last step whose loss is complete
         self._divergence = Divergence(name or group, arguments.learning_rate)
-        self._names: list[str] = []
-        self._refuse(model, method)
-
-    @property
-    def _parted(self) -> bool:
-        """Whether no process holds all of the optimizer, or of the parameters."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    @property
-    def _cut(self) -> bool:
-        """Whether no process holds whole parameters."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        return bool(self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
-
-    def _refuse(self, model: PeftModel, method: Method) -> None:
-        """Refuse what would not compute the same as in one process."""
-        way = "FSDP2" if self.is_fsdp_enabled else "DeepSpeed"
-        if self._parted and self.args.fp16:
-            raise DymoeError(f"training.dtype: float16 does not go with {way} here; use bfloat16")
-        if self._parted and "paged" in str(self.args.optim):
-            raise DymoeError(f"training.optimizer: paged-adamw is for one GPU; {way} spreads adamw's state")
-        if self._cut and method.brings("loss_terms"):
-            raise DymoeError(
-                f"method {method.name}: its loss reads whole parameters, which {way} cuts into parts; "
-                "use recipes/accelerate/ddp.yaml or zero2.yaml"
-            )
-        if self._parted and method.brings("before_step"):
-            raise DymoeError(
-                f"method {method.name}: it changes gradients before a step, which {way} does not hand out whole; "
-                "use recipes/accelerate/ddp.yaml"
-            )
-        base: Any = model.base_model
-        if self._cut and getattr(base.model, "is_loaded_in_4bit", False):
-            raise DymoeError(
-                f"model_options.load_in_4bit: {way} would cut the 4-bit weights into parts, which is not supported; "
-                "use recipes/accelerate/ddp.yaml or zero2.yaml"
-            )
-        if self._cut and self.is_deepspeed_enabled and base.selector is not None and base.selector.while_training:
-            raise DymoeError(
-                f"method {method.name}: its selector learns outside of the layers that ZeRO-3 puts together; "
-                "use recipes/accelerate/ddp.yaml, zero2.yaml or fsdp2.yaml"
-            )
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Let the precision be what it is in one process: the parameters' own dtypes, and autocast."""
-        super().create_accelerator_and_postprocess()
-        if self.is_fsdp_enabled:
-            from torch.distributed.fsdp import MixedPrecisionPolicy
-
-            # accelerate's would run experts and routers in bfloat16 and sum their gradients in it.
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-        if self.is_deepspeed_enabled:
-            # DeepSpeed's own bfloat16 mode would turn experts and routers into bfloat16.
-            config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
-            config["bf16"] = {"enabled": False}
-            config["torch_autocast"] = {"enabled": self.dtype != "float32", "dtype": "bfloat16"}
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        """Autocast where neither accelerate nor DeepSpeed brings it."""
-        if not self.is_fsdp_enabled or self.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.args.device.type, dtype=getattr(torch, self.dtype))
+        self.refuse_unequal(model, method)
 
     def get_train_dataloader(self) -> Loader:
         """This process's micro-batches; see `learning.sampler`."""
@@ -238,7 +169,7 @@ class StageTrainer(Trainer):
         labels = inputs["labels"]
         batch = {key: value for key, value in inputs.items() if key != "labels"}
         self.trace.labels = labels
-        with self._autocast():
+        with self.autocast():
             outputs = model(**batch, logits_to_keep=answer_logits(labels), use_cache=False)
         items = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum()
         # Gradients are averaged over processes while `items` counts those of all processes.
@@ -305,26 +236,6 @@ class StageTrainer(Trainer):
         """Not counted: transformers' estimate would walk all parameters at every step."""
         return 0
 
-    def weights(self, every: bool = False) -> dict[str, Tensor]:
-        """The training group's tensors, whole, by their names in the model; to be called by every process.
-
-        Args:
-            every: those of all groups, the frozen ones too.
-
-        Returns:
-            name -> tensor on the CPU in process 0; nothing in the others, which only take part.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        names = [name for name in sharded.named(model) if ".dymoe_" in name and (every or of_group(name, self.group))]
-        return sharded.parameters(model, names, keep=self.processes.main)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the training group alone, whole however it is held."""
-        if self._parted:
-            self._save(output_dir, self.weights())
-        else:
-            super().save_model(output_dir, _internal_call)
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
@@ -347,54 +258,6 @@ class StageTrainer(Trainer):
         file = Path(resume_from_checkpoint) / WEIGHTS
         target = self.accelerator.unwrap_model(model if model is not None else self.model)
         set_group(target, self.group, read_tensors(file), str(file))
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Transformers' optimizer; the order of its parameters is kept by name."""
-        optimizer = super().create_optimizer(model)
-        names = {parameter: name for name, parameter in sharded.named(cast(nn.Module, self.model)).items()}
-        self._names = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-        return optimizer
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """Wrap the model, and go on with a checkpoint that need not come from the same number of processes."""
-        if self._parted and resume_from_checkpoint is not None:
-            self._load_from_checkpoint(resume_from_checkpoint)  # while every process holds whole parameters
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if self._cut and self.is_deepspeed_enabled:
-            sharded.let_layers_gather(cast(Any, self.model).base_model.layers())
-        if resume_from_checkpoint is not None:
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            self._load_scaler(resume_from_checkpoint)
-        return prepared
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._parted:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-        state = sharded.optimizer_state(cast(nn.Module, self.model), optimizer.optimizer, keep=self.args.should_save)
-        if self.args.should_save:
-            torch.save({"by_name": state}, Path(output_dir) / OPTIMIZER)
-            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        kept = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
-        if not self._parted and "by_name" not in kept:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        state = kept.get("by_name") or {self._names[place]: one for place, one in kept["state"].items()}
-        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-        sharded.load_optimizer_state(cast(nn.Module, self.model), optimizer.optimizer, state)
-        schedule = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
-        # One entry a parameter group, all the same; DeepSpeed drops the groups that are empty.
-        groups = len(scheduler.base_lrs)
-        scheduler.load_state_dict(
-            {key: value[:1] * groups if isinstance(value, list) else value for key, value in schedule.items()}
-        )
-        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
 
     def close(self) -> None:
         """Give the model back as it was: without the autocast wrapper of this stage's accelerator.
