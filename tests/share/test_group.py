@@ -347,7 +347,7 @@ def test_no_memory_in_the_midst_leaves_the_model_as_it_was(shared, monkeypatch):
 
 
 def test_a_large_model_is_not_copied_to_be_checked(shared):
-    """The check on a model without weights takes no memory: its weights stay where they are."""
+    """Its weights stay where they are."""
     base = tiny_llama()
     storages = {parameter.data_ptr() for parameter in base.parameters()}
     loaded = load_stage(shared, base)

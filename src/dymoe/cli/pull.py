@@ -8,8 +8,8 @@ from dymoe.messages import say, shorten
 HELP = """usage: dymoe pull SOURCE FOLDER
 
 Fetch what `dymoe push` shared. The folder appears when every file's SHA-256 and every group's hash were found right and
-each group holds its own tensors alone; pickles, links, paths that lead out of the folder and large unknown files are
-refused.
+each group holds its own tensors alone; links and paths that lead out of the folder are refused, files that do not
+belong to the result are left behind.
 
   SOURCE  a folder (file:PATH or a path) or a Hub repository (owner/name or hub:owner/name)
   FOLDER  where to; it must not exist or be empty"""

@@ -12,7 +12,7 @@ one folder per stage, as PEFT saves an adapter. Nothing else belongs to it.
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -33,8 +33,6 @@ CONFIG_BYTES = 2**20
 STAGES = 256
 TEXT_BYTES = 64 * 2**20
 WEIGHTS_BYTES = 2**40
-STRAY_BYTES = 2**20  # a file that the manifest does not list may have this size, and is left behind
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".th", ".t7")
 SHA = re.compile(r"[0-9a-f]{64}")
 
 
@@ -167,29 +165,11 @@ def _check_files(files: Mapping[str, File], groups: Mapping[str, Group], told: s
             raise DymoeError(f"{told}: expected the 64 digits of a SHA-256, got {brief(digest)}")
 
 
-def check_strays(names: Mapping[str, int], listed: Iterable[str], where: str) -> list[str]:
-    """Look at the files (size in bytes by path) beside those that are listed; those that are left behind come back.
-
-    Raises:
-        DymoeError: a pickle, or a large file that nothing is known about.
-    """
-    known = {*listed, MANIFEST}
-    strays = sorted(name for name in names if name not in known)
-    for name in strays:
-        told = printable(name)
-        if name.lower().endswith(PICKLES):
-            raise DymoeError(f"{where}: {told}: a pickle can run code when it is read; a shared result has none")
-        if names[name] > STRAY_BYTES:
-            raise DymoeError(f"{where}: {told}: an unknown file of {names[name]} bytes that {MANIFEST} does not list")
-    return [name for name in strays if name != ".gitattributes"]
-
-
 def tree(root: Path, where: str) -> dict[str, int]:
     """Size of every file below `root` by its path; git's and the Hub client's own folders are passed over.
 
     Raises:
-        DymoeError: a link, or something that is neither file nor folder; a file that begins like a pickle though the
-            manifest cannot know it.
+        DymoeError: a link, or something that is neither file nor folder.
     """
     found: dict[str, int] = {}
     try:
@@ -203,9 +183,6 @@ def tree(root: Path, where: str) -> dict[str, int]:
                 if stat.S_ISLNK(mode):
                     raise DymoeError(f"{where}: {told}: is a link; a shared result has plain files alone")
                 if stat.S_ISREG(mode):
-                    # The header's length, with which safetensors files begin, may look like a pickle's first bytes.
-                    if not name.endswith(".safetensors") and pickled(path):
-                        raise DymoeError(f"{where}: {told}: begins like a pickle, which can run code when it is read")
                     found[inside] = path.stat().st_size
                 elif not stat.S_ISDIR(mode):
                     raise DymoeError(f"{where}: {told}: is no plain file")
@@ -216,13 +193,6 @@ def tree(root: Path, where: str) -> dict[str, int]:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def pickled(path: Path) -> bool:
-    """Whether a file begins as pickles of protocol 2 to 5 do, or as the zip files that torch.save writes."""
-    with path.open("rb") as file:
-        head = file.read(4)
-    return head[:4] == b"PK\x03\x04" or (len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5)
 
 
 def file_of(path: Path) -> File:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_dir, expand
-from dymoe.share.manifest import MANIFEST, check_strays, check_tree, file_of, parse
+from dymoe.share.manifest import MANIFEST, check_tree, file_of, parse
 from dymoe.share.places import open_source
 
 
@@ -28,8 +28,8 @@ def pull(source: str | Path, folder: str | Path) -> Pulled:
         folder: where to; it must not exist or be empty.
 
     Raises:
-        DymoeError: the source is not there or is no shared result; a file is missing, changed, a link, a pickle or
-            unknown and large; a path leads out of the folder; `folder` holds something or cannot be written.
+        DymoeError: the source is not there or is no shared result; a file is missing, changed or a link; a path leads
+            out of the folder; `folder` holds something or cannot be written.
     """
     target = expand(folder)
     if target.is_symlink() or (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
@@ -37,7 +37,7 @@ def pull(source: str | Path, folder: str | Path) -> Pulled:
     place, text = open_source(source)
     manifest = parse(text, place.where)
     names = place.names()
-    left = check_strays(names, manifest.files, place.where)
+    left = sorted(set(names) - set(manifest.files) - {MANIFEST, ".gitattributes"})  # whatever it is, it stays there
     for name, expected in manifest.files.items():
         # Before anything is fetched: what is too long to be right is not worth a download.
         if name not in names:
