@@ -66,6 +66,8 @@ def test_only_run_is_started_in_several_processes(monkeypatch, capsys):
         (["report", "x", "--output"], "report: --output: expected a value after it"),
         (["demo", "--step", "3"], "demo: --step: unknown option; did you mean --steps?"),
         (["demo", "--steps", "0"], "demo: --steps: expected a whole number of at least 1, got '0'"),
+        (["run", "x.yaml", "--resum"], "run: --resum: unknown option; did you mean --resume?"),
+        (["run", "x.yaml", "--settings.tau"], "run: --settings.tau: expected a value after it"),
         (["run", "--seed", "1"], "run: expected RECIPE, got 0 words; see dymoe run --help"),
     ],
 )

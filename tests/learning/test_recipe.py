@@ -146,7 +146,6 @@ def test_a_name_stands_for_a_recipe_that_comes_with_dymoe(tmp_path, monkeypatch)
     "words, message",
     [
         (["--training.lr"], "--training.lr: expected a value after it"),
-        (["--resum"], "--resum: unknown key; did you mean resume?"),
         (["--training.step_per_task", "3"], "command line: training.step_per_task: unknown key; did you mean"),
         (["--settings.tua=1"], "command line: settings.tua: unknown key; did you mean settings.tau?"),
         (["--seed", "x"], "command line: seed: expected int, got 'x'"),

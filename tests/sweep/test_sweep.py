@@ -199,7 +199,7 @@ def test_mistakes_on_the_command_line_and_in_the_results(tmp_path, capsys):
     for words, message in (
         (["nowhere.yaml"], "nowhere.yaml: no such recipe"),
         ([str(path), "--job", "2"], "command line: job: unknown key; did you mean jobs?"),
-        ([str(path), "--jobs"], "command line: --jobs: expected a value after it"),
+        ([str(path), "--jobs"], "sweep: --jobs: expected a value after it"),
         (["--jobs", "2"], "sweep: expected SWEEP, got 0 words"),
         ([str(path), "--results", str(path.with_name("other.jsonl"))], "other.jsonl: line 2: method: is missing"),
     ):

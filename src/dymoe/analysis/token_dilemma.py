@@ -67,7 +67,7 @@ def dilemma_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     output = str(Path("runs") / f"{path.stem}-dilemma")
     values: dict[str, Any] = {"title": "Token's dilemma", "recipes": [row], "output": output}
     values.update(seeds=[recipe.seed], orders=[recipe.order], instructions=[recipe.instructions])
-    for key, value in parse_overrides(overrides, Sweep).items():
+    for key, value in parse_overrides(overrides).items():
         set_key(values, key, value)
     sweep = build(Sweep, values, str(path))
     sweep.results = sweep.results or f"{sweep.output}.jsonl"

@@ -80,10 +80,10 @@ class Command:
                 given.words.append(word)
             elif option in self.options:
                 self._add(given, option, value if equals else None, rest)
-            elif self.keys:
-                given.keys += [word, *([rest.pop(0)] if not equals and rest and not rest[0].startswith("--") else [])]
+            elif self.keys and (equals or (rest and not rest[0].startswith("--"))):
+                given.keys += [word] if equals else [word, rest.pop(0)]
             else:
-                raise DymoeError(f"{self.name}: {option}: unknown option; {nearest(option, self.options)}")
+                raise DymoeError(f"{self.name}: {option}: {self._why_not(option)}")
         self._check(given)
         return given
 
@@ -120,14 +120,27 @@ class Command:
         if missing := next((option for option in self.needed if not given[option]), None):
             raise DymoeError(f"{self.name}: {missing} is missing; see dymoe {self.name} --help")
 
-    def _keys(self) -> str:
-        """A line for every key: its name, type and default."""
+    def _why_not(self, option: str) -> str:
+        """What is wrong with an option that is none, or that is a key without a value."""
+        keys = [key for key, _, _ in self._described()]
+        if option in keys or (self.keys and option.startswith(("--settings.", "--with."))):
+            return "expected a value after it"
+        return f"unknown option; {nearest(option, [*self.options, *keys])}"
+
+    def _described(self) -> list[tuple[str, str, str]]:
+        """Name, type and default of every key."""
         if not self.keys:
-            return ""
+            return []
         from dymoe.methods.settings import describe
 
         module, _, name = self.keys.rpartition(".")
-        rows = [(f"--{key}", kind, default) for key, kind, default in describe(getattr(import_module(module), name))]
+        return [(f"--{key}", kind, default) for key, kind, default in describe(getattr(import_module(module), name))]
+
+    def _keys(self) -> str:
+        """A line for every key, for the help."""
+        rows = self._described()
+        if not rows:
+            return ""
         width = max(len(key) for key, _, _ in rows)
         lines = [f"  {key:<{width}}  {kind}{f' ({default})' if default else ''}" for key, kind, default in rows]
         return "\n".join(["\n\nkeys and their defaults:", *lines])

@@ -36,9 +36,11 @@ def main(argv: Sequence[str]) -> int:
     require_gradio()
     with tempfile.TemporaryDirectory(prefix="dymoe-play-") as room:
         os.environ.update(QUIET, GRADIO_TEMP_DIR=room)
+        from dymoe.learning.learner import quiet
         from dymoe.play.ask import Runs
 
-        runs = Runs([Path(word) for word in given.words], tell=lambda text: say(text, error=True))
+        with quiet():
+            runs = Runs([Path(word) for word in given.words], tell=lambda text: say(text, error=True))
         from dymoe.play.serve import serve
 
         try:

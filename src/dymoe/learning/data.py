@@ -1,6 +1,7 @@
 """The data of one stage as a method's hooks may use it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dymoe.learning.recipe import Training
@@ -12,10 +13,11 @@ if TYPE_CHECKING:
     from dymoe.tasks import Sample
 
 
+@dataclass(frozen=True)
 class Data:
     """Batches and losses for a method's hooks (`dymoe.methods.base.StageData`).
 
-    Args:
+    Attributes:
         samples: what the stage trains on.
         collator: makes batches.
         see: computes the image features of samples before they are collated.
@@ -24,21 +26,12 @@ class Data:
         steps: optimizer steps of the stage.
     """
 
-    def __init__(
-        self,
-        samples: "Sequence[Sample]",
-        collator: "Collator",
-        see: "Callable[[Sequence[Sample]], None]",
-        training: Training,
-        device: Any,
-        steps: int,
-    ) -> None:
-        self.samples = samples
-        self.collator = collator
-        self.see = see
-        self.training = training
-        self.device = device
-        self.steps = steps
+    samples: "Sequence[Sample]"
+    collator: "Collator"
+    see: "Callable[[Sequence[Sample]], None]"
+    training: Training
+    device: Any
+    steps: int
 
     def batches(
         self, samples: "Sequence[Sample] | None" = None, batch_size: int | None = None

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from dymoe.errors import DymoeError
 from dymoe.files import expand
 from dymoe.learning.catalog import locate, suggestion
-from dymoe.messages import brief, nearest, shorten
+from dymoe.messages import brief, shorten
 from dymoe.methods import Composed, Method, companion_settings, settings_of
 from dymoe.methods.base import require
-from dymoe.methods.settings import build, keys
+from dymoe.methods.settings import build
 from dymoe.models.options import ModelOptions
 from dymoe.tasks.source import Source
 from dymoe.yamls import parse_yaml, read_yaml
@@ -287,17 +287,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def parse_overrides(words: Sequence[str], cls: type = Recipe) -> dict[str, Any]:
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     """Dotted keys and values of ``--key value`` and ``--key=value`` words; values are read as YAML.
 
     Args:
         words: the words.
-        cls: the dataclass whose keys a message may name.
 
     Raises:
         DymoeError: a word that is no key, a key that is there twice or without a value, a value that is not YAML.
     """
-    options = [*keys(cls), "resume"]
     found: dict[str, Any] = {}
     rest = list(words)
     while rest:
@@ -309,9 +307,7 @@ def parse_overrides(words: Sequence[str], cls: type = Recipe) -> dict[str, Any]:
             raise DymoeError(f"command line: --{shorten(key)}: is there twice")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                known = key in options or key.startswith(("settings.", "with."))
-                hint = "expected a value after it" if known else f"unknown key; {nearest(key, options)}"
-                raise DymoeError(f"command line: --{shorten(key)}: {hint}")
+                raise DymoeError(f"command line: --{shorten(key)}: expected a value after it")
             text = rest.pop(0)
         found[key] = parse_yaml(text, f"command line: --{shorten(key)}: {brief(text)}")
     return found

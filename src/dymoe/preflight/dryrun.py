@@ -90,28 +90,48 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
         run(small, display=display or watch, made=Made(stream, lvlm, max(sum(map(sum, sizes.values())), 1)))
         seen = display if isinstance(display, _Watch) else watch
         lengths = [_tokens(lvlm, task, recipe, rows) for task in stream.tasks]
-    found = []
-    for number, (task, (tokens, longest)) in enumerate(zip(stream.tasks, lengths, strict=True), start=1):
-        seconds = seen.steps[task.name]
-        asked = seen.asked[task.name]
-        train, test = sizes[task.name]
-        steps = recipe.training.steps(min(train, recipe.training.limit or train))
-        minutes = paper_times(recipe).get("minutes", {}).get(recipe.method, {}).get(task.name)
-        found.append(
-            Measured(
-                task=task.name,
-                step_seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                answers_per_second=recipe.evaluation.batch_size / asked,
-                peak_bytes=seen.peaks[task.name],
-                estimated_bytes=memory(recipe, shape, number, longest).peak,
-                steps=steps,
-                hours=steps * seconds / 3600,
-                asking_hours=test * asked / recipe.evaluation.batch_size / 3600,
-                paper_hours=None if minutes is None else minutes / 60,
-            )
+    return [
+        _measured(
+            recipe,
+            task.name,
+            seen,
+            sizes[task.name],
+            tokens,
+            estimate=memory(recipe, shape, number, longest).peak,
         )
-    return found
+        for number, (task, (tokens, longest)) in enumerate(zip(stream.tasks, lengths, strict=True), start=1)
+    ]
+
+
+def _measured(
+    recipe: Recipe, task: str, seen: "_Watch", sizes: tuple[int, int], tokens: int, estimate: float
+) -> Measured:
+    """What one stage took, and what the whole task would.
+
+    Args:
+        recipe: of the run.
+        task: that the stage learned.
+        seen: what was noted.
+        sizes: training and test samples of the real task.
+        tokens: of one optimizer step.
+        estimate: of its peak in bytes.
+    """
+    train, test = sizes
+    seconds, asked, batch = seen.steps[task], seen.asked[task], recipe.evaluation.batch_size
+    steps = recipe.training.steps(min(train, recipe.training.limit or train))
+    minutes = paper_times(recipe).get("minutes", {}).get(recipe.method, {}).get(task)
+    return Measured(
+        task=task,
+        step_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        answers_per_second=batch / asked,
+        peak_bytes=seen.peaks[task],
+        estimated_bytes=estimate,
+        steps=steps,
+        hours=steps * seconds / 3600,
+        asking_hours=test * asked / batch / 3600,
+        paper_hours=None if minutes is None else minutes / 60,
+    )
 
 
 def _tokens(lvlm: Any, task: "Task", recipe: Recipe, rows: int) -> tuple[int, int]:

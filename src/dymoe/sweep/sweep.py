@@ -139,7 +139,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     values = read_keys(path)
     if not values.get("recipes"):
         raise DymoeError(f"{path}: recipes: no recipe is named; a recipe alone is learned with `dymoe run`")
-    given = parse_overrides(overrides, Sweep)
+    given = parse_overrides(overrides)
     where = str(path)
     if given:
         build(Sweep, values, where)
