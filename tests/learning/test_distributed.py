@@ -32,7 +32,7 @@ from dymoe.learning.groups import train_group
 from dymoe.learning.progress import Display, silent
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
-from dymoe.learning.sampler import NOTHING, Loader, Order
+from dymoe.learning.sampler import Loader, Order
 from dymoe.learning.trainer import StageTrainer
 from dymoe.methods.lora import LoRA
 from dymoe.models import Collator, load
@@ -71,7 +71,7 @@ def test_processes_take_turns_at_the_micro_batches_of_one(count, size, seed, epo
         assert len(order) == len(shares[-1]) == -(-len(one) // processes)
     turns = [batch for together in zip(*shares, strict=True) for batch in together]
     assert turns[: len(one)] == one
-    assert turns[len(one) :] == [[NOTHING]] * (len(turns) - len(one))
+    assert turns[len(one) :] == [[]] * (len(turns) - len(one))
 
 
 def test_a_process_without_a_sample_learns_nothing_in_the_step():

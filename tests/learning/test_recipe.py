@@ -14,7 +14,7 @@ from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.catalog import shipped
 from dymoe.learning.recipe import Recipe, Training, load_recipe, parse_overrides
-from dymoe.learning.sampler import NOTHING, Order
+from dymoe.learning.sampler import Order
 from dymoe.methods import available
 from dymoe.methods.settings import keys
 from dymoe.sweep.sweep import is_sweep
@@ -198,7 +198,7 @@ def test_the_steps_of_a_stage_are_whole_passes_over_every_sample(samples, batch,
         for order in orders:
             order.set_epoch(epoch)
             batches = list(order)
-            seen.update(place for part in batches for place in part if place != NOTHING)
+            seen.update(place for part in batches for place in part)
         steps -= -(-len(batches) // passes)
         epoch += 1
     assert steps == 0

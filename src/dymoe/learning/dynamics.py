@@ -8,15 +8,16 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dymoe.adapter import RoutingTrace
 from dymoe.adapter.trace import STATISTICS, TERMS
 from dymoe.errors import DymoeError
-from dymoe.files import atomic_write, read_bytes
+from dymoe.files import atomic_write, parse_json, read_bytes
 from dymoe.learning.distributed import Processes
+from dymoe.schema import Count
 
 VALUES = (*STATISTICS, *TERMS)
 
@@ -65,24 +66,25 @@ class Dynamics(TrainerCallback):
             raise DymoeError(f"{self.file}: cannot be written ({error.strerror or error})") from error
 
 
-def lines(file: Path) -> Iterator[dict[str, Any]]:
+class Line(TypedDict):
+    """A line of dynamics.jsonl."""
+
+    step: Count
+    values: list[str]
+    layers: dict[str, list[float]]
+
+
+def lines(file: Path) -> Iterator[Line]:
     """The lines of a stage's dynamics.jsonl, without a last one that a kill cut short; none if there is no file.
 
     Raises:
         DymoeError: a line is not as it should be; the message names it.
     """
-    if not file.is_file():
-        return
-    *whole, _ = read_bytes(file).split(b"\n")
+    whole = read_bytes(file).split(b"\n")[:-1] if file.is_file() else ()
     for number, text in enumerate(whole, start=1):
-        try:
-            line = json.loads(text)
-            layers = line["layers"].values()
-            good = isinstance(line["step"], int) and all(len(row) == len(line["values"]) for row in layers)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            good = False
-        if not good:
-            raise DymoeError(f"{file}: line {number}: expected step, values and a list of values for every layer")
+        line = parse_json(text, f"{file}: line {number}", Line)
+        if any(len(row) != len(line["values"]) for row in line["layers"].values()):
+            raise DymoeError(f"{file}: line {number}: expected {len(line['values'])} values for every layer")
         yield line
 
 

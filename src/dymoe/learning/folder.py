@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from dymoe.errors import DymoeError
 from dymoe.files import (
@@ -25,6 +25,7 @@ from dymoe.learning.formats import Done, Event, Probed, Routing, Row, Score, Sco
 if TYPE_CHECKING:
     from dymoe.evaluation.generate import TaskResult
 
+T = TypeVar("T")
 # Keys that change how a run works but not what it computes; they may differ when a run goes on.
 FREE = (
     "output",
@@ -45,7 +46,10 @@ EVALUATED = ("training.json", "scores.json", "routing.json", "predictions/*.json
 
 
 class StageFolder:
-    """Paths and state of one stage below ``stages/NN-name``; `tasks` are the names of those that it learns."""
+    """Paths and state of one stage below ``stages/NN-name``; `tasks` are the names of those that it learns.
+
+    What reads a file raises a DymoeError where it is missing or not as dymoe writes it; the message names it.
+    """
 
     def __init__(self, path: Path, tasks: Sequence[str] = ()) -> None:
         self.path = path
@@ -69,61 +73,33 @@ class StageFolder:
 
     @property
     def record(self) -> Trained:
-        """The record of the stage's training.
-
-        Raises:
-            DymoeError: there is none, or it is not as dymoe writes it.
-        """
+        """The record of the stage's training."""
         return read_json(self.path / "training.json", Trained)
 
     @property
     def probed(self) -> Probed | None:
-        """What the method's temporary group took, None as long as there was none.
-
-        Raises:
-            DymoeError: probed.json is not as dymoe writes it.
-        """
-        file = self.path / "probed.json"
-        return read_json(file, Probed) if file.is_file() else None
+        """What the method's temporary group took, None as long as there was none."""
+        return self.read("probed.json", Probed)
 
     @property
     def done(self) -> Done | None:
-        """The stage's marker, None as long as it is not done.
-
-        Raises:
-            DymoeError: it is not as dymoe writes it.
-        """
-        marker = self.path / "done.json"
-        return read_json(marker, Done) if marker.is_file() else None
+        """The stage's marker, None as long as it is not done."""
+        return self.read("done.json", Done)
 
     @property
     def scores(self) -> dict[str, Score]:
-        """Task -> score, of the tasks evaluated so far.
-
-        Raises:
-            DymoeError: scores.json is not as dymoe writes it.
-        """
-        file = self.path / "scores.json"
-        return read_json(file, dict[str, Score]) if file.is_file() else {}
+        """Task -> score, of the tasks evaluated so far."""
+        return self.read("scores.json", dict[str, Score]) or {}
 
     @property
     def routing(self) -> Routing:
-        """Where the tokens of the tasks evaluated so far were routed.
+        """Where the tokens of the tasks evaluated so far were routed."""
+        return self.read("routing.json", Routing) or {"groups": [], "tasks": {}}
 
-        Raises:
-            DymoeError: routing.json is not as dymoe writes it.
-        """
-        file = self.path / "routing.json"
-        return read_json(file, Routing) if file.is_file() else {"groups": [], "tasks": {}}
-
-    def read(self, name: str) -> dict[str, Any]:
-        """Any JSON file of the stage, empty if it is not there.
-
-        Raises:
-            DymoeError: it cannot be read or holds no mapping of keys.
-        """
+    def read(self, name: str, kind: type[T]) -> T | None:
+        """The value of a JSON file of the stage as `kind`, None where there is no such file."""
         file = self.path / name
-        return read_json(file, dict[str, Any]) if file.is_file() else {}
+        return read_json(file, kind) if file.is_file() else None
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file of the stage, atomically."""
@@ -135,7 +111,7 @@ class StageFolder:
 
     def mark_done(self, seconds: float) -> None:
         """Write done.json: the stage is evaluated, which took `seconds`."""
-        record = self.read("training.json")
+        record = self.read("training.json", dict[str, Any]) or {}
         spent = {**record.get("seconds", {}), "evaluate": seconds}
         self._mark("done.json", {**record, "seconds": spent, "files": self._digests(*TRAINED, *EVALUATED)})
 
@@ -160,7 +136,7 @@ class StageFolder:
         if marks is None:
             return
         for name in ("training.json", "done.json"):
-            record = self.read(name)
+            record = self.read(name, dict[str, Any])
             if record and record.get("sha256") != _digest({**record, "sha256": ""}):
                 raise self._damaged(self.path / name, "was changed since it was written")
         for name, digest in marks["files"].items():

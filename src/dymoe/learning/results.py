@@ -98,7 +98,7 @@ def _reports(done: Sequence[StageFolder]) -> list[dict[str, Any]]:
     reports = []
     for stage in done:
         probe = {"probe": stage.probed} if stage.probed else {}
-        reports.append({**stage.read(f"{stage.memory.name}/report.json"), **probe})
+        reports.append({**(stage.read(f"{stage.memory.name}/report.json", dict[str, Any]) or {}), **probe})
     return reports if any(reports) else []
 
 

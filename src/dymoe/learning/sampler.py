@@ -9,15 +9,14 @@ from torch.utils.data import DataLoader, Sampler
 
 from dymoe.models.images import cores
 
-NOTHING = -1  # in place of a sample: this process has none left in the step
-
 
 class Order(Sampler[list[int]]):
     """This process's micro-batches of an epoch.
 
     The epoch's order is one permutation for all processes, cut into pieces of `size`; they are dealt to the processes
     in turn. So k processes take together what one process takes in k micro-batches, also from the last, short pieces
-    (accelerate's own sampler fills those up with samples from the beginning).
+    (accelerate's own sampler fills those up with samples from the beginning); a process for which none is left gets an
+    empty piece.
 
     Args:
         count: samples.
@@ -45,7 +44,7 @@ class Order(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
         for start in range(self.rank * self.size, len(self) * self.size * self.processes, self.size * self.processes):
-            yield order[start : start + self.size] or [NOTHING]
+            yield order[start : start + self.size]
 
 
 def workers_for(asked: int | None, cached: bool, processes: int = 1) -> int:
@@ -79,7 +78,7 @@ class Loader(DataLoader[Any]):
         self, samples: Sequence[Any], collator: Callable[[Sequence[Any]], Any], order: Order, **options: Any
     ) -> None:
         def collate(positions: list[int]) -> Any:
-            if positions != [NOTHING]:
+            if positions:
                 return collator([samples[position] for position in positions])
             batch = collator([samples[0]])
             batch["labels"] = torch.full_like(batch["labels"], -100)

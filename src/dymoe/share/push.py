@@ -10,6 +10,7 @@ from typing import Any
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_dir, json_text, read_json
 from dymoe.learning.folder import StageFolder
+from dymoe.learning.formats import Saved
 from dymoe.share.card import Shared, card
 from dymoe.share.manifest import (
     CONFIG,
@@ -176,11 +177,8 @@ def _groups(done: list[tuple[str, StageFolder]], new: Path, base: str) -> list[t
     configs: dict[Path, Path] = {}
     layers: set[str] = set()
     for number, (name, stage) in enumerate(done, start=1):
-        record = stage.read("done.json")
-        try:
-            group = Group(record["group"], f"groups/{number:02d}-{name}", record["hashes"][record["group"]])
-        except (KeyError, TypeError):
-            raise DymoeError(f"{stage.path / 'done.json'}: the group and its hash are missing") from None
+        record = read_json(stage.path / "done.json", Saved)
+        group = Group(record["group"], f"groups/{number:02d}-{name}", record["hashes"].get(record["group"], ""))
         folder = new / group.folder
         folder.mkdir(parents=True)
         for part in (CONFIG, WEIGHTS):
