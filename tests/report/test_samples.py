@@ -35,8 +35,8 @@ def test_samples_that_one_method_lost_and_another_kept_come_first(tmp_path: Path
     )
     chosen = compare(gather(read_runs([lora, dymoe]))).shown
     assert [shown.question.id for shown in chosen[:2]] == ["told", "both"]
-    assert chosen[0].lost_by == ["lora"]
-    assert chosen[1].lost_by == ["lora", "dymoe"]
+    assert [fate.method.label for fate in chosen[0].fates if fate.lost] == ["lora"]
+    assert [fate.method.label for fate in chosen[1].fates if fate.lost] == ["lora", "dymoe"]
     text = page(tmp_path, lora, dymoe).sections["samples"]
     assert "lora told 1" in text
     assert "dymoe told 2" in text
@@ -87,11 +87,12 @@ def test_every_pair_has_its_samples_and_all_are_counted(tmp_path: Path) -> None:
     assert found.total == 8 * 20
     for a, row in enumerate(found.counts):
         for b, count in enumerate(row):
-            told = [shown for shown in found.shown if a in shown.kept and b in shown.lost]
-            assert len(told) >= min(count, PER_PAIR)
-            for shown in told:
-                assert shown.answers[a].last.right
-                assert not shown.answers[b].last.right
+            fates = [shown.fates for shown in found.shown if (a, b) in shown.pairs]
+            assert len(fates) >= min(count, PER_PAIR)
+            for own in fates:
+                assert own[a].last is not None
+                assert own[b].last is not None
+                assert (own[a].last.right, own[b].last.right) == (True, False)
     assert found.pair is not None
     assert found.counts[found.pair[0]][found.pair[1]] == max(found.counts[found.pair[0]])
 
@@ -104,8 +105,8 @@ def test_a_lost_sample_says_since_which_stage(tmp_path: Path) -> None:
         atomic_write(folder / "predictions" / "scienceqa.jsonl", json.dumps(line) + "\n")
     atomic_json(run / "samples.json", [{"task": "scienceqa", "id": "a", "question": "what?", "answer": "cat"}])
     (shown,) = compared([run]).shown
-    assert shown.stages[shown.answers[0].lost_at] == "imagenet"
-    assert shown.answers[0].before.text == "cat"
+    assert shown.stages[shown.fates[0].lost_at] == "imagenet"
+    assert shown.fates[0].before == "cat"
     text = " ".join(page(tmp_path, run).sections["samples"].split())
     assert "lora ✗ dog lost while learning imagenet; before: cat" in text
 
@@ -113,5 +114,5 @@ def test_a_lost_sample_says_since_which_stage(tmp_path: Path) -> None:
 def test_a_method_without_stages_can_keep_but_not_lose(tmp_path: Path) -> None:
     paths = [make_run(tmp_path / "lora", "lora", tasks=THREE), make_joint(tmp_path / "joint", 0, THREE)]
     found = compared(paths)
-    assert all(1 not in shown.lost for shown in found.shown)
-    assert any(1 in shown.kept for shown in found.shown)
+    assert not any(shown.fates[1].lost for shown in found.shown)
+    assert any(shown.fates[1].kept for shown in found.shown)

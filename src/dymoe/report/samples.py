@@ -5,10 +5,7 @@ import binascii
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import permutations
-from pathlib import Path
-from typing import Any
 
 from dymoe.analysis.forgetting import ranked
 from dymoe.analysis.runs import Method, Run, stage_folders
@@ -47,67 +44,40 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Told:
-    """One method's answers to a question: one per stage from the task's own on, None where it was not asked."""
+class Fate:
+    """What became of a question under one method.
+
+    Attributes:
+        answers: one per stage from the task's own on, None where it was not asked.
+        last: the answer at the last stage, None where it was never asked.
+        kept: right at the last stage and at an earlier one; without stages one right answer is enough.
+        lost: right at an earlier stage and wrong at the last one.
+        lost_at: place of the stage since which a lost answer is wrong.
+        before: the last right answer to a lost question.
+    """
 
     method: Method
-    answers: tuple[Answer | None, ...]
-
-    @cached_property
-    def given(self) -> tuple[tuple[int, Answer], ...]:
-        """(place of the stage, answer) where it was asked."""
-        return tuple((place, answer) for place, answer in enumerate(self.answers) if answer is not None)
-
-    @cached_property
-    def lost(self) -> bool:
-        """Right at an earlier stage and wrong at the last one."""
-        return len(self.given) > 1 and not self.last.right and any(answer.right for _, answer in self.given)
-
-    @cached_property
-    def kept(self) -> bool:
-        """Right at the last stage and at an earlier one; a method without stages has but one answer to be right."""
-        before = self.method.level or any(answer.right for _, answer in self.given[:-1])
-        return bool(self.given) and self.last.right and before
-
-    @property
-    def last(self) -> Answer:
-        """The answer at the last stage."""
-        return self.given[-1][1]
-
-    @property
-    def lost_at(self) -> int:
-        """Place of the stage since which a lost answer is wrong."""
-        right = max(number for number, (_, answer) in enumerate(self.given) if answer.right)
-        return self.given[right + 1][0]
-
-    @property
-    def before(self) -> Answer:
-        """The last right answer to a lost sample."""
-        return [answer for _, answer in self.given if answer.right][-1]
+    answers: Sequence[Answer | None]
+    last: Answer | None = None
+    kept: bool = False
+    lost: bool = False
+    lost_at: int = 0
+    before: str = ""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A question with the answers of each method; `stages` are the tasks learned since its own."""
+    """A question with its fate under each method; `stages` are the tasks learned since its own."""
 
     question: Question
-    stages: tuple[str, ...]
-    answers: tuple[Told, ...]
-
-    @cached_property
-    def kept(self) -> list[int]:
-        """Indices of the methods that still answer it."""
-        return [told.method.index for told in self.answers if told.kept]
-
-    @cached_property
-    def lost(self) -> list[int]:
-        """Indices of the methods that have lost it."""
-        return [told.method.index for told in self.answers if told.lost]
+    stages: Sequence[str]
+    fates: Sequence[Fate]
 
     @property
-    def lost_by(self) -> list[str]:
-        """Names of the methods that have lost it."""
-        return [told.method.label for told in self.answers if told.lost]
+    def pairs(self) -> list[tuple[int, int]]:
+        """(index of a method that still answers it, index of one that has lost it)."""
+        kept = [fate.method.index for fate in self.fates if fate.kept]
+        return [(one, fate.method.index) for one in kept for fate in self.fates if fate.lost]
 
 
 @dataclass(frozen=True)
@@ -118,9 +88,9 @@ class Comparison:
     not. `pair` is what to compare first (who still answers, who has lost), None where no pair of methods differs.
     """
 
-    shown: tuple[Shown, ...]
+    shown: Sequence[Shown]
     total: int
-    counts: tuple[tuple[int, ...], ...]
+    counts: Sequence[Sequence[int]]
     pair: tuple[int, int] | None
     id: str = "samples"
     title: str = "What one still answers and another has lost"
@@ -139,22 +109,18 @@ def compare(methods: Sequence[Method]) -> Comparison:
         for run in method.runs:
             for question in _questions(run):
                 questions.setdefault((question.task, question.id), question)
-    told = {method.label: _answers(method.runs[0], set(questions)) for method in methods}
-    candidates = [_shown(question, methods, told) for question in questions.values()]
+    answers = [_answers(method.runs[0], set(questions)) for method in methods]
+    candidates = [_shown(question, methods, answers) for question in questions.values()]
     tasks = methods[0].tasks
-    candidates.sort(key=lambda shown: (-tasks.index(shown.question.task), *_interest(shown)), reverse=True)
-    counts = [[0] * len(methods) for _ in methods]
-    for shown in candidates:
-        for a in shown.kept:
-            for b in shown.lost:
-                counts[a][b] += 1
+    # Of each task first those that some lost and others kept, then those that most have lost.
+    lost = {id(shown): sum(fate.lost for fate in shown.fates) for shown in candidates}
+    candidates.sort(key=lambda shown: (bool(shown.pairs), lost[id(shown)]), reverse=True)
+    candidates.sort(key=lambda shown: tasks.index(shown.question.task))
+    pairs = Counter(pair for shown in candidates for pair in shown.pairs)
+    counts = [[pairs[a, b] for b in range(len(methods))] for a in range(len(methods))]
     chosen = _choose(candidates)
-    return Comparison(
-        tuple(shown for place, shown in enumerate(candidates) if place in chosen),
-        len(candidates),
-        tuple(map(tuple, counts)),
-        _first_pair(methods, counts),
-    )
+    shown = [candidate for place, candidate in enumerate(candidates) if place in chosen]
+    return Comparison(shown, len(candidates), counts, _first_pair(methods, pairs))
 
 
 def _choose(candidates: Sequence[Shown]) -> set[int]:
@@ -163,18 +129,18 @@ def _choose(candidates: Sequence[Shown]) -> set[int]:
     refused: set[int] = set()
     budget = IMAGE_BUDGET
     tasks: Counter[str] = Counter()
-    pairs = [[(a, b) for a in shown.kept for b in shown.lost] for shown in candidates]
-    lacking = dict.fromkeys({pair for found in pairs for pair in found}, PER_PAIR)
+    pairs = [shown.pairs for shown in candidates]
+    lacking = {pair: PER_PAIR for own in pairs for pair in own}
 
     def take(place: int) -> None:
         nonlocal budget
-        shown = candidates[place]
-        if (size := len(shown.question.image or "")) > budget:
+        question = candidates[place].question
+        if (size := len(question.image or "")) > budget:
             refused.add(place)
             return
         budget -= size
         chosen.add(place)
-        tasks[shown.question.task] += 1
+        tasks[question.task] += 1
         for pair in pairs[place]:
             lacking[pair] -= 1
 
@@ -194,45 +160,53 @@ def _choose(candidates: Sequence[Shown]) -> set[int]:
     return chosen
 
 
-def _first_pair(methods: Sequence[Method], counts: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+def _first_pair(methods: Sequence[Method], counts: Mapping[tuple[int, int], int]) -> tuple[int, int] | None:
     """The method that forgot least beside the one that lost most of what it still answers."""
     order = [method.index for method in ranked(methods)]
-    pairs = sorted(permutations(range(len(methods)), 2), key=lambda pair: -counts[pair[0]][pair[1]])
+    pairs = sorted(permutations(range(len(methods)), 2), key=lambda pair: -counts[pair])
     for first in [*order, None]:
-        for a, b in pairs:
-            if counts[a][b] and first in (a, None):
-                return a, b
+        for pair in pairs:
+            if counts[pair] and first in (pair[0], None):
+                return pair
     return None
 
 
-def _interest(shown: Shown) -> tuple[int, int, int]:
-    """Lost by some and kept by others, lost at all, by how many."""
-    return (int(bool(shown.lost and shown.kept)), int(bool(shown.lost)), len(shown.lost))
-
-
-def _shown(question: Question, methods: Sequence[Method], told: Mapping[str, Any]) -> Shown:
-    sequential = [method for method in methods if not method.level]
-    first = methods[0].tasks.index(question.task)
-    last = max((method.stages for method in sequential), default=0)
-    key = (question.task, question.id)
-    answers = []
-    for method in methods:
-        by_stage = told[method.label]
+def _shown(
+    question: Question, methods: Sequence[Method], answers: Sequence[Mapping[tuple[int, str, str], Answer]]
+) -> Shown:
+    tasks, key = methods[0].tasks, (question.task, question.id)
+    first = tasks.index(question.task)
+    last = max((method.stages for method in methods if not method.level), default=0)
+    fates = []
+    for method, by_stage in zip(methods, answers, strict=True):
         if method.level:  # one stage after all tasks: its answer stands in the last column
             row = [None] * max(0, last - first - 1) + [by_stage.get((1, *key))]
         else:
             row = [by_stage.get((stage, *key)) for stage in range(first + 1, last + 1)]
-        answers.append(Told(method, tuple(row)))
-    stages = methods[0].tasks[first:last] if last > first else ("all tasks",)
-    return Shown(question, stages, tuple(answers))
+        fates.append(_fate(method, row))
+    return Shown(question, tasks[first:last] if last > first else ("all tasks",), fates)
+
+
+def _fate(method: Method, answers: Sequence[Answer | None]) -> Fate:
+    asked = [place for place, answer in enumerate(answers) if answer]
+    right = [place for place, answer in enumerate(answers) if answer and answer.right]
+    if not asked:
+        return Fate(method, answers)
+    last = answers[asked[-1]]
+    if right and right[-1] == asked[-1]:
+        return Fate(method, answers, last, kept=method.level or len(right) > 1)
+    if not right:
+        return Fate(method, answers, last)
+    before = answers[right[-1]]
+    assert before is not None
+    lost_at = next(place for place in asked if place > right[-1])
+    return Fate(method, answers, last, lost=True, lost_at=lost_at, before=before.text)
 
 
 def _questions(run: Run) -> Iterator[Question]:
     """The records of the run's samples.json, checked; none if the run has no such file."""
     file = run.path / "samples.json"
-    if not file.exists():
-        return
-    for position, record in enumerate(read_json(file, list[ShownSample]), start=1):
+    for position, record in enumerate(read_json(file, list[ShownSample]) if file.exists() else (), start=1):
         if record["task"] not in run.tasks:
             raise DymoeError(
                 f"{file}: {position}.task: expected one of {listed(run.tasks)}, got {brief(record['task'])}"
@@ -257,23 +231,16 @@ def _data_uri(where: str, encoded: str | None, mime: str | None) -> str | None:
 
 def _answers(run: Run, wanted: set[tuple[str, str]]) -> dict[tuple[int, str, str], Answer]:
     """(stage, task, id) -> answer, for the wanted (task, id) of the stages that are done."""
-    found = {}
+    answers = {}
     tasks = {task for task, _ in wanted}
     folders = stage_folders(run.path) if run.trained else [(1, "", run.path / "zero-shot")]
     for stage, _, folder in folders:
-        if run.level:
-            stage = 1
-        elif stage > run.stages:
+        if not run.level and stage > run.stages:
             continue
         for file in sorted((folder / "predictions").glob("*.jsonl")):
-            if file.stem in tasks:
-                for id_, answer in _predictions(file):
-                    if (file.stem, id_) in wanted:
-                        found[stage, file.stem, id_] = answer
-    return found
-
-
-def _predictions(file: Path) -> Iterator[tuple[str, Answer]]:
-    for record in read_json_lines(file, Scored):
-        score, lenient = record["score"], record.get("lenient", record["score"])
-        yield str(record["id"]), Answer(record["prediction"], score >= 0.5, lenient >= 0.5)
+            for record in read_json_lines(file, Scored) if file.stem in tasks else ():
+                if (file.stem, str(record["id"])) in wanted:
+                    score, lenient = record["score"], record.get("lenient", record["score"])
+                    key = (1 if run.level else stage, file.stem, str(record["id"]))
+                    answers[key] = Answer(record["prediction"], score >= 0.5, lenient >= 0.5)
+    return answers
