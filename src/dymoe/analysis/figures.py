@@ -111,10 +111,16 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Table:
-    """Column heads and rows of text; the first cell of a row is its head."""
+    """Column heads and rows of text, the first cell of a row its head; with a `fold` it stands in one of that name.
 
+    `label` says to screen readers what it is, `kind` is its class.
+    """
+
+    label: str
+    kind: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    fold: str = ""
     keys: Sequence[Key] = ()
 
 

@@ -81,22 +81,12 @@ def write_dilemma(results: Path, out: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One table of a section; with a `fold` it stands in a fold of that name."""
-
-    table: Table
-    label: str
-    kind: str
-    fold: str = ""
-
-
-@dataclass(frozen=True)
 class Tables:
     """A section of tables: the open ones, a caption, those in folds."""
 
     id: str
     title: str
-    tables: Sequence[Shown]
+    tables: Sequence[Table]
     caption: str = ""
 
 
@@ -152,7 +142,7 @@ def dilemma_page(frame: "pd.DataFrame", about: Mapping[str, Any]) -> str:
         why = "Runs that do not count, since not every strategy has their pair and seed yet"
         remarks.append(f"{why}: {left_out}.")
     facts = [(name, in_words(about.get(name))) for name in ("command", "budget", "machine", "versions")]
-    how = Table(("what", "how"), [fact for fact in facts if fact[1]])
+    how = Table("How it was made", "machines", ("what", "how"), [fact for fact in facts if fact[1]])
     title = str(about.get("title") or "Token's dilemma")
     return render(
         "page.html.jinja",
@@ -163,7 +153,7 @@ def dilemma_page(frame: "pd.DataFrame", about: Mapping[str, Any]) -> str:
         remarks=remarks,
         sections={
             "Dilemma": token_dilemma.figures(table, learnings),
-            "Evidence": [Tables("made", "How it was made", [Shown(how, "How it was made", "machines")])],
+            "Evidence": [Tables("made", "How it was made", [how])],
         },
     )
 
@@ -191,7 +181,7 @@ def metrics(methods: Sequence[Method]) -> Tables:
     for method in methods:
         cells = [number(method.metric(key), sign=key.startswith("BWT")) for key in METRICS]
         rows.append((method.label, method.seeds, *cells, "–" if method.level else forgetting.lost_most(method)))
-    table = Table(("method", "runs", "MFT", "MFN", "MAA", "BWT (÷ T)", "BWT (÷ T−1)", "lost most"), rows)
+    head = ("method", "runs", "MFT", "MFN", "MAA", "BWT (÷ T)", "BWT (÷ T−1)", "lost most")
     caption = (
         "In percent and percentage points. MFT: mean accuracy of each task as just learned. MFN: mean accuracy over "
         "all tasks at the end. MAA: mean over stages of the mean over the tasks seen so far. BWT: backward transfer, "
@@ -199,7 +189,7 @@ def metrics(methods: Sequence[Method]) -> Tables:
         "zero is forgetting. Lost most: the task that ended farthest below its accuracy when learned. ± is the "
         "standard deviation over seeds."
     )
-    return Tables("metrics", "Metrics", [Shown(table, "Metrics of each method", "numbers metrics")], caption)
+    return Tables("metrics", "Metrics", [Table("Metrics of each method", "numbers metrics", head, rows)], caption)
 
 
 def pair_table(methods: Sequence[Method], samples: Comparison) -> Table | None:
@@ -211,7 +201,8 @@ def pair_table(methods: Sequence[Method], samples: Comparison) -> Table | None:
     for method in methods:
         counts = samples.counts[method.index]
         rows.append((method.label, *("–" if other is method else str(counts[other.index]) for other in others)))
-    return Table(("still answered by", *(f"lost by {method.label}" for method in others)), rows)
+    head = ("still answered by", *(f"lost by {method.label}" for method in others))
+    return Table("Samples that one method still answers and another has lost", "numbers", head, rows)
 
 
 def hashes(runs: Sequence[Run]) -> Tables:
@@ -237,57 +228,50 @@ def hashes(runs: Sequence[Run]) -> Tables:
                 verdict = f"identical through stage {later[-1][0]}"
                 same += 1
             rows.append((run.name, name, str(begun), own, verdict))
+    if not rows:
+        return Tables("hashes", "Frozen groups", [], "These runs recorded no hashes of expert groups.")
     sentences = [
         f"Expert groups checked at a later stage that are identical: {same}." if same else "",
         f"Changed after they were learned: {', '.join(different)}." if different else "",
         f"Not frozen, since all tasks share and train it: the one group of {', '.join(shared)}." if shared else "",
     ]
-    if not rows:
-        return Tables("hashes", "Frozen groups", [], "These runs recorded no hashes of expert groups.")
-    table = Table(("run", "group", "learned at stage", "hash when learned", "since then"), rows)
-    verdict = " ".join(filter(None, sentences)) or "No group has been followed by a later stage yet."
     caption = (
-        f"{verdict} The hash of each group when it was learned is compared with its hash at every later stage: a "
-        "frozen group must stay identical bit for bit."
+        f"{' '.join(filter(None, sentences)) or 'No group has been followed by a later stage yet.'} The hash of each "
+        "group when it was learned is compared with its hash at every later stage: a frozen group must stay identical "
+        "bit for bit."
     )
-    shown = Shown(table, "Hashes of the expert groups", "hashes", "Hashes")
-    return Tables("hashes", "Frozen groups", [shown], caption)
+    head = ("run", "group", "learned at stage", "hash when learned", "since then")
+    return Tables(
+        "hashes", "Frozen groups", [Table("Hashes of the expert groups", "hashes", head, rows, "Hashes")], caption
+    )
 
 
 def run_tables(runs: Sequence[Run]) -> Tables:
     """Where the numbers come from: folder, seed, base model, steps and time; machines and versions."""
     rows = []
     for run in runs:
-        steps, trained = (run.facts.get(key) for key in ("steps_per_task", "trainable_parameters"))
+        facts = run.facts
         # Thousands stand apart by spaces that never break a line.
-        count = f"{trained:,}".replace(",", "\u202f") if isinstance(trained, int) else "–"
-        times = (_minutes(run.facts.get("seconds"), part) for part in ("train", "evaluate"))
-        rows.append(
-            (run.name, run.method, str(run.seed), run.base, "–" if steps is None else str(steps), count, *times)
-        )
+        count = facts.get("trainable_parameters")
+        trained = "–" if count is None else f"{count:,}".replace(",", "\u202f")
+        cells = (str(run.seed), run.base, str(facts.get("steps_per_task") or "–"), trained)
+        rows.append((run.name, run.method, *cells, _minutes(facts, "train"), _minutes(facts, "evaluate")))
     head = ("run", "method", "seed", "base model", "steps a task", "trained parameters", "training", "evaluation")
-    facts = ("machine", "versions")
-    machines = [(run.name, *(in_words(run.facts.get(fact)) or "–" for fact in facts)) for run in runs]
-    return Tables(
-        "runs",
-        "Runs",
-        [
-            Shown(Table(head, rows), "The runs behind the numbers", "runs"),
-            Shown(
-                Table(("run", *facts), machines),
-                "Machines and versions of the runs",
-                "machines",
-                "Machines and versions",
-            ),
-        ],
-    )
+    names = ("machine", "versions")
+    machines = [(run.name, *(in_words(run.facts.get(name)) or "–" for name in names)) for run in runs]
+    label, fold = "Machines and versions of the runs", "Machines and versions"
+    tables = [
+        Table("The runs behind the numbers", "runs", head, rows),
+        Table(label, "machines", ("run", *names), machines, fold),
+    ]
+    return Tables("runs", "Runs", tables)
 
 
-def _minutes(seconds: Any, part: str) -> str:
-    """The sum of a part's list of seconds (or one number of seconds) in minutes."""
-    values = seconds.get(part) if isinstance(seconds, dict) else None
-    known = [value for value in (values if isinstance(values, list) else [values]) if isinstance(value, int | float)]
-    return f"{number(sum(known) / 60)} min" if known else "–"
+def _minutes(facts: Mapping[str, Any], part: str) -> str:
+    """What a part of a run took, a sum or a list of seconds, in minutes."""
+    seconds = (facts.get("seconds") or {}).get(part)
+    values = seconds if isinstance(seconds, list) else [] if seconds is None else [seconds]
+    return f"{number(sum(values) / 60)} min" if values else "–"
 
 
 def in_words(value: Any) -> str:
