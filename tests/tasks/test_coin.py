@@ -7,6 +7,7 @@ import pickle
 import shutil
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -597,18 +598,19 @@ def test_twenty_thousand_records_are_read_once_and_cost_no_memory(tmp_path: Path
     file = tree.save(
         tmp_path / "big.json", [{"id": number, "image": "x.jpg", "conversations": said} for number in range(20_000)]
     )
-    plan = Plan(file, images, False, "big")
 
     def reference() -> Any:
         return lambda record: ({"answer": record.answer}, True)
 
-    first = index(plan, reference)
+    plan = Plan(file, images, False, "big", reference)
+    first = index(plan)
 
     def never() -> Any:
         raise AssertionError("the records were read again")
 
     started = time.process_time()
-    again = index(plan, never)
+    plan = replace(plan, reference=never)
+    again = index(plan)
     assert again == first
     assert time.process_time() - started < 0.5
     samples = Records(again.table, range(20_000), View(file, images))
@@ -620,7 +622,7 @@ def test_twenty_thousand_records_are_read_once_and_cost_no_memory(tmp_path: Path
     assert most - before < 30 << 20  # pages of the mapped file, and no samples
     os.utime(file, ns=(1, 1))  # another state of the file
     with pytest.raises(AssertionError):
-        index(plan, never)
+        index(plan)
 
 
 def test_a_changed_file_or_annotation_makes_a_new_index(tmp_path: Path) -> None:
@@ -700,8 +702,12 @@ def test_ones_own_json_and_parquet(tmp_path: Path) -> None:
             "soft_acuracy",
             r"tasks\.plates\.scorer: unknown scoring rule .*mean soft_accuracy",
         ),
-        ("max_new_tokens: 9", "max_new_tokens: 0", r"tasks\.plates\.max_new_tokens: expected a whole number from 1"),
-        ("    train: plates.parquet\n", "", r"tasks\.plates\.train: it is missing"),
+        (
+            "max_new_tokens: 9",
+            "max_new_tokens: 0",
+            r"tasks\.plates\.max_new_tokens: expected a whole number from 1",
+        ),
+        ("    train: plates.parquet\n", "", r"tasks\.plates\.train: is missing"),
         ("birds/test.json", "birds/tset.json", r"tset\.json: cannot be read \(No such file"),
         ("name: mine\n", "name: [\n", r"mine\.yaml: not valid YAML"),
         ("  birds:", "  a/b:", r"mine\.yaml: tasks: 'a/b': it has a '/'"),

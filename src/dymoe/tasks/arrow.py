@@ -5,9 +5,9 @@ want the same table write it once. Nothing of ours is imported here, and no `ope
 functions for remote files into the module of a builder.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
@@ -15,19 +15,22 @@ import pyarrow as pa
 ONE_FILE = 1 << 60  # bytes, and no table is as large: a table is known by the path of its one file
 
 
+class Source(Protocol):
+    """What a table is made of."""
+
+    def blocks(self) -> Iterator[Sequence[Mapping[str, Any]]]:
+        """The rows, some at a time; asked for only if the table is not in the cache."""
+
+    def summary(self) -> str:
+        """A text that is kept with the rows; asked for after the last one."""
+
+
 class _Table(datasets.ArrowBasedBuilder):
     """What `store` writes."""
 
-    def __init__(
-        self,
-        folder: str,
-        key: str,
-        columns: Mapping[str, str],
-        rows: Callable[[], Iterator[Sequence[Mapping[str, Any]]]],
-        description: Callable[[], str],
-    ) -> None:
-        self._columns, self._rows, self._description = columns, rows, description
-        super().__init__(cache_dir=folder, dataset_name="records", config_id=key)
+    def __init__(self, columns: Mapping[str, str], source: Source, **keys: Any) -> None:
+        self._columns, self._source = columns, source
+        super().__init__(dataset_name="records", **keys)
 
     def _info(self) -> datasets.DatasetInfo:
         features = {name: datasets.Value(kind) for name, kind in self._columns.items()}
@@ -38,27 +41,20 @@ class _Table(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
         schema = self.info.features.arrow_schema
-        for number, rows in enumerate(self._rows()):
+        for number, rows in enumerate(self._source.blocks()):
             columns = {name: [row[name] for row in rows] for name in self._columns}
             yield number, pa.Table.from_pydict(columns, schema=schema)
-        self.info.description = self._description()  # a text that the library keeps beside the rows
+        self.info.description = self._source.summary()  # a text that the library keeps beside the rows
 
 
-def store(
-    folder: str,
-    key: str,
-    columns: Mapping[str, str],
-    rows: Callable[[], Iterator[Sequence[Mapping[str, Any]]]],
-    description: Callable[[], str],
-) -> tuple[str, str]:
-    """The folder with a table's Arrow file, and its description, both from the cache if it has this key.
+def store(folder: str, key: str, columns: Mapping[str, str], source: Source) -> tuple[str, str]:
+    """The folder with a table's Arrow file, and its summary, both from the cache if it has this key.
 
     Args:
         folder: of the cache.
         key: what tells this table from others; a word that can be a folder's name.
         columns: their names, and their types as `datasets.Value` knows them.
-        rows: gives the rows, some at a time; called only if the table is not there. What it raises is raised here.
-        description: gives a text that is kept with the rows; called after the last one.
+        source: what the table is made of; what it raises is raised here.
 
     Raises:
         OSError: the cache cannot be written.
@@ -66,7 +62,7 @@ def store(
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        builder = _Table(folder, key, columns, rows, description)
+        builder = _Table(columns, source, cache_dir=folder, config_id=key)
         builder.download_and_prepare(max_shard_size=ONE_FILE)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None

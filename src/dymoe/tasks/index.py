@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,10 @@ SCHEMA = {
 }
 
 
+#: record -> (the reference for the scorer, whether the record may be held out for validation).
+Reference = Callable[[Record], tuple[dict[str, Any], bool]]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What one file is and how its records become rows.
@@ -49,16 +53,41 @@ class Plan:
         images: the image root.
         test: whether its records are asked (else trained on).
         name: what is done to the records, for the key: the task, or a scoring rule.
+        reference: makes the function that gives a record's reference; called only if the records are read, so that
+            annotation files are not read for nothing.
         extra: annotation files whose contents `reference` joins.
         outside_links: whether images may lie behind links that leave the image root.
+        text_only: whether a record without an image can be used.
+        rewrite: makes of a record the one that is used (another path of its image, another form of its answer); it
+            depends on the rest of the plan alone.
     """
 
     path: Path
     images: Path
     test: bool
     name: str
+    reference: Callable[[], Reference]
     extra: tuple[Path, ...] = ()
     outside_links: bool = False
+    text_only: bool = True
+    rewrite: Callable[[Record], Record] = lambda record: record
+
+    def key(self) -> str:
+        """What tells this plan, and the present state of its files, from others.
+
+        Raises:
+            DymoeError: a file cannot be read.
+        """
+        values = {
+            "format": FORMAT,
+            "files": [identity(path) for path in (self.path, *self.extra)],
+            "images": str(self.images.resolve()),
+            "test": self.test,
+            "name": self.name,
+            "text_only": self.text_only,
+            "outside_links": self.outside_links,
+        }
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -89,10 +118,6 @@ class Index:
     bad: tuple[Mapping[str, Any], ...]
 
 
-#: record -> (the reference for the scorer, whether the record may be held out for validation).
-Reference = Callable[[Record], tuple[dict[str, Any], bool]]
-
-
 def cache_folder() -> Path:
     """Where indexes are kept: ``$DYMOE_CACHE/coin``, else ``~/.cache/dymoe/coin``."""
     return cache_root() / "coin"
@@ -113,45 +138,21 @@ def identity(path: Path) -> dict[str, Any]:
     return {"path": str(path.resolve()), "size": found.st_size, "mtime_ns": found.st_mtime_ns, "head": head}
 
 
-def index(
-    plan: Plan,
-    reference: Callable[[], Reference],
-    text_only: bool = True,
-    rewrite: Callable[[Record], Record] = lambda record: record,
-) -> Index:
+def index(plan: Plan) -> Index:
     """The index of a file, made if the cache has none of this state of the file.
-
-    Args:
-        plan: the file.
-        reference: makes the function that gives a record's reference; called only if the index has to be made, so
-            that annotation files are not read for nothing.
-        text_only: whether a record without an image can be used.
-        rewrite: makes of a record the one that is used (another path of its image, another form of its answer); it
-            depends on `plan` alone.
 
     Raises:
         DymoeError: a file cannot be read or is no list of records, or the cache cannot be written.
     """
-    key = {
-        "format": FORMAT,
-        "files": [identity(path) for path in (plan.path, *plan.extra)],
-        "images": str(plan.images.resolve()),
-        "test": plan.test,
-        "name": plan.name,
-        "text_only": text_only,
-        "outside_links": plan.outside_links,
-    }
     from dymoe.tasks import arrow
 
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    key = plan.key()
     # Pictures may have changed since, or one that was missing may be in its place: then the records are read again,
     # into another table, so that whoever has the older one open never mixes the two.
     for attempt in count():
-        reading = _Reading(plan, reference, text_only, rewrite)
+        reading = _Reading(plan)
         try:
-            folder, summary = arrow.store(
-                str(cache_folder()), f"{name}-{attempt}", SCHEMA, reading.blocks, reading.summary
-            )
+            folder, summary = arrow.store(str(cache_folder()), f"{key}-{attempt}", SCHEMA, reading)
         except OSError as error:
             told = f"{cache_folder()}: cannot be written ({error.strerror or error})"
             raise DymoeError(f"{told}; DYMOE_CACHE names another folder for the cache") from error
@@ -193,12 +194,9 @@ def _mended(plan: Plan, made: Index) -> bool:
 class _Reading:
     """A file's records on their way into a table, and what is to be said of all of them afterwards."""
 
-    def __init__(
-        self, plan: Plan, reference: Callable[[], Reference], text_only: bool, rewrite: Callable[[Record], Record]
-    ) -> None:
-        self.plan, self.text_only, self.rewrite = plan, text_only, rewrite
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.begun = False
-        self._make_reference = reference
         self._counts: Counter[str] = Counter()
         self._ids: Counter[str] = Counter()
         self._names = Names()
@@ -206,33 +204,29 @@ class _Reading:
         self._digest = hashlib.sha256()
         self._size = lru_cache(IMAGES)(lambda image: image_size(plan.images, image, plan.outside_links))
 
-    @cached_property
-    def _reference(self) -> Reference:
-        return self._make_reference()
-
     def blocks(self) -> Iterator[list[dict[str, Any]]]:
         """The rows of the records that can be used, `CHUNK` at a time; the last block may be empty."""
         self.begun = True
-        rows = self._rows()
+        rows = self._rows(self.plan.reference())
         while block := list(islice(rows, CHUNK)):
             yield block
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self, reference: Reference) -> Iterator[dict[str, Any]]:
         from dymoe.tasks import instructions
 
         for number, value in enumerate(read_records(self.plan.path)):
             self._counts["records"] += 1
             wrong_image = None
             try:
-                record = self.rewrite(parse(value, self.plan.test))
-                if not record.has_image and not self.text_only:
+                record = self.plan.rewrite(parse(value, self.plan.test))
+                if not record.has_image and not self.plan.text_only:
                     raise DymoeError("'image' is missing; a question of this task needs its picture")
                 size = len(record.data or b"")
                 if record.image is not None:
                     wrong_image = record.image
                     size = self._size(wrong_image)
                     wrong_image = None
-                told, scorable = self._reference(record)
+                told, scorable = reference(record)
             except DymoeError as error:
                 row = {"file": str(self.plan.path), "record": number, "id": _name(value, self.plan.test)}
                 self._bad.append({**row, "error": str(error), "image": wrong_image})

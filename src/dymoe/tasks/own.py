@@ -14,13 +14,14 @@ tasks:
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from dymoe import plugins
 from dymoe.errors import DymoeError
 from dymoe.files import expand
-from dymoe.messages import brief, shorten, unknown
+from dymoe.messages import shorten, unknown
 from dymoe.names import safe_names
+from dymoe.schema import Range, check
 from dymoe.tasks.base import Stream, Task
 from dymoe.tasks.index import Index, Plan, Reference, held_out, index, listed, usable
 from dymoe.tasks.lazy import Records, View
@@ -28,9 +29,26 @@ from dymoe.tasks.llava import Record, read_box
 from dymoe.tasks.source import Source
 from dymoe.yamls import read_yaml
 
-KEYS = ("name", "images", "tasks")
-TASK_KEYS = ("train", "test", "validation", "images", "scorer", "max_new_tokens")
 MOST_HELD_OUT = 1000
+
+
+class _TaskKeys(TypedDict):
+    """One task of the file; docs/coin.md says what each key is."""
+
+    train: str
+    test: str
+    validation: NotRequired[str]
+    images: NotRequired[str]
+    scorer: NotRequired[str]
+    max_new_tokens: NotRequired[Annotated[int, Range(1)]]
+
+
+class _Keys(TypedDict):
+    """The file."""
+
+    name: NotRequired[str]
+    images: NotRequired[str]
+    tasks: dict[str, _TaskKeys]
 
 
 @dataclass(frozen=True)
@@ -65,49 +83,32 @@ def read(path: Path) -> tuple[str, tuple[TaskFiles, ...]]:
     values = read_yaml(expand(path))
     if not isinstance(values, Mapping) or not isinstance(values.get("tasks"), Mapping) or not values["tasks"]:
         raise DymoeError(f"{path}: expected the keys name and tasks, tasks with one entry per task (docs/coin.md)")
-    _known(path, "", values, KEYS)
-    name = _text(path, "name", values.get("name", path.stem))
+    names = safe_names(values["tasks"], f"{path}: tasks")
+    checked = check(values, _Keys, str(path))
+    _refuse_unknown(path, "", checked, _Keys)
     folder = expand(path).parent
     tasks = []
-    for task, given in zip(safe_names(values["tasks"], f"{path}: tasks"), values["tasks"].values(), strict=True):
-        if not isinstance(given, Mapping):
-            raise DymoeError(f"{path}: tasks.{task}: expected the keys {', '.join(TASK_KEYS)}")
-        _known(path, f"tasks.{task}.", given, TASK_KEYS)
-        tasks.append(_task_files(path, task, given, folder, values.get("images", ".")))
-    return name, tuple(tasks)
+    for name, given in zip(names, checked["tasks"].values(), strict=True):
+        _refuse_unknown(path, f"tasks.{name}.", given, _TaskKeys)
+        validation = given.get("validation")
+        tasks.append(
+            TaskFiles(
+                name,
+                folder / expand(given["train"]),
+                folder / expand(given["test"]),
+                None if validation is None else folder / expand(validation),
+                folder / expand(given.get("images", checked.get("images", "."))),
+                given.get("scorer", "exact_match"),
+                given.get("max_new_tokens", 32),
+            )
+        )
+    return checked.get("name", path.stem), tuple(tasks)
 
 
-def _task_files(path: Path, task: str, given: Mapping[str, Any], folder: Path, images: Any) -> TaskFiles:
-    def file(key: str) -> Path:
-        if key not in given:
-            raise DymoeError(f"{path}: tasks.{task}.{key}: it is missing; name a JSON, JSON lines or parquet file")
-        return folder / expand(_text(path, f"tasks.{task}.{key}", given[key]))
-
-    tokens = given.get("max_new_tokens", 32)
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise DymoeError(f"{path}: tasks.{task}.max_new_tokens: expected a whole number from 1, got {brief(tokens)}")
-    root = _text(path, f"tasks.{task}.images", given.get("images", images))
-    return TaskFiles(
-        task,
-        file("train"),
-        file("test"),
-        file("validation") if "validation" in given else None,
-        folder / expand(root),
-        _text(path, f"tasks.{task}.scorer", given.get("scorer", "exact_match")),
-        tokens,
-    )
-
-
-def _known(path: Path, prefix: str, values: Mapping[Any, Any], keys: Sequence[str]) -> None:
+def _refuse_unknown(path: Path, prefix: str, values: Mapping[str, Any], kind: type) -> None:
     for key in values:
-        if key not in keys:
-            raise DymoeError(f"{path}: {prefix}{shorten(str(key))}: {unknown('key', str(key), keys)}")
-
-
-def _text(path: Path, key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise DymoeError(f"{path}: {key}: expected a text, got {brief(value)}")
-    return value
+        if key not in kind.__annotations__:
+            raise DymoeError(f"{path}: {prefix}{shorten(key)}: {unknown('key', key, kind.__annotations__)}")
 
 
 def task_names(path: Path) -> tuple[str, ...]:
@@ -150,9 +151,16 @@ def _load(task: TaskFiles, source: Source) -> tuple[Task, dict[str, Index]]:
     def one(path: Path, test: bool) -> Index:
         # A rule of the user's may change in its file: what is kept of the records belongs to the rule as it is.
         rule = f"own/{task.scorer}{plugins.digests().get(task.scorer.rpartition(':')[0], '')}"
-        plan = Plan(path, task.images, test, rule, outside_links=source.outside_links)
-        made = index(plan, lambda: _reference(task.scorer, test), rewrite=_answer_as(task.scorer))
-        return usable(made, source.on_bad)
+        plan = Plan(
+            path,
+            task.images,
+            test,
+            rule,
+            lambda: _reference(task.scorer, test),
+            outside_links=source.outside_links,
+            rewrite=_answer_as(task.scorer),
+        )
+        return usable(index(plan), source.on_bad)
 
     train, test = one(task.train, False), one(task.test, True)
     found = {"train": train, "test": test}

@@ -8,6 +8,7 @@ from typing import Any
 from dymoe.errors import DymoeError
 from dymoe.pictures import decode
 from dymoe.tasks.base import Sample
+from dymoe.tasks.recordfile import read_records
 from dymoe.tasks.scoring import Scorer, scorer
 
 COLUMNS = ("id", "image", "question", "answer", "reference", "split")
@@ -19,23 +20,12 @@ def read_table(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         DymoeError: the file is missing, is no parquet file, lacks a column, or has no rows.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = Path(path)
-    if not path.is_file():
-        raise DymoeError(f"{path}: no such file")
-    try:
-        with pq.ParquetFile(path) as file:
-            missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
-            if missing:
-                raise DymoeError(f"{path}: column {missing[0]!r} is missing; needed are {', '.join(COLUMNS)}")
-            rows: list[dict[str, Any]] = file.read(columns=list(COLUMNS)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DymoeError(f"{path}: cannot be read as parquet ({reason})") from error
+    rows = list(read_records(Path(path)))
     if not rows:
         raise DymoeError(f"{path}: the task is empty; it must hold at least one record")
+    missing = [name for name in COLUMNS if name not in rows[0]]
+    if missing:
+        raise DymoeError(f"{path}: column {missing[0]!r} is missing; needed are {', '.join(COLUMNS)}")
     return rows
 
 

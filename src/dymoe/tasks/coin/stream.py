@@ -49,8 +49,18 @@ def indexes(layout: Layout, task: str, source: Source) -> TaskIndexes:
     def one(path: Path, test: bool) -> Index:
         # Training records need their task's annotation file only for ScienceQA's choices.
         extra = annotations if test or task == "ScienceQA" else ()
-        plan = Plan(path, layout.images, test, rule, extra, source.outside_links)
-        return index(plan, lambda: references.make(task, test, extra, rule), task == "ScienceQA", rewrite)
+        plan = Plan(
+            path,
+            layout.images,
+            test,
+            rule,
+            lambda: references.make(task, test, extra, rule),
+            extra,
+            source.outside_links,
+            task == "ScienceQA",
+            rewrite,
+        )
+        return index(plan)
 
     return TaskIndexes(task, one(layout.train_file(task, source.train_file), False), one(layout.test_file(task), True))
 

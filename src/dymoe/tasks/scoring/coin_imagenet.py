@@ -32,6 +32,4 @@ def strict(prediction: str, reference: Mapping[str, Any]) -> float:
 lenient = either(strict, processed_match.lenient)
 
 
-def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
-    """Whether the prediction says anything (which this rule does not ask)."""
-    return processed_match.readable(prediction, reference)
+readable = processed_match.readable
