@@ -63,12 +63,8 @@ def activation(
                 continue
             learned.activate(stage)
             sums: Sums = {}
-            chosen, done = learned.samples(task, samples), 0
-            for batch in learned.batches(chosen):
+            for batch in learned.batches(task, samples, tell, f"stage {stage}, {task.name}"):
                 learned.observe(batch, _observer(batch["attention_mask"], sums))
-                done += len(batch["input_ids"])
-                if tell:
-                    tell(f"stage {stage}, {task.name}", done, len(chosen))
             frames.append(pd.DataFrame(_rows(sums)).assign(task=task.name, stage=stage))
     return joined("activation", frames)
 

@@ -26,10 +26,6 @@ Observer = Callable[[LayerRouting], None]
 Tell = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
-def silently(what: str, done: int, total: int) -> None:
-    """Tell nothing of the progress."""
-
-
 @dataclass(frozen=True)
 class LearnedStage:
     """One stage whose group is saved.
@@ -125,13 +121,22 @@ class Learned:
         options = self.recipe.evaluation
         return evaluated(task, options.split, options.limit if limit is None else limit)
 
-    def batches(self, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-        """Prompts with their reference answers, samples of like length together."""
+    def batches(
+        self, task: Task, limit: int | None, tell: Tell | None = None, what: str = ""
+    ) -> Iterator[dict[str, Any]]:
+        """Prompts of `samples` with their reference answers, samples of like length together.
+
+        `tell` is called after each batch, with `what` (the task's name if empty).
+        """
         device = cast(Any, self.lvlm.model).device
+        samples, done = self.samples(task, limit), 0
         for places in batches(self.collator.lengths(samples), self.recipe.evaluation.batch_size):
             part = [samples[place] for place in places]
             self.collator.see(part)
             yield to_device(self.collator(part), device)
+            done += len(part)
+            if tell:
+                tell(what or task.name, done, len(samples))
 
     def observe(self, batch: dict[str, Any], observer: Observer) -> None:
         """One forward pass over a batch, the routing of every layer handed to `observer`."""

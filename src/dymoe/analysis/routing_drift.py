@@ -13,6 +13,7 @@ from dymoe.analysis.figures import PERCENT, Figure, Heatmap, escape, look, plot,
 from dymoe.analysis.runs import Analysed, Method
 from dymoe.analysis.storage import joined
 from dymoe.analysis.tokens import KINDS as PARTS
+from dymoe.analysis.tokens import image_tokens, kinds
 from dymoe.errors import DymoeError
 from dymoe.evaluation.metrics import ROUNDING, AccuracyMatrix
 from dymoe.learning.formats import run_results
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from dymoe.adapter import LayerRouting
     from dymoe.analysis.learned import Learned, Tell
-    from dymoe.tasks import Task
 
 NOTHING = -1  # in place of an expert: no expert has weight
 ALL = "all tokens"
@@ -61,12 +61,19 @@ def drift(
 
     learned = open_run(run)
     learned.require_routing()
-    wanted = learned.chosen_stages(stages)
+    wanted, images = learned.chosen_stages(stages), image_tokens(learned.lvlm)
     frames = []
     for task, own in learned.chosen_tasks(None):
-        numbers = [own.index, *(stage for stage in wanted if stage > own.index)]
-        sums = _task_sums(learned, task, numbers, samples, tell)
-        for stage in numbers:
+        sums: dict[int, Sums] = {stage: {} for stage in (own.index, *wanted) if stage >= own.index}
+        for batch in learned.batches(task, samples, tell):
+            parts = kinds(batch, images)
+            top: dict[str, Tensor] = {}
+            for stage in sums:
+                learned.activate(stage)
+                learned.observe(batch, _observer(parts, sums[stage], top, own=stage == own.index))
+            if not top:
+                raise DymoeError(f"{learned.path}: no wrapped layer sees the prompt's tokens, so nothing was observed")
+        for stage in sums:
             if stage in wanted:
                 frames.append(pd.DataFrame(_rows(sums[stage])).assign(task=task.name, stage=stage))
     return joined("drift", frames)
@@ -74,29 +81,6 @@ def drift(
 
 # Layer -> its groups, and (parts, groups + 2): routing weight by group, tokens, tokens whose top expert changed.
 Sums = dict[str, tuple[tuple[str, ...], "Tensor"]]
-
-
-def _task_sums(
-    learned: "Learned", task: "Task", stages: Sequence[int], limit: int | None, tell: "Tell | None"
-) -> dict[int, Sums]:
-    """The sums of one task at these stages, the first of which is its own."""
-    from dymoe.analysis.tokens import image_tokens, kinds
-
-    chosen = learned.samples(task, limit)
-    sums: dict[int, Sums] = {stage: {} for stage in stages}
-    images, done = image_tokens(learned.lvlm), 0
-    for batch in learned.batches(chosen):
-        parts = kinds(batch, images)
-        top: dict[str, Tensor] = {}
-        for stage in stages:
-            learned.activate(stage)
-            learned.observe(batch, _observer(parts, sums[stage], top, own=stage == stages[0]))
-        if not top:
-            raise DymoeError(f"{learned.path}: no wrapped layer sees the tokens of the prompt, so nothing was observed")
-        done += len(parts)
-        if tell:
-            tell(task.name, done, len(chosen))
-    return sums
 
 
 def _observer(parts: "Tensor", sums: Sums, top: "dict[str, Tensor]", own: bool) -> "Callable[[LayerRouting], None]":

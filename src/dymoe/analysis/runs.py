@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dymoe.analysis.figures import Look, look
-from dymoe.analysis.storage import about, stored
+from dymoe.analysis.storage import stored
 from dymoe.errors import DymoeError
 from dymoe.evaluation.metrics import ROUNDING, AccuracyMatrix, drift
 from dymoe.files import read_json
@@ -402,7 +402,7 @@ def analysed(methods: Sequence[Method], name: str) -> list[Analysed]:
         for run in method.runs:
             frame = stored(run.path, name)
             if frame is not None and len(frame):
-                command = (about(run.path, name) or {}).get("command", f"dymoe analyze {name}")
+                command = frame.attrs.get("command", f"dymoe analyze {name}")
                 result.append(Analysed(method, run, frame, f"{method.label}, seed {run.seed}: {command}"))
                 break
     return result

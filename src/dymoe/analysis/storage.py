@@ -12,7 +12,6 @@ from dymoe.messages import nearest
 
 if TYPE_CHECKING:
     import pandas as pd
-    import pyarrow as pa
 
 PLACE = ("task", "stage", "layer", "projection")
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -82,13 +81,31 @@ def store(run: str | Path, name: str, frame: "pd.DataFrame", facts: Mapping[str,
 
 
 def stored(run: str | Path, name: str) -> "pd.DataFrame | None":
-    """The frame that `store` wrote, None where the run has none.
+    """The frame that `store` wrote, with how it was made in its `attrs`; None where the run has none.
 
     Raises:
         DymoeError: an unknown analysis, a file that is broken, or one that holds something else.
     """
-    table = _read(file_of(run, name), name)
-    return None if table is None else table.to_pandas()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = file_of(run, name)
+    if not file.is_file():
+        return None
+    again = f"run `dymoe analyze {name}` again"
+    try:
+        table = pq.read_table(io.BytesIO(read_bytes(file)))
+    except (pa.ArrowException, OSError) as error:
+        raise DymoeError(f"{file}: not a readable parquet file ({' '.join(str(error).split())}); {again}") from None
+    try:
+        facts = json.loads((table.schema.metadata or {}).get(KEY, b"{}"))
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict) or facts.get("analysis") != name or tuple(table.column_names) != COLUMNS[name]:
+        raise DymoeError(f"{file}: holds no {name} analysis of dymoe; {again}")
+    frame = table.to_pandas()
+    frame.attrs = facts
+    return frame
 
 
 def about(run: str | Path, name: str) -> dict[str, Any] | None:
@@ -97,29 +114,5 @@ def about(run: str | Path, name: str) -> dict[str, Any] | None:
     Raises:
         DymoeError: as `stored`.
     """
-    table = _read(file_of(run, name), name)
-    return None if table is None else _facts(table)
-
-
-def _read(file: Path, name: str) -> "pa.Table | None":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not file.is_file():
-        return None
-    try:
-        table = pq.read_table(io.BytesIO(read_bytes(file)))
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DymoeError(f"{file}: not a readable parquet file ({reason}); run `dymoe analyze {name}` again") from None
-    if _facts(table).get("analysis") != name or tuple(table.column_names) != COLUMNS[name]:
-        raise DymoeError(f"{file}: holds no {name} analysis of dymoe; run `dymoe analyze {name}` again")
-    return table
-
-
-def _facts(table: "pa.Table") -> dict[str, Any]:
-    try:
-        found = json.loads((table.schema.metadata or {}).get(KEY, b"{}"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    frame = stored(run, name)
+    return None if frame is None else {str(key): value for key, value in frame.attrs.items()}

@@ -386,18 +386,16 @@ def _choose(have: Sequence[Analysed]) -> Iterator[tuple[Analysed, str, str, pd.D
     tokens = PAGE_TOKENS
     for one in have:
         projections = one.frame["projection"].unique()
-        rows = one.frame[one.frame["projection"] == (PROJECTION if PROJECTION in projections else projections[0])]
-        turn: Counter[str] = Counter()
-        ordered = []
-        for (task, sample), part in rows.groupby(["task", "sample"], sort=False):
-            if task in one.run.tasks:
-                ordered.append((turn[task], one.run.tasks.index(task), str(task), str(sample), part))
-                turn[task] += 1
-        ordered.sort(key=lambda entry: entry[:2])
-        for *_, task, sample, part in ordered[: max(2, PAGE_SAMPLES // len(have))]:
-            if len(part) <= tokens:
-                tokens -= len(part)
-                yield one, task, sample, part
+        frame = one.frame[one.frame["projection"] == (PROJECTION if PROJECTION in projections else projections[0])]
+        frame = frame[frame["task"].isin(one.run.tasks)]
+        samples = frame[["task", "sample"]].drop_duplicates()
+        samples["turn"], samples["place"] = samples.groupby("task").cumcount(), samples["task"].map(one.run.tasks.index)
+        samples = samples.sort_values(["turn", "place"]).head(max(2, PAGE_SAMPLES // len(have)))
+        for task, sample in zip(samples["task"], samples["sample"], strict=True):
+            rows = frame[(frame["task"] == task) & (frame["sample"] == sample)]
+            if len(rows) <= tokens:
+                tokens -= len(rows)
+                yield one, task, sample, rows
 
 
 def _views(one: Analysed, task: str, rows: pd.DataFrame, groups: Sequence[str]) -> Iterator[tuple[View, pd.DataFrame]]:
