@@ -14,7 +14,8 @@ from dymoe import methods, plugins
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.recipe import load_recipe
-from dymoe.tasks.scoring import lenient, readable, scorer
+from dymoe.tasks import scoring
+from dymoe.tasks.scoring import lenient, scorer
 from tests.learning.tiny import write_recipe
 
 ANCHOR = "examples/anchor.py:Anchor"
@@ -138,8 +139,8 @@ def test_a_scoring_rule_of_a_file(files):
     strict = scorer("rule.py:first")
     assert strict("yes", {"answer": "yellow"}) == lenient("rule.py:first")("yes", {"answer": "yellow"}) == 1.0
     assert strict("no", {"answer": "yes"}) == 0.0
-    assert readable("rule.py:first")("x", {})
-    assert not readable("rule.py:first")(" ", {})
+    assert scoring.rule("rule.py:first").readable("x", {})
+    assert not scoring.rule("rule.py:first").readable(" ", {})
     with pytest.raises(DymoeError, match=r"rule\.py:two: must give a number from 0 to 1, not 2"):
         scorer("rule.py:two")("x", {})
     with pytest.raises(DymoeError, match="must be a function"):

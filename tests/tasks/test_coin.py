@@ -16,8 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dymoe.errors import DymoeError
+from dymoe.preflight.doctor import overlap
 from dymoe.tasks import Sample, Source, available, load_stream, own, task_names
-from dymoe.tasks.coin import check, layout, stream
+from dymoe.tasks.coin import layout, stream
 from dymoe.tasks.coin.layout import published
 from dymoe.tasks.index import Plan, cache_folder, index, split, stable_hash
 from dymoe.tasks.lazy import ImageFile, Joined, Records, View, image_path, image_size, joined
@@ -740,17 +741,15 @@ def test_ones_own_test_records_must_be_scorable(tmp_path: Path) -> None:
 # --- checks before a run -----------------------------------------------------------------------------------
 
 
-def test_sizes_and_overlaps_can_be_checked(tmp_path: Path) -> None:
+def test_sizes_are_compared_with_the_published_ones(tmp_path: Path) -> None:
     root = small(tmp_path, "ScienceQA", trained=6)
     source = Source(root=str(root), validation_share=0)
-    where = layout.find(source, "original", ["ScienceQA"])
-    found = stream.indexes(where, "ScienceQA", source)
-    rows = {row.what: row for row in check.sizes(found)}
-    assert (rows["train"].found, rows["train"].published, rows["train"].right) == (6, 12726, False)
-    assert (rows["test with image"].found, rows["test with image"].published) == (2, 2017)
+    told = {row[3] for row in stream.findings(["ScienceQA"], "original", source) if row[1] == "size"}
+    assert "6 train records, 12,726 are published" in told
+    assert "2 test with image records, 2,017 are published" in told
     task = load(root, "ScienceQA", validation_share=0).tasks[0]
-    assert check.overlap(task.train, task.test) == []
-    assert check.overlap(task.train[:1], task.train) == [("0", "0")]
+    assert overlap(task.train, task.test) == []
+    assert overlap(task.train[:1], task.train) == [("0", "0")]
 
 
 def test_published_sizes_are_those_of_the_paper() -> None:

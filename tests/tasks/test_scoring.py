@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.scoring import lenient, names, right_answer, scorer
+from dymoe.tasks import scoring
+from dymoe.tasks.scoring import lenient, names, scorer
 from dymoe.tasks.scoring.iou import iou
 from dymoe.tasks.scoring.text import contains_words, process_answer, same_answer
 
@@ -311,10 +312,10 @@ def test_a_number_is_read_as_the_text_that_is_learned_in_its_place() -> None:
     for rule in ("exact_match", "corrected/vqav2", "corrected/imagenet", "coin/vqav2", "coin/ocrvqa"):
         assert scorer(rule)("3", {"answer": 3}) == 1
         assert scorer(rule)("3", {"answer": 3, "answers": None}) == 1, "a column without a value is no value"
-        assert right_answer(rule)({"answer": 2.5}) == "2.5"
+        assert scoring.rule(rule).right({"answer": 2.5}) == "2.5"
     assert scorer("soft_accuracy")("3", {"answers": [3] * 10}) == 1
     assert scorer("letter")("B", {"answer": 1.0, "choices": [10, 20]}) == 1
-    assert right_answer("letter")({"answer": 1, "choices": None}) == "B"
+    assert scoring.rule("letter").right({"answer": 1, "choices": None}) == "B"
     assert scorer("iou")("[0,0,1,1]", {"answer_bbox": None, "bbox": [0, 0, 1, 1], "size": None}) == 1
 
 
@@ -326,7 +327,7 @@ def test_what_a_rule_wants_said_is_right(name: str) -> None:
     else:
         index = name == "letter" or name.endswith("scienceqa")
         reference = {"answer": 1 if index else "owl", "choices": ["hen", "owl"], "answers": ["owl"] * 10}
-    assert scorer(name)(right_answer(name)(reference), reference) > 0
+    assert scorer(name)(scoring.rule(name).right(reference), reference) > 0
 
 
 # --- boxes -------------------------------------------------------------------------------------------------

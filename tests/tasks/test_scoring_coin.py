@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dymoe.errors import DymoeError
+from dymoe.tasks import scoring
 from dymoe.tasks.coin import TASKS
-from dymoe.tasks.scoring import lenient, names, readable, scorer
+from dymoe.tasks.scoring import lenient, names, scorer
 
 TEN = ["stop"] * 6 + ["stop sign"] * 3 + ["halt"]
 RECORDS: dict[str, dict[str, Any]] = {
@@ -59,9 +60,9 @@ def test_any_prediction_scores_between_0_and_1_and_lenient_never_less(rule: str,
     strict, tolerant = scorer(rule)(prediction, record(rule)), lenient(rule)(prediction, record(rule))
     assert type(strict) is type(tolerant) is float
     assert 0.0 <= strict <= tolerant <= 1.0
-    assert readable(rule)(prediction, record(rule)) in (True, False)
+    assert scoring.rule(rule).readable(prediction, record(rule)) in (True, False)
     if strict and rule != "coin/ImageNet":
-        assert readable(rule)(prediction, record(rule))
+        assert scoring.rule(rule).readable(prediction, record(rule))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -77,7 +78,7 @@ def test_the_right_answer_in_its_own_form_is_right_and_an_empty_one_is_wrong(rul
     assert scorer(rule)(own.get(task, str(RECORDS[task].get("answer"))), record(rule)) == 1
     flaw = rule == "coin/ImageNet"
     assert scorer(rule)("", record(rule)) == flaw
-    assert not readable(rule)("", record(rule))
+    assert not scoring.rule(rule).readable("", record(rule))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -137,8 +138,8 @@ def test_the_article_is_choice_a_for_coin_alone() -> None:
 
 def test_a_letter_that_no_choice_has_is_unreadable() -> None:
     for rule in ("coin", "sefe", "corrected"):
-        assert not readable(f"{rule}/scienceqa")("D", RECORDS["ScienceQA"])
-        assert readable(f"{rule}/scienceqa")("C", RECORDS["ScienceQA"])
+        assert not scoring.rule(f"{rule}/scienceqa").readable("D", RECORDS["ScienceQA"])
+        assert scoring.rule(f"{rule}/scienceqa").readable("C", RECORDS["ScienceQA"])
 
 
 # --- ImageNet ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Everything that can be checked before a run begins: data, lengths, disk, memory, time, versions."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from dymoe.preflight.findings import Checkup, Level
 if TYPE_CHECKING:
     from dymoe.learning.inspection import Inspection, Progress
     from dymoe.models import Lvlm
-    from dymoe.tasks import Stream, Task
+    from dymoe.tasks import Sample, Stream, Task
 
 # What is checked of samples: the kinds of `dymoe.learning.inspection.Unusable`, and what mends them.
 CHECKS = {"pictures": ("picture",), "tokens": ("text",), "references": ("reference",), "answers": WORTHLESS}
@@ -98,8 +99,6 @@ def _data(found: Checkup, recipe: Recipe) -> "Stream | None":
 
 def _twice(found: Checkup, task: "Task") -> None:
     """Samples that are trained on and asked."""
-    from dymoe.tasks.coin.check import overlap
-
     same = overlap(task.train, task.test)
     if same:
         first, second = same[0]
@@ -109,6 +108,29 @@ def _twice(found: Checkup, task: "Task") -> None:
     shared = sum(sample.id in asked for sample in task.train)
     if shared:
         found.add("note", "ids", task.name, f"{shared} ids stand in training and test; fine if they name two things")
+
+
+def overlap(train: Sequence["Sample"], test: Sequence["Sample"]) -> list[tuple[str, str]]:
+    """(training id, test id) of the samples with the same question about the same picture.
+
+    Pictures are told apart by their paths, or their bytes where a sample has no path; questions of all turns count.
+    """
+    asked: dict[bytes, str] = {}
+    for sample in test:
+        asked.setdefault(_key(sample, sample.question), sample.id)
+    found = []
+    for sample in train:
+        for question in (sample.question, *(question for question, _ in sample.turns)):
+            other = asked.get(_key(sample, question))
+            if other is not None:
+                found.append((sample.id, other))
+    return found
+
+
+def _key(sample: "Sample", question: str) -> bytes:
+    name = getattr(sample.picture, "name", None)
+    told = name.encode() if isinstance(name, str) else hashlib.sha256(sample.image or b"").digest()
+    return hashlib.sha256(told + b"\0" + question.encode()).digest()
 
 
 def _model(found: Checkup, recipe: Recipe) -> "Lvlm | None":

@@ -213,9 +213,9 @@ def _reference(rule: str, test: bool) -> Reference:
 
 def _answer_as(rule: str) -> Callable[[Record], Record]:
     """What makes of a number that is an answer the text that the rule wants said: of a choice's index its letter."""
-    from dymoe.tasks.scoring import right_answer
+    from dymoe.tasks import scoring
 
-    right = right_answer(rule)
+    right = scoring.rule(rule).right
 
     def rewrite(record: Record) -> Record:
         given = record.fields.get("answer")

@@ -25,7 +25,6 @@ def published_times() -> dict[str, Any]:
 
 def findings(names: Sequence[str], instructions: str, source: Source) -> Iterator[tuple[str, ...]]:
     """Sizes, repeated ids and bad records of the files: level, what, where, found and what mends it, of each."""
-    from dymoe.tasks.coin.check import sizes
     from dymoe.tasks.coin.stream import indexes
 
     try:
@@ -41,9 +40,9 @@ def findings(names: Sequence[str], instructions: str, source: Source) -> Iterato
         except DymoeError as error:
             yield ("wrong", "records", name, str(error), "fetch the file, or leave the task out with --tasks")
             continue
-        for size in sizes(both):
-            if not size.right:
-                told = f"{size.found:,} {size.what} records, {size.published:,} are published"
+        for what, count in both.counts().items():
+            if count != (right := published()["tasks"][name].get(what, count)):
+                told = f"{count:,} {what.replace('_', ' ')} records, {right:,} are published"
                 mend = "fetch the published files; with data.scoring: corrected other sizes are a note"
                 yield ("wrong" if compared else "note", "size", name, told, mend)
         for each in (both.train, both.test):

@@ -32,6 +32,12 @@ class TaskIndexes:
     train: Index
     test: Index
 
+    def counts(self) -> dict[str, int]:
+        """Records of the files, and those with an image that can be used, by the keys of `published.json`."""
+        files = {"train": self.train, "test": self.test}
+        with_image = {f"{name}_with_image": each.with_image for name, each in files.items()}
+        return {**{name: each.records for name, each in files.items()}, **with_image}
+
 
 def indexes(layout: Layout, task: str, source: Source) -> TaskIndexes:
     """Index a task's files, or take the indexes from the cache; records that cannot be used are listed in them.

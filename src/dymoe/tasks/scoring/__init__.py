@@ -62,7 +62,7 @@ _RULES: dict[str, ModuleType] = {
     "sefe/scienceqa": sefe_scienceqa,
 }
 
-__all__ = ["Rule", "Scorer", "lenient", "names", "readable", "right_answer", "rule", "scorer"]
+__all__ = ["Rule", "Scorer", "lenient", "names", "rule", "scorer"]
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,6 @@ def scorer(name: str) -> Scorer:
 def lenient(name: str) -> Scorer:
     """The format-tolerant rule of this name, which never scores lower than the strict one; raises as `rule`."""
     return rule(name).lenient
-
-
-def readable(name: str) -> Callable[[str, Mapping[str, Any]], bool]:
-    """The test whether the strict rule of this name finds an answer in a prediction at all; raises as `rule`."""
-    return rule(name).readable
-
-
-def right_answer(name: str) -> Callable[[Mapping[str, Any]], str]:
-    """What gives the text that the rule of this name wants said, see `Rule.right`; raises as `rule`."""
-    return rule(name).right
 
 
 def _within(name: str, rule: Callable[..., Any]) -> Scorer:
