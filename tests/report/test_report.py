@@ -13,7 +13,7 @@ import pytest
 from reading import THREE, Text, matrix_run, page
 from run_folders import make_joint, make_run, write_results
 
-from dymoe.analysis.figures import Figure, look, plot, scatter
+from dymoe.analysis.figures import Figure, look, scatter
 from dymoe.analysis.forgetting import headline, lost_per_task, over_stages, remarks
 from dymoe.analysis.routing_drift import over_stages as routing_drift
 from dymoe.analysis.runs import Method, gather, read_run, read_runs, read_sweep
@@ -268,8 +268,10 @@ def test_text_from_models_and_data_is_escaped(tmp_path: Path) -> None:
 
 
 def test_a_figure_cannot_end_the_script_element_it_stands_in() -> None:
-    made = plot("", "", [scatter(look(0, "a"), [1], [2], "", name=HOSTILE)], 100)
-    html = str(environment().get_template("parts.html.jinja").module.plot(made, "p", Figure("f", "")))  # type: ignore[attr-defined]
+    figure = Figure("f", "")
+    figure.plot("", "", [scatter(look(0, "a"), [1], [2], "", name=HOSTILE)], 100)
+    macros = environment().get_template("parts.html.jinja").module
+    html = str(macros.plot(figure.panels[0], "p", figure))  # type: ignore[attr-defined]
     spec = html.partition('id="p-spec">')[2].partition("</script>")[0]
     assert not set("<>&") & set(spec)
     assert json.loads(spec)["data"][0]["name"] == HOSTILE

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from dymoe.analysis.figures import Figure, Key, Plot, look, plot, positions, room, scatter
+from dymoe.analysis.figures import Figure, Key, look, positions, room, scatter
 from dymoe.analysis.runs import Analysed
 from dymoe.analysis.storage import joined
 from dymoe.methods.companions.pruning import keep
@@ -207,7 +207,7 @@ def figures(have: Sequence[Analysed]) -> list[Figure]:
         for stage in sorted(one.frame["stage"].unique()):
             key = (one.label, options[int(stage)])
             circles = _circles(one.frame, stage)
-            figure.panels.append(_plot(one.label, stage, circles, layers, key))
+            _plot(figure, one.label, stage, circles, layers, key)
             for group, rows in circles.groupby("group", sort=False):
                 cells = {
                     row.layer: f"{number(row.weight)} ✕{row.dead}" if row.dead else number(row.weight)
@@ -228,7 +228,7 @@ def _circles(frame: pd.DataFrame, stage: int) -> pd.DataFrame:
     return counted.reindex(weight.index).fillna({"dead": 0}).astype({"dead": int, "experts": int}).reset_index()
 
 
-def _plot(label: str, stage: int, circles: pd.DataFrame, layers: Sequence[int], key: Key) -> Plot:
+def _plot(figure: Figure, label: str, stage: int, circles: pd.DataFrame, layers: Sequence[int], key: Key) -> None:
     """One stage of one method."""
     groups = [str(group) for group in dict.fromkeys(circles["group"])]
     circles = circles.assign(place=circles["group"].map(groups.index))
@@ -257,7 +257,7 @@ def _plot(label: str, stage: int, circles: pd.DataFrame, layers: Sequence[int], 
         cross = {"symbol": "x-thin", "size": size, "line": {"width": 1.25, "color": "var(--ink)"}}
         traces.append(scatter(look(0, ""), gone["layer"], gone["place"], "", cross, mode="markers", hoverinfo="skip"))
     names = room(groups)
-    return plot(
+    figure.plot(
         f"{label}, after stage {stage}",
         f"Activation of each group in each layer, {label}, stage {stage}",
         traces,

@@ -32,8 +32,6 @@ MARKERS = {
     "pentagon": "⬟",
 }
 DASHES = ("solid", "dash", "dot")
-# Small plots over the stages of a stream: accuracy or weight in percent.
-PERCENT = {"range": [-3, 103], "dtick": 25}
 
 Key = tuple[str, ...]  # the option of each of a figure's choices that something belongs to; empty: always shown
 Trace = dict[str, Any]
@@ -132,7 +130,7 @@ class Figure:
         choices: label -> options, what the reader chooses with selects.
         chosen: the options to begin with; the first ones if empty.
         keys: the choice that each of `rows` belongs to, nothing where all are always shown.
-        layout: "wide" plots stand two beside each other, a "full" one takes the page's whole width.
+        layout: "wide" plots stand two beside each other, small ones ("") more, a "full" one takes the whole width.
         folded: panels in a fold called `fold`.
         note: what is missing, and the `command` that makes it; a figure without panels is its title and note.
         made: which commands made the numbers.
@@ -146,7 +144,7 @@ class Figure:
     rows: list[Sequence[str]] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
     legend: Sequence[Look] = ()
-    layout: str = ""
+    layout: str = "wide"
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     chosen: Key = ()
     folded: list[Heatmap] = field(default_factory=list)
@@ -169,6 +167,43 @@ class Figure:
         self.panels.append(heatmap)
         for name, values in heatmap.rows:
             self.row(f"{whose}{name}", *cells, *map(number, values), key=heatmap.key)
+
+    def plot(
+        self,
+        title: str,
+        label: str,
+        traces: Iterable[Trace],
+        height: int,
+        key: Key = (),
+        width: int = 0,
+        **layout: Any,
+    ) -> None:
+        """Add a plotly graph in the page's look; see `Plot`, `layout` overrides plotly's layout keys."""
+        axis = {"gridcolor": "var(--grid)", "zerolinecolor": "var(--grid)", "automargin": True, "fixedrange": True}
+        ink = {"color": "var(--ink)"}
+        spec = {
+            "data": list(traces),
+            "layout": {
+                "template": {},  # keeps out plotly's own look
+                "paper_bgcolor": "rgba(0,0,0,0)",
+                "plot_bgcolor": "rgba(0,0,0,0)",
+                "font": {**ink, "family": "system-ui, sans-serif", "size": 12},
+                "hoverlabel": {"bgcolor": "var(--card)", "bordercolor": "var(--grid)", "font": ink},
+                "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
+                "showlegend": False,
+                "height": height,
+                "dragmode": False,
+                **layout,
+                "xaxis": axis | layout.get("xaxis", {}),
+                "yaxis": axis | layout.get("yaxis", {}),
+            },
+        }
+        self.panels.append(Plot(title, label, _plain(spec), height, key, width))
+
+    def small_plot(self, title: str, label: str, traces: Iterable[Trace], last: int, key: Key = ()) -> None:
+        """Add a small plot of percentages over the stages 1 to `last`."""
+        xaxis = {"range": [0.7, max(last, 2) + 0.3], "dtick": 1, "showgrid": False}
+        self.plot(title, label, traces, 190, key, xaxis=xaxis, yaxis={"range": [-3, 103], "dtick": 25})
 
     def place(self, key: Key) -> str:
         """The options of a key as the page's script knows them: their numbers."""
@@ -204,32 +239,6 @@ def scatter(one: Look, x: Any, y: Any, hover: str, marker: Mapping[str, Any] | N
         "hovertemplate": f"{hover}<extra></extra>",
         **more,
     }
-
-
-def plot(
-    title: str, label: str, traces: Iterable[Trace], height: int, key: Key = (), width: int = 0, **layout: Any
-) -> Plot:
-    """A plotly graph in the page's look; `height` and `width` in pixels, `layout` overrides plotly's layout keys."""
-    axis = {"gridcolor": "var(--grid)", "zerolinecolor": "var(--grid)", "automargin": True, "fixedrange": True}
-    ink = {"color": "var(--ink)"}
-    spec = {
-        "data": list(traces),
-        "layout": {
-            "template": {},  # keeps out plotly's own look
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {**ink, "family": "system-ui, sans-serif", "size": 12},
-            "hoverlabel": {"bgcolor": "var(--card)", "bordercolor": "var(--grid)", "font": ink},
-            "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
-            "showlegend": False,
-            "height": height,
-            "dragmode": False,
-            **layout,
-            "xaxis": axis | layout.get("xaxis", {}),
-            "yaxis": axis | layout.get("yaxis", {}),
-        },
-    }
-    return Plot(title, label, _plain(spec), height, key, width)
 
 
 def _plain(value: Any) -> Any:
@@ -269,8 +278,3 @@ def positions(names: Sequence[str]) -> dict[str, Any]:
 def listed(names: Sequence[str]) -> dict[str, Any]:
     """Keys of a vertical axis that is read from above, a row for each name and no lines."""
     return {**positions(names), "range": [len(names) - 0.5, -0.5], "showgrid": False, "zeroline": False}
-
-
-def stages_axis(last: int) -> dict[str, Any]:
-    """Keys of a horizontal axis of the stages 1 to `last` in a small plot."""
-    return {"range": [0.7, max(last, 2) + 0.3], "dtick": 1, "showgrid": False}

@@ -8,19 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dymoe.analysis.figures import (
-    PERCENT,
-    Figure,
-    Heatmap,
-    error_bars,
-    escape,
-    listed,
-    plot,
-    positions,
-    room,
-    scatter,
-    stages_axis,
-)
+from dymoe.analysis.figures import Figure, Heatmap, error_bars, escape, listed, positions, room, scatter
 from dymoe.analysis.runs import Method, Run
 from dymoe.numbers import Stat, number
 
@@ -57,15 +45,12 @@ def losses(methods: Sequence[Method]) -> Figure | None:
         "Both rows of a method add up to the same number, which divided by the number of tasks T is its backward "
         "transfer.",
         ("method: task", *(f"{t} {task}" for t, task in enumerate(tasks[1:], start=2)), "since learned"),
-        layout="wide",
         fold="Each method, task by task and stage by stage",
     )
     style: dict[str, Any] = {"change": True, "numbered": False, "small": len(order) > 6}
     what = _means([method.changes_of_tasks() for method in order], labels, tasks[:-1])
-    title, label = (
-        "What: change of each task since learned (points)",
-        "Change of each task since it was learned, by method",
-    )
+    title = "What: change of each task since learned (points)"
+    label = "Change of each task since it was learned, by method"
     figure.panels.append(Heatmap(title, label, what, "{row}: {value} points on {column}", **style))
     when = _means([method.changes_at_stages() for method in order], labels, tasks[1:])
     title = "When: change of older tasks while learning … (points)"
@@ -98,40 +83,31 @@ def side_by_side(methods: Sequence[Method]) -> Figure:
         "better the result. A method without stages (all tasks at once, or none) has no open mark. Thin bars: standard "
         "deviation over seeds.",
         ("method", "MFT (%)", "MFN (%)", "BWT (points)"),
-        layout="wide",
     )
     traces = []
     for place, method in enumerate(methods):
         look, learned, final = method.look, method.metric("MFT"), method.metric("MFN")
-        ends = [
-            (learned, f"{look.marker}-open", "when learned (MFT)"),
-            (final, look.marker, "at the end (MFN)"),
-        ]
-        ends = [end for end in ends if end[0] is not None]
-        stats, symbols, names = zip(*ends, strict=True)
-        line = {"color": look.colour, "width": 2}
+        # An open mark and a filled one, or the latter alone.
+        stats = [stat for stat in (learned, final) if stat is not None]
+        symbols = [f"{look.marker}-open", look.marker][-len(stats) :]
         traces.append(
             scatter(
                 look,
-                [_mean(stat) for stat in stats],
-                [place] * len(ends),
+                [stat.mean for stat in stats],
+                [place] * len(stats),
                 "%{fullData.name} %{customdata}: %{x:.1f} %",
-                {"size": 11, "symbol": symbols, "line": line},
-                customdata=names,
+                {"size": 11, "symbol": symbols, "line": {"color": look.colour, "width": 2}},
+                customdata=["when learned (MFT)", "at the end (MFN)"][-len(stats) :],
                 **error_bars("x", stats),
             )
         )
         figure.row(method.label, number(learned), number(final), number(method.metric("BWT"), sign=True))
-    figure.panels.append(
-        plot(
-            "",
-            "Mean accuracy of each method when learned and at the end",
-            traces,
-            70 + 40 * len(methods),
-            xaxis={"title": {"text": "mean accuracy (%)"}},
-            yaxis=listed([method.label for method in methods]),
-        )
-    )
+    axes: dict[str, Any] = {
+        "xaxis": {"title": {"text": "mean accuracy (%)"}},
+        "yaxis": listed([method.label for method in methods]),
+    }
+    label = "Mean accuracy of each method when learned and at the end"
+    figure.plot("", label, traces, 70 + 40 * len(methods), **axes)
     return figure
 
 
@@ -146,6 +122,7 @@ def over_stages(methods: Sequence[Method]) -> Figure:
         "starts where its task is learned; where it falls, learning the task of that stage cost it.",
         ("task: method", *(f"stage {t}" for t in range(1, last + 1))) if last else ("task: method", "accuracy"),
         legend=[method.look for method in methods],
+        layout="",
     )
     for i, task in enumerate(tasks[: last or len(tasks)]):
         traces = []
@@ -161,8 +138,7 @@ def over_stages(methods: Sequence[Method]) -> Figure:
                 hover = "%{fullData.name}, stage %{x}: %{y:.1f} %"
                 traces.append(scatter(method.look, [*values], [*values.values()], hover, mode=mode))
                 figure.row(f"{task}: {method.label}", *(number(shown.get(t)) for t in range(1, max(last, 1) + 1)))
-        label = f"Accuracy on {task} over stages"
-        figure.panels.append(plot(task, label, traces, 190, xaxis=stages_axis(last), yaxis=PERCENT))
+        figure.small_plot(task, f"Accuracy on {task} over stages", traces, last)
     return figure
 
 
@@ -185,7 +161,6 @@ def matrices(methods: Sequence[Method]) -> Figure | None:
         "learned, the last row what is left at the end. Read a column downwards: where it fades, that task is being "
         "forgotten.",
         ("stage", *tasks),
-        layout="wide",
         folded=[
             draw(f"{method.label}, seed {run.seed}", rows)
             for method in sequential
@@ -218,7 +193,6 @@ def lost_per_task(methods: Sequence[Method]) -> Figure | None:
         "for a lenient reader): what looks forgotten but is not. Below zero the form got better.",
         ("task: method", "forgetting (points)", "format drift (points)"),
         legend=[method.look for method in sequential],
-        layout="wide",
     )
     for what, stats in (("Forgetting", lost), ("Format drift", drifts)):
         if all(stat is None or stat.mean == 0 for row in stats for stat in row):
@@ -236,18 +210,16 @@ def lost_per_task(methods: Sequence[Method]) -> Figure | None:
             }
             for method, row in zip(sequential, stats, strict=True)
         ]
-        figure.panels.append(
-            plot(
-                f"{what} (points)",
-                f"{what} of each task in percentage points",
-                bars,
-                300,
-                barmode="group",
-                bargap=0.3,
-                margin={"l": 40, "r": 12, "t": 8, "b": 20 + 0.7 * room(tasks)},
-                # Slanted for every width: left to itself, plotly turns and measures labels without end.
-                xaxis={**positions(tasks), "tickangle": -45, "automargin": False, "showgrid": False, "zeroline": False},
-            )
+        figure.plot(
+            f"{what} (points)",
+            f"{what} of each task in percentage points",
+            bars,
+            300,
+            barmode="group",
+            bargap=0.3,
+            margin={"l": 40, "r": 12, "t": 8, "b": 20 + 0.7 * room(tasks)},
+            # Slanted for every width: left to itself, plotly turns and measures labels without end.
+            xaxis={**positions(tasks), "tickangle": -45, "automargin": False, "showgrid": False, "zeroline": False},
         )
     for i, task in enumerate(tasks):
         for method, *pair in zip(sequential, lost, drifts, strict=True):

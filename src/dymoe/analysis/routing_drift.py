@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from dymoe.analysis.figures import PERCENT, Figure, Heatmap, escape, look, plot, scatter, stages_axis
-from dymoe.analysis.runs import Analysed, Method
+from dymoe.analysis.figures import Figure, Heatmap, escape, look, scatter
+from dymoe.analysis.runs import Analysed, Method, divides
 from dymoe.analysis.storage import joined
 from dymoe.analysis.tokens import KINDS as PARTS
 from dymoe.analysis.tokens import image_tokens, kinds
@@ -247,7 +247,6 @@ def over_stages(methods: Sequence[Method]) -> Figure | None:
         "higher, the more newer experts interfere.",
         ("method: task", *(f"stage {t}" for t in range(2, last + 1))),
         legend=[method.look for method in routed],
-        layout="wide",
     )
     traces = []
     for method in routed:
@@ -259,7 +258,7 @@ def over_stages(methods: Sequence[Method]) -> Figure | None:
             figure.row(f"{method.label}: {task}", *map(number, by_stage[i]))
     xaxis = {"dtick": 1, "title": {"text": "stage"}, "showgrid": False, "range": [1.8, last + 0.2]}
     yaxis = {"title": {"text": "weight on newer groups (%)"}, "rangemode": "tozero"}
-    figure.panels = [plot("", "Routing drift of each method over stages", traces, 280, xaxis=xaxis, yaxis=yaxis)]
+    figure.plot("", "Routing drift of each method over stages", traces, 280, xaxis=xaxis, yaxis=yaxis)
     return figure
 
 
@@ -271,21 +270,19 @@ def maps(methods: Sequence[Method]) -> Figure | None:
         "Row: the task whose test tokens are routed; column: the expert group that the weight goes to, in the order "
         "the groups were added; each row sums to 100 %, or less where layers have no experts. Weight to the right of "
         "the diagonal goes to groups that were added after the task was learned: that is routing drift.",
-        layout="wide",
     )
-    groups: tuple[str, ...] = ()
+    groups: list[str] = []
     for method in methods:
         run = method.runs[0]
-        stages = [stage for stage in run.routing if stage <= run.stages and run.routing[stage].divides]
+        stages = [stage for stage in run.routing if stage <= run.stages and divides(run.routing[stage])]
         if not stages:
             continue
-        routing = run.routing[max(stages)]
-        tasks = [task for task in run.tasks if task in routing.weights]
-        frame = pd.DataFrame([routing.weights[task] for task in tasks], tasks, routing.groups) * 100
+        frame = run.routing[max(stages)] * 100
+        frame = frame.loc[[task for task in run.tasks if task in frame.index]]
         title = f"{method.label}, seed {run.seed}, stage {max(stages)}"
         label, hover = f"Routing weight of tasks on groups: {title}", "tokens of {row} put {value} % on group {column}"
         figure.heatmap(Heatmap(title, label, frame, hover), f"{method.label}: ")
-        groups = max(groups, routing.groups, key=len)
+        groups = max(groups, list(frame), key=len)
     figure.head = ("method: task", *groups)
     return figure if figure.panels else None
 
@@ -318,6 +315,7 @@ def _by_part(known: Cells) -> Figure:
         ("method: task, part", *(f"stage {t}" for t in range(1, last + 1))),
         legend=looks,
         choices={"method": [one.label for one, _ in known]},
+        layout="",
     )
     for one, cells in known:
         means = mean_over(cells, ["task", "part", "stage"])
@@ -334,7 +332,7 @@ def _by_part(known: Cells) -> Figure:
                     cells_ = (number(values.get(t)) for t in range(1, last + 1))
                     figure.row(f"{one.label}: {task}, {part.label}", *cells_, key=(one.label,))
             label = f"Weight of {task}'s tokens on later groups over stages, {one.label}"
-            figure.panels.append(plot(task, label, traces, 190, (one.label,), xaxis=stages_axis(last), yaxis=PERCENT))
+            figure.small_plot(task, label, traces, last, (one.label,))
     return figure
 
 
@@ -362,6 +360,7 @@ def _by_layer(known: Cells) -> Figure:
         "routing drifts.",
         ("method: layer", "part", *tasks[:-1]),
         choices={"method": [one.label for one, _ in known], "tokens": (ALL, *PARTS)},
+        layout="",
     )
     for one, part, cells in _grids(known):
         last = int(cells["stage"].max())
@@ -386,6 +385,7 @@ def _changed(known: Cells) -> Figure:
         "as it was.",
         ("method: task", "part", *(f"stage {t}" for t in range(2, _last(known) + 1))),
         choices={"method": [one.label for one, _ in known], "tokens": (ALL, *PARTS)},
+        layout="",
     )
     for one, part, cells in _grids(known):
         last = int(cells["stage"].max())
@@ -405,7 +405,6 @@ def _beside_forgetting(known: Cells) -> Figure:
         "Does drift go with forgetting?",
         head=("method: task", "drift (%)", "forgetting (points)"),
         legend=[one.method.look for one, _ in known],
-        layout="wide",
     )
     traces, sentences, every = [], [], []
     for one, _ in known:
@@ -442,7 +441,7 @@ def _beside_forgetting(known: Cells) -> Figure:
         "yaxis": {"title": {"text": "forgetting (points)"}},
     }
     margin = {"l": 8, "r": 40, "t": 24, "b": 8}
-    figure.panels = [plot("", "Drift and forgetting of each task", traces, 340, margin=margin, **axes)]
+    figure.plot("", "Drift and forgetting of each task", traces, 340, margin=margin, **axes)
     return figure
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dymoe.analysis.figures import Look, look
 from dymoe.analysis.storage import stored
@@ -25,39 +26,21 @@ from dymoe.messages import brief, shorten
 from dymoe.numbers import Stat
 from dymoe.sweep.records import told
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 STAGE_FOLDER = re.compile(r"(\d+)-(.+)")
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Weight that each task's test tokens put on each expert group at one stage.
-
-    A row sums to 1, to less where layers have no experts, and to more where a method adds up all groups at full weight.
-    """
-
-    groups: tuple[str, ...]
-    weights: Mapping[str, tuple[float, ...]]
-
-    def drift(self, task: str) -> float | None:
-        """The task's drift (`evaluation.metrics.drift`), in 0..1, None where there is none or it was not asked."""
-        return drift(task, self.groups, self.weights[task]) if task in self.weights else None
-
-    @property
-    def divides(self) -> bool:
-        """Whether there are several groups among which tokens are divided."""
-        return len(self.groups) > 1 and all(math.fsum(row) <= 1 + ROUNDING for row in self.weights.values())
 
 
 @dataclass(frozen=True)
 class Run:
     """One run: what results.json and the stages' routing.json say, or a record of a sweep, checked.
 
-    `path` is the run folder, or the sweep's file; `label` the sweep's row, empty in a run folder. `rows` is the
-    accuracy matrix as far as the run has come; a run without stages (joint: all tasks learned at once; zero-shot: none)
-    has one row over all tasks in `level` instead.
+    Attributes:
+        path: the run folder, or the sweep's file.
+        rows: the accuracy matrix as far as the run has come.
+        level: one row over all tasks in place of `rows`, of a run without stages (joint: all tasks learned at once;
+            zero-shot: none).
+        routing: stage -> weight that each task's test tokens (row) put on each expert group (column). A row sums to 1,
+            to less where layers have no experts, and to more where a method adds up all groups at full weight.
+        label: the sweep's row, empty in a run folder.
     """
 
     path: Path
@@ -71,7 +54,7 @@ class Run:
     level: tuple[float, ...] | None
     format_drift: Mapping[str, float]
     group_hashes: tuple[tuple[int, Mapping[str, str]], ...]
-    routing: Mapping[int, Routing]
+    routing: Mapping[int, pd.DataFrame]
     facts: Mapping[str, Any]
     label: str = ""
 
@@ -137,7 +120,7 @@ class Method:
     @property
     def routed(self) -> bool:
         """Whether its tokens are divided among groups, as its stages' routing.json say."""
-        return any(routing.divides for run in self.runs for routing in run.routing.values())
+        return any(divides(weights) for run in self.runs for weights in run.routing.values())
 
     @cached_property
     def accuracy(self) -> np.ndarray:
@@ -171,9 +154,9 @@ class Method:
         """Weight in percent that each task's tokens put on newer groups, by stage; None for what is new or unknown."""
         values = np.full(self.accuracy.shape, np.nan)
         for place, run in enumerate(self.runs):
-            for stage, routing in run.routing.items():
+            for stage, weights in run.routing.items():
                 for task, name in enumerate(self.tasks[: stage - 1] if stage <= self.stages else ()):
-                    share = routing.drift(name)
+                    share = drift(name, list(weights), weights.loc[name].tolist()) if name in weights.index else None
                     values[place, stage - 1, task] = math.nan if share is None else 100 * share
         return over_seeds(values)
 
@@ -192,6 +175,11 @@ class Method:
     def changes_at_stages(self) -> list[Stat]:
         """Points that the tasks before it changed by at each stage from the second on, summed over them."""
         return over_seeds(np.nansum(np.diff(self.accuracy, axis=1), axis=2))
+
+
+def divides(weights: pd.DataFrame) -> bool:
+    """Whether a stage's routing divides tokens among several groups."""
+    return len(weights.columns) > 1 and bool((weights.sum(axis=1) <= 1 + ROUNDING).all())
 
 
 def over_seeds(values: np.ndarray) -> Any:
@@ -221,10 +209,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         runs += read_sweep(path) if path.suffix == ".jsonl" else [read_run(path)]
     first = runs[0]
     for run in runs[1:]:
-        for key, here, there in (
-            ("stream", run.stream, first.stream),
-            ("tasks", list(run.tasks), list(first.tasks)),
-        ):
+        for key in ("stream", "tasks"):
+            here, there = getattr(run, key), getattr(first, key)
             if here != there:
                 raise DymoeError(
                     f"{_where(run)}: {key} is {brief(here)}, but {_where(first)} has {brief(there)}; only runs of one "
@@ -270,7 +256,7 @@ def read_run(path: Path) -> Run:
     return _run(path, str(path / "results.json"), results, routing)
 
 
-def _run(path: Path, file: str, data: Mapping[str, Any], routing: Mapping[int, Routing]) -> Run:
+def _run(path: Path, file: str, data: Mapping[str, Any], routing: Mapping[int, pd.DataFrame]) -> Run:
     """A run from its checked results; `file` is where they stand, for messages."""
     # A run that learns may have a zero-shot row beside its matrix.
     level = data.get("zero_shot" if data.get("joint") is None and not data.get("matrix") else "joint")
@@ -302,14 +288,15 @@ def stage_folders(path: Path) -> Iterator[tuple[int, str, Path]]:
     yield from sorted((int(match[1]), match[2], folder) for match, folder in matches)
 
 
-def _routing(file: Path) -> Routing:
+def _routing(file: Path) -> pd.DataFrame:
     data = read_json(file, RoutingWeights)
     for task, row in data["tasks"].items():
         if len(row["weight"]) != len(data["groups"]):
             count = len(data["groups"])
             where = f"{file}: tasks.{shorten(task)}.weight"
             raise DymoeError(f"{where}: expected one weight for each of {count} groups, got {brief(row['weight'])}")
-    return Routing(tuple(data["groups"]), {task: tuple(row["weight"]) for task, row in data["tasks"].items()})
+    weights = {task: row["weight"] for task, row in data["tasks"].items()}
+    return pd.DataFrame.from_dict(weights, orient="index", columns=data["groups"])
 
 
 # ---------------------------------------------------------------- seeds and settings
@@ -382,7 +369,7 @@ class Analysed:
 
     method: Method
     run: Run
-    frame: "pd.DataFrame"
+    frame: pd.DataFrame
     made: str
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from dymoe.analysis.figures import Figure, Look, Plot, Trace, error_bars, escape, listed, look, plot, scatter
+from dymoe.analysis.figures import Figure, Look, Trace, error_bars, escape, listed, look, scatter
 from dymoe.analysis.storage import COLUMNS
 from dymoe.errors import DymoeError
 from dymoe.evaluation.metrics import AccuracyMatrix
@@ -256,11 +256,10 @@ def trade(table: pd.DataFrame, learnings: pd.DataFrame) -> Figure:
         "is learned. All plots have the same scales.",
         ("pair: strategy", "seeds", "new task (%)", "old task before (%)", "after (%)", "forgetting (points)"),
         legend=[_look(strategy) for strategy in STRATEGIES if strategy in {*table["strategy"]}],
-        layout="wide",
     )
     pairs = [ALL, *(pair for pair in dict.fromkeys(table["pair"]) if pair != ALL)]
     for pair in pairs if len(pairs) > 2 else pairs[:1]:
-        figure.panels.append(_trade_plot(pair, table, learnings))
+        _trade_plot(figure, pair, table, learnings)
     for pair in pairs:
         for row in _of(table, pair):
             accuracies = (_stat(row, name) for name in ("new_task_accuracy", "old_task_before", "old_task_after"))
@@ -269,7 +268,7 @@ def trade(table: pd.DataFrame, learnings: pd.DataFrame) -> Figure:
     return figure
 
 
-def _trade_plot(pair: str, table: pd.DataFrame, learnings: pd.DataFrame) -> Plot:
+def _trade_plot(figure: Figure, pair: str, table: pd.DataFrame, learnings: pd.DataFrame) -> None:
     there = learnings if pair == ALL else learnings[learnings["pair"] == pair]
     traces: list[Trace] = []
     for row in _of(table, pair):
@@ -279,7 +278,7 @@ def _trade_plot(pair: str, table: pd.DataFrame, learnings: pd.DataFrame) -> Plot
         traces += _marks(row["strategy"], mine, mine["forgetting"], mine["new_task_accuracy"], stats, hover)
     each = "each pair and seed" if pair == ALL else "each seed"
     x, y = (_range(table, learnings, name) for name in ("forgetting", "new_task_accuracy"))
-    return plot(
+    figure.plot(
         pair[0].upper() + pair[1:],
         f"New-task accuracy against forgetting of the old task by strategy, {pair}, mean and {each}",
         traces,
@@ -302,7 +301,6 @@ def drift(table: pd.DataFrame, learnings: pd.DataFrame) -> list[Figure]:
         "ones single learnings. With no token the new experts learn nothing: what drifts there is drawn by their "
         "untrained router rows alone.",
         ("pair: strategy", "drift (%)"),
-        layout="wide",
     )
     measured = table[table["drift"].notna()]
     rows = _of(measured, ALL)
@@ -314,7 +312,7 @@ def drift(table: pd.DataFrame, learnings: pd.DataFrame) -> list[Figure]:
     xaxis = {"title": {"text": "weight on the new group (%)"}, "rangemode": "tozero"}
     yaxis = listed([TOKENS[row["strategy"]] for row in rows])
     label = "Routing drift of the old task by strategy"
-    figure.panels = [plot("", label, traces, 70 + 40 * len(rows), xaxis=xaxis, yaxis=yaxis)]
+    figure.plot("", label, traces, 70 + 40 * len(rows), xaxis=xaxis, yaxis=yaxis)
     for pair in dict.fromkeys(measured["pair"]):
         for row in _of(measured, pair):
             figure.row(f"{pair}: {row['strategy']}", number(_stat(row, "drift", 100)))

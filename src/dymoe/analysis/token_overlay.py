@@ -135,52 +135,49 @@ def token_routing(
         raise DymoeError(f"layer {wanted}: the experts sit in layers {layers[0]} to {layers[-1]}")
     tokens = _describe(lvlm, batch)
     newest = cast("DyMoEConfig", peft_model.peft_config[tuner.stage[-1]])
-    rows: list[dict[str, Any]] = []
+    frames: list[pd.DataFrame] = []
 
     def note(routing: "LayerRouting") -> None:
         place, projection = place_of(routing.layer)
-        if place == wanted and routing.weights[..., 0].numel() == batch["input_ids"].numel():
-            rows.extend(
-                {"layer": place, "projection": projection, **token, **by}
-                for token, by in zip(tokens, _serve(routing, newest.tau), strict=True)
-                if token["kind"]
-            )
+        if place == wanted and routing.weights[..., 0].numel() == len(tokens):
+            served = pd.concat([tokens, _serve(routing, newest.tau)], axis=1)
+            frames.append(served.assign(layer=place, projection=projection))
 
     observe(peft_model, batch, note, dtype)
-    if not rows:
+    if not frames:
         raise DymoeError(f"layer {wanted}: none of the active groups has experts there; give another layer")
-    return pd.DataFrame(rows, columns=[*TOKEN])
+    frame = pd.concat(frames, ignore_index=True)
+    return frame[frame["kind"] != ""].reset_index(drop=True)[[*TOKEN]]
 
 
-def _describe(lvlm: "Lvlm", batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """Position, kind, text and patch of each token of a batch of one."""
+def _describe(lvlm: "Lvlm", batch: dict[str, Any]) -> pd.DataFrame:
+    """Position, kind ("" for padding), text and patch of each token of a batch of one."""
     images = image_tokens(lvlm)
-    ids, parts = batch["input_ids"][0].tolist(), kinds(batch, images)[0].tolist()
-    grid = patch_grid(batch, parts.count(KINDS.index("image")))
-    tokens, patches = [], 0
-    for position, (part, text) in enumerate(zip(parts, texts(lvlm, ids, images), strict=True)):
-        row = column = -1
-        kind = "" if part == PADDING else KINDS[part]
-        if kind == "image":
-            row, column = divmod(patches, grid[1]) if grid is not None else (-1, -1)
-            patches += 1
-        tokens.append({"position": position, "kind": kind, "text": text, "row": row, "column": column})
-    return tokens
+    names = {PADDING: "", **dict(enumerate(KINDS))}
+    frame = pd.DataFrame({"kind": [names[part] for part in kinds(batch, images)[0].tolist()]})
+    image = frame["kind"] == "image"
+    patch = image.cumsum() - 1
+    grid = patch_grid(batch, int(image.sum()))
+    return frame.assign(
+        position=frame.index,
+        text=texts(lvlm, batch["input_ids"][0].tolist(), images),
+        row=(patch // grid[1]).where(image, -1) if grid else -1,
+        column=(patch % grid[1]).where(image, -1) if grid else -1,
+    )
 
 
-def _serve(routing: "LayerRouting", tau: float) -> Iterator[dict[str, Any]]:
+def _serve(routing: "LayerRouting", tau: float) -> pd.DataFrame:
     """Type, group and the group's weight of each token."""
     from dymoe.routing import TokenType, token_types
 
     weights = routing.weights.reshape(-1, routing.weights.shape[-1]).float()
-    by_group = [part.sum(-1).tolist() for part in weights.split(list(routing.sizes), dim=-1)]
-    types = [""] * len(weights)
+    parts = weights.split(list(routing.sizes), dim=-1)
+    by_group = pd.DataFrame({group: part.sum(-1).tolist() for group, part in zip(routing.groups, parts, strict=True)})
+    most, types = by_group.max(axis=1), [""] * len(by_group)
     if routing.scores is not None:
         scores = routing.scores.reshape(-1, routing.scores.shape[-1])
         types = [TokenType(kind).name.lower() for kind in token_types(scores, routing.sizes[-1], tau).tolist()]
-    for kind, *row in zip(types, *by_group, strict=True):
-        most = max(row)
-        yield {"type": kind, "group": routing.groups[row.index(most)] if most > 0 else "", "weight": most}
+    return pd.DataFrame({"type": types, "group": by_group.idxmax(axis=1).where(most > 0, ""), "weight": most})
 
 
 def _write_picture(learned: "Learned", sample: "Sample", index: int) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dymoe.analysis.figures import Figure, Plot, Trace, escape, look, plot, room, scatter
+from dymoe.analysis.figures import Figure, Trace, escape, look, room, scatter
 from dymoe.analysis.runs import Analysed, stage_folders
 from dymoe.analysis.storage import COLUMNS
 from dymoe.errors import DymoeError
@@ -65,7 +65,6 @@ def figures(have: Sequence[Analysed]) -> list[Figure]:
         ("method: task", "step", *TYPES.values(), *WEIGHT.values()),
         legend=[look(place, name, [*PATTERNS.values()][place]) for place, name in enumerate(TYPES.values())],
         choices=choices,
-        layout="wide",
     )
     terms = Figure(
         "loss-terms",
@@ -76,19 +75,14 @@ def figures(have: Sequence[Analysed]) -> list[Figure]:
         ("method: task", "step", *TERMS.values(), *ENTROPY.values()),
         legend=[look(place, name) for place, name in enumerate(TERMS.values())],
         choices=choices,
-        layout="wide",
     )
     for one in have:
         means = _over_layers(one.frame)
         percent = means.assign(**{name: means[name] * 100 for name in (*TYPES, *WEIGHT)})
-        types.panels += [
-            _plot(one.label, percent, TYPES, "Share of tokens by type (%)", stacked=True),
-            _plot(one.label, percent, WEIGHT, "Routing weight on the new group (%)"),
-        ]
-        terms.panels += [
-            _plot(one.label, means, TERMS, "Loss terms"),
-            _plot(one.label, means, ENTROPY, "Entropy (nats)"),
-        ]
+        _plot(types, one.label, percent, TYPES, "Share of tokens by type (%)", stacked=True)
+        _plot(types, one.label, percent, WEIGHT, "Routing weight on the new group (%)")
+        _plot(terms, one.label, means, TERMS, "Loss terms")
+        _plot(terms, one.label, means, ENTROPY, "Entropy (nats)")
         for figure, values, names, digits in (
             (types, percent, (*TYPES, *WEIGHT), 1),
             (terms, means, (*TERMS, *ENTROPY), 3),
@@ -108,7 +102,9 @@ def _over_layers(frame: pd.DataFrame) -> pd.DataFrame:
     return means.assign(at=means["step"] + means["stage"].map(lengths.cumsum() - lengths))
 
 
-def _plot(label: str, means: pd.DataFrame, names: dict[str, str], title: str, stacked: bool = False) -> Plot:
+def _plot(
+    figure: Figure, label: str, means: pd.DataFrame, names: dict[str, str], title: str, stacked: bool = False
+) -> None:
     """Lines (or stacked areas) over all steps, a gap and a thin rule between tasks."""
     stages = [part for _, part in means.groupby("stage", sort=True)]
     tasks = [str(part["task"].iloc[0]) for part in stages]
@@ -128,7 +124,7 @@ def _plot(label: str, means: pd.DataFrame, names: dict[str, str], title: str, st
     starts = [0.5, *ends[:-1]]
     rule = {"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1}
     rule["line"] = {"color": "var(--muted)", "width": 1, "dash": "dot"}
-    return plot(
+    figure.plot(
         f"{label}: {title}",
         f"{title} over training steps, {label}",
         traces,
