@@ -7,6 +7,7 @@ import pickle
 import shutil
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -637,6 +638,64 @@ def test_a_changed_file_or_annotation_makes_a_new_index(tmp_path: Path) -> None:
     assert after.test[0].reference["answer"] == "unicorn"
     assert after.test.fingerprint != before.test.fingerprint
     assert after.train.fingerprint == before.train.fingerprint
+
+
+def plan_of(folder: Path, reference: Any, count: int = 5) -> Plan:
+    (folder / "x.jpg").write_bytes(b"12345")
+    rows = [{"id": number, "image": "x.jpg", "text": "why?", "answer": "so"} for number in range(count)]
+    return Plan(tree.save(folder / "data.json", rows), folder, True, "made", reference)
+
+
+def answer(record: Any) -> Any:
+    return {"answer": record.answer}, True
+
+
+def test_two_that_want_the_same_index_make_it_once(tmp_path: Path) -> None:
+    made = []
+
+    def reference() -> Any:
+        made.append("once")
+        time.sleep(0.3)
+        return answer
+
+    plan = plan_of(tmp_path, reference)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(index, [plan, plan])
+    assert first == second
+    assert len(made) == 1
+
+
+def test_a_file_that_breaks_off_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYMOE_CACHE", str(tmp_path / "cache"))
+    plan = plan_of(tmp_path, lambda: answer, 3000)  # three blocks of a table
+    plan.path.write_text(plan.path.read_text()[:-9])
+    for _ in range(2):
+        with pytest.raises(DymoeError, match=r"data\.json: record 2999: not valid JSON"):
+            index(plan)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_a_changed_picture_makes_a_new_table_beside_the_one_in_use(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, lambda: answer)
+    before = index(plan)
+    samples = Records(before.table, range(5), View(plan.path, tmp_path))
+    (tmp_path / "x.jpg").write_bytes(b"123456789")
+    after = index(plan)
+    assert after.table != before.table
+    assert after.digest != before.digest
+    assert index(plan) == after
+    assert [sample.answer for sample in samples] == ["so"] * 5
+    with pytest.raises(DymoeError, match="it has 9 bytes, 5 when the records were read"):
+        _ = samples[0].image
+    assert Records(after.table, range(5), View(plan.path, tmp_path))[0].image == b"123456789"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(tmp_path, lambda: answer)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DYMOE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DymoeError, match=r"file/coin: cannot be written \(.*; DYMOE_CACHE names another folder"):
+        index(plan)
 
 
 # --- one's own data ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 from dymoe.errors import DymoeError
 from dymoe.messages import unknown
 from dymoe.tasks import coin
-from dymoe.tasks.scoring import Rule
+from dymoe.tasks.scoring import Rule, names
 from dymoe.tasks.scoring import rule as rule_of
 from dymoe.tasks.scoring.annotations import counts
 from dymoe.tasks.scoring.answers import Answer, percent, score_answers
@@ -102,8 +102,8 @@ def rule_name(rule: str, task: str, variant: str = "coin") -> tuple[str, str]:
         raise DymoeError(unknown("task", task, coin.TASKS))
     if rule == "corrected" and variant != "coin":
         raise DymoeError(f"variant {variant!r}: the corrected rule has no variants; it goes with rule 'coin'")
-    owner = "sefe" if variant == "sefe" and spelled == "ScienceQA" else rule
-    return f"{owner}/{spelled.lower()}", spelled
+    own = f"{variant}/{spelled.lower()}"  # a variant has rules of its own for some tasks alone
+    return own if rule == "coin" and own in names() else f"{rule}/{spelled.lower()}", spelled
 
 
 def score_files(
