@@ -59,7 +59,7 @@ def store(folder: str, key: str, columns: Mapping[str, str], source: Source) -> 
     Raises:
         OSError: the cache cannot be written.
     """
-    shown = not datasets.are_progress_bars_disabled()
+    bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         builder = _Table(columns, source, cache_dir=folder, config_id=key)
@@ -67,7 +67,7 @@ def store(folder: str, key: str, columns: Mapping[str, str], source: Source) -> 
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
     finally:
-        if shown:
+        if bars:
             datasets.enable_progress_bars()
     return builder.cache_dir, builder.info.description
 

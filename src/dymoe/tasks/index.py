@@ -154,13 +154,13 @@ def index(plan: Plan) -> Index:
         try:
             folder, summary = arrow.store(str(cache_folder()), f"{key}-{attempt}", SCHEMA, reading)
         except OSError as error:
-            told = f"{cache_folder()}: cannot be written ({error.strerror or error})"
-            raise DymoeError(f"{told}; DYMOE_CACHE names another folder for the cache") from error
+            message = f"{cache_folder()}: cannot be written ({error.strerror or error})"
+            raise DymoeError(f"{message}; DYMOE_CACHE names another folder for the cache") from error
         values = json.loads(summary)
         (table,) = Path(folder).glob("*.arrow")
-        made = Index(path=plan.path, table=table, **{**values, "bad": tuple(values["bad"])})
-        if reading.begun or not (_mended(plan, made) or _changed(plan, made.table)):
-            return made
+        result = Index(path=plan.path, table=table, **{**values, "bad": tuple(values["bad"])})
+        if reading.begun or not (_mended(plan, result) or _changed(plan, result.table)):
+            return result
     raise AssertionError("unreachable")
 
 

@@ -135,7 +135,7 @@ def score_files(
 
 
 @dataclass(frozen=True)
-class _Matched:
+class _Match:
     """Predictions beside their questions.
 
     Attributes:
@@ -154,21 +154,21 @@ class _Matched:
 def _score(rule: Rule, task: str, predictions: Sequence[Prediction], source: Source, references: References) -> Scores:
     policy = rule.policy
     duplicates = _duplicates(rule, predictions, source)
-    matched = (_by_position if policy.over == "positions" else _by_id)(rule, predictions, source, references)
-    counted = [each for each in matched.answers if counts(each.reference)]
-    scores = score_answers(rule, counted, f"{references.origin}: record")
+    match = (_by_position if policy.over == "positions" else _by_id)(rule, predictions, source, references)
+    answers = [each for each in match.answers if counts(each.reference)]
+    scores = score_answers(rule, answers, f"{references.origin}: record")
     strict, lenient = [each.strict for each in scores], [each.lenient for each in scores]
-    denominator = len(counted) + (len(matched.unknown) if policy.strange == "count" else 0)
+    denominator = len(answers) + (len(match.unknown) if policy.strange == "count" else 0)
     if not denominator:
         raise DymoeError(f"{source.path}: no prediction counts under {rule.name} ({policy.what})")
-    answered = [(each.id, each.text, each.reference) for each in counted if each.text is not None]
+    texts = [(each.id, each.text, each.reference) for each in answers if each.text is not None]
     ids = {
-        "missing": matched.missing,
-        "skipped": [each.id for each in matched.answers if not counts(each.reference)]
-        + [identity for identity, text, _ in answered if rule.skipped(text)],
+        "missing": match.missing,
+        "skipped": [each.id for each in match.answers if not counts(each.reference)]
+        + [identity for identity, text, _ in texts if rule.skipped(text)],
         "duplicates": duplicates,
-        "unknown": matched.unknown,
-        "unreadable": [identity for identity, text, right in answered if not rule.readable(text, right)],
+        "unknown": match.unknown,
+        "unreadable": [identity for identity, text, right in texts if not rule.readable(text, right)],
     }
     whole, none = strict.count(1), strict.count(0)
     return Scores(
@@ -181,12 +181,12 @@ def _score(rule: Rule, task: str, predictions: Sequence[Prediction], source: Sou
         denominator_is=policy.what,
         counts=Counts(
             right=whole,
-            partial=len(counted) - whole - none,
-            wrong=none + denominator - len(counted),
+            partial=len(answers) - whole - none,
+            wrong=none + denominator - len(answers),
             **{key: len(value) for key, value in ids.items()},
         ),
         ids={key: tuple(value) for key, value in ids.items()},
-        remarks=(*references.remarks, *matched.remarks, *rule.remarks(references.records, references.origin)),
+        remarks=(*references.remarks, *match.remarks, *rule.remarks(references.records, references.origin)),
         predictions=source,
         references=references.sources,
     )
@@ -204,7 +204,7 @@ def _duplicates(rule: Rule, predictions: Sequence[Prediction], source: Source) -
     return twice
 
 
-def _by_id(rule: Rule, predictions: Sequence[Prediction], source: Source, references: References) -> _Matched:
+def _by_id(rule: Rule, predictions: Sequence[Prediction], source: Source, references: References) -> _Match:
     """What is scored when answers belong to questions by id."""
     records = references.records
     if rule.policy.twice == "last":
@@ -221,10 +221,10 @@ def _by_id(rule: Rule, predictions: Sequence[Prediction], source: Source, refere
     else:
         answers = [Answer(each.id, each.text, records[each.id]) for each in predictions if each.id in records]
     missing = [key for key, record in records.items() if key not in texts and counts(record)]
-    return _Matched(answers, missing, [each.id for each in strange])
+    return _Match(answers, missing, [each.id for each in strange])
 
 
-def _by_position(rule: Rule, predictions: Sequence[Prediction], source: Source, references: References) -> _Matched:
+def _by_position(rule: Rule, predictions: Sequence[Prediction], source: Source, references: References) -> _Match:
     """What is scored when line n belongs to record n, whatever their ids say."""
     records = list(references.records.items())
     if len(predictions) > len(records):
@@ -233,12 +233,12 @@ def _by_position(rule: Rule, predictions: Sequence[Prediction], source: Source, 
             "rule takes them by position"
         )
     pairs = list(zip(predictions, records, strict=False))
-    moved = [each for each, (identity, _) in pairs if each.id != identity]
+    elsewhere = [each for each, (identity, _) in pairs if each.id != identity]
     remarks = []
-    if moved:
-        where = f"{len(moved)} lines stand where another question's answer is (first: line {moved[0].line})"
+    if elsewhere:
+        where = f"{len(elsewhere)} lines stand where another question's answer is (first: line {elsewhere[0].line})"
         remarks.append(f"{where}; CoIN's rule takes them by position all the same")
-    return _Matched(
+    return _Match(
         answers=[Answer(each.id, each.text, record) for each, (_, record) in pairs],
         missing=[identity for identity, _ in records[len(predictions) :]],
         unknown=[each.id for each in predictions if each.id not in references.records],
