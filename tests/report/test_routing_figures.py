@@ -136,13 +136,13 @@ def test_the_overlay_names_group_and_type_of_every_token(tmp_path: Path) -> None
     rows = frame[(frame["sample"] == "scienceqa-0") & (frame["kind"] == "image")]
     last = rows[rows["stage"] == 3].sort_values(["row", "column"])
     first = rows[rows["stage"] == 1].sort_values(["row", "column"])
-    assert [token.group for token in after.patches] == [str(THREE.index(group) + 1) for group in last["group"]]
-    assert [token.title.split(",")[1].strip() for token in after.patches] == list(last["type"])
+    assert [token["group"] for token in after.patches] == [str(THREE.index(group) + 1) for group in last["group"]]
+    assert [token["title"].split(",")[1].strip() for token in after.patches] == list(last["type"])
     moved = [a != b for a, b in zip(first["group"], last["group"], strict=True)]
-    assert ["c" in token.classes.split() for token in after.patches] == moved
-    assert not any("c" in token.classes.split() for token in before.patches)
+    assert ["c" in token["classes"].split() for token in after.patches] == moved
+    assert not any("c" in token["classes"].split() for token in before.patches)
     assert (before.rows, before.columns, sample.shape) == (4, 4, 1.0)
-    assert [token.text for token in before.instruction] == ["What", " is", " this", "?↵", "Name it"]
+    assert [token["text"] for token in before.instruction] == ["What", " is", " this", "?↵", "Name it"]
     assert len(found.pictures) == len(set(found.pictures.values())) == 5  # one sample is text alone
     alone = next(one for one in found.panels if "scienceqa-1" in one.title)
     assert alone.picture == ""

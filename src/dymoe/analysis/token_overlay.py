@@ -41,6 +41,7 @@ PAGE_TOKENS = 20_000
 PAGE_PICTURES = 1_000_000
 # Of the wrapped layers of one decoder layer the one that is shown.
 PROJECTION = "v_proj"
+Token = dict[str, str]
 FILE = re.compile(r"[\w-]+\.(webp|png|jpe?g)")
 
 
@@ -225,19 +226,12 @@ def seen_picture(lvlm: "Lvlm", sample: "Sample") -> Any:
 
 
 @dataclass(frozen=True)
-class Token:
-    """One patch or word: its classes, the number of its group, its text with the line breaks behind it, what it is."""
-
-    classes: str
-    group: str
-    text: str
-    end: str
-    title: str
-
-
-@dataclass(frozen=True)
 class View:
-    """A sample at one stage: `patches` line by line on a grid of `rows` by `columns`, `loose` for those without one."""
+    """A sample at one stage: `patches` line by line on a grid of `rows` by `columns`, `loose` for those without one.
+
+    A token is its `classes`, the number of its `group`, its `text` with the line breaks behind it (`end`), and a `title`
+    that says what it is.
+    """
 
     title: str
     patches: Sequence[Token]
@@ -262,17 +256,15 @@ def view_of(
     """
     grid = frame[frame["row"] >= 0].sort_values(["row", "column"])
     loose = frame[frame["row"] < 0].sort_values("position")
-    patches, image, instruction, answer = (
+    patches, rest, instruction, answer = (
         [_token(row, groups, before or {}) for row in rows.to_dict("records")]
         for rows in (grid, *(loose[loose["kind"] == kind] for kind in KINDS))
     )
-    sentences = [
-        f"{name}: {served_by(rows)}; {_types(rows)}."
-        for name, rows in (("Patches", frame[frame["kind"] == "image"]), ("Words", frame[frame["kind"] != "image"]))
-        if len(rows)
-    ]
+    image = frame["kind"] == "image"
+    parts = {"Patches": frame[image], "Words": frame[~image]}
+    sentences = [f"{name}: {served_by(rows)}; {_types(rows)}." for name, rows in parts.items() if len(rows)]
     rows, columns = (int(grid[key].max()) + 1 if len(grid) else 0 for key in ("row", "column"))
-    return View(title, patches, image, instruction, answer, rows, columns, " ".join(sentences))
+    return View(title, patches, rest, instruction, answer, rows, columns, " ".join(sentences))
 
 
 def _token(row: Mapping[Any, Any], groups: Sequence[str], before: Mapping[int, str]) -> Token:
@@ -286,11 +278,12 @@ def _token(row: Mapping[Any, Any], groups: Sequence[str], before: Mapping[int, s
     if before and before.get(row["position"]) != group:
         classes.append("c")
         title += f", before: {before.get(row['position']) or 'no group'}"
+    mark = NOTHING if place is None else str(place + 1)
     # Line breaks have a sign, so that their colour is seen, and stand apart.
     word = str(row["text"]).rstrip("\n")
     end = str(row["text"])[len(word) :]
     text = (word + "↵" * len(end)) or "∅"
-    return Token(" ".join(classes), NOTHING if place is None else str(place + 1), text, end, title)
+    return {"classes": " ".join(classes), "group": mark, "text": text, "end": end, "title": title}
 
 
 def served_by(rows: pd.DataFrame) -> str:

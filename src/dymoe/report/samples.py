@@ -126,36 +126,31 @@ def compare(methods: Sequence[Method]) -> Comparison:
 def _choose(candidates: Sequence[Shown]) -> set[int]:
     """Places of the samples to show: some for each pair of methods, then some of each task."""
     chosen: set[int] = set()
-    refused: set[int] = set()
     budget = IMAGE_BUDGET
+    pairs: Counter[tuple[int, int]] = Counter()
     tasks: Counter[str] = Counter()
-    pairs = [shown.pairs for shown in candidates]
-    lacking = {pair: PER_PAIR for own in pairs for pair in own}
 
     def take(place: int) -> None:
         nonlocal budget
         question = candidates[place].question
-        if (size := len(question.image or "")) > budget:
-            refused.add(place)
-            return
-        budget -= size
-        chosen.add(place)
-        tasks[question.task] += 1
-        for pair in pairs[place]:
-            lacking[pair] -= 1
+        size = len(question.image or "")
+        if place not in chosen and size <= budget:
+            budget -= size
+            chosen.add(place)
+            tasks[question.task] += 1
+            pairs.update(candidates[place].pairs)
 
-    while len(chosen) < MOST:
-        # What helps most pairs first; of equals a task that is shown less often, then an earlier one.
-        gains = [
-            (-sum(lacking[pair] > 0 for pair in pairs[place]), tasks[shown.question.task], place)
-            for place, shown in enumerate(candidates)
-            if place not in chosen and place not in refused
-        ]
-        if not gains or not min(gains)[0]:
-            break
-        take(min(gains)[2])
+    # What tells most pairs apart first; of equals the tasks in turn.
+    turns: Counter[str] = Counter()
+    order = []
     for place, shown in enumerate(candidates):
-        if place not in chosen and tasks[shown.question.task] < PER_TASK:
+        turns[shown.question.task] += 1
+        order.append((-len(shown.pairs), turns[shown.question.task], place))
+    for *_, place in sorted(order):
+        if len(chosen) < MOST and any(pairs[pair] < PER_PAIR for pair in candidates[place].pairs):
+            take(place)
+    for place, shown in enumerate(candidates):
+        if tasks[shown.question.task] < PER_TASK:
             take(place)
     return chosen
 
