@@ -650,6 +650,14 @@ def answer(record: Any) -> Any:
     return {"answer": record.answer}, True
 
 
+def test_fingerprints_are_those_that_runs_of_earlier_states_keep(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, lambda: answer)
+    made = index(plan)
+    assert made.digest == "e70e27c5e8f3d4e98c378637e218dcaece145547ea185fe933ff7313c2363996"
+    samples = Records(made.table, range(5), View(plan.path, tmp_path), made.digest)
+    assert samples.fingerprint == "2e02fc0055419358fa2b2c35b8c291f57ab993037dc52780d15dd1f1ca4e1df6"
+
+
 def test_two_that_want_the_same_index_make_it_once(tmp_path: Path) -> None:
     made = []
 

@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
@@ -18,13 +18,14 @@ from typing import Any
 
 from dymoe.errors import DymoeError
 from dymoe.files import cache_root
-from dymoe.tasks.lazy import image_size
+from dymoe.tasks.lazy import Records, View, image_size
 from dymoe.tasks.llava import Names, Record, parse, record_id
 from dymoe.tasks.recordfile import read_records
 
 FORMAT = 3  # of the index; another number makes all of them anew
 HEAD = 1 << 20  # bytes of a file that its identity covers
 CHUNK = 1000  # records written together
+MOST_HELD_OUT = 1000  # of the training records, for validation
 IMAGES = 1 << 17  # whose sizes are remembered while a file is read: records of one picture seldom stand together
 SCHEMA = {
     "record": "int64",
@@ -276,9 +277,61 @@ def stable_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
-def held_out(table: Path, share: float, most: int) -> tuple[Any, Any]:
-    """Split an index's rows into (training, validation), see `split`."""
-    return split(_held(table), share, most)
+def verify(read: Reference, rule: str, test: bool) -> Reference:
+    """`read`, with every reference scored once by the rule, so that one it cannot read shows before any training.
+
+    Args:
+        read: gives a record's reference.
+        rule: the scoring rule's name.
+        test: whether the records are asked: then one that cannot be scored raises; a training record is only never
+            held out.
+
+    Raises:
+        DymoeError: there is no such rule.
+    """
+    from dymoe.tasks.scoring import scorer
+
+    score = scorer(rule)
+
+    def reference(record: Record) -> tuple[dict[str, Any], bool]:
+        fields, fits = read(record)
+        if fits:
+            try:
+                score(record.answer, fields)
+            except DymoeError:
+                if test:
+                    raise
+                fits = False
+        return fields, fits
+
+    return reference
+
+
+def splits(
+    train: Index, test: Index, view: View, share: float, validation: Index | None = None, asked: Any = None
+) -> dict[str, Records]:
+    """The samples of a task's files: training, validation and test.
+
+    Args:
+        train: index of the training file.
+        test: index of the test file.
+        view: how the training file's rows become samples.
+        share: of the training records that are held out for validation, where there is no file of them.
+        validation: index of the validation file.
+        asked: the rows of the test file that are asked, all of them when None.
+    """
+    asked = range(test.kept) if asked is None else asked
+    if validation is None:
+        rows, held = split(_held(train.table), share, MOST_HELD_OUT)
+        rest = Records(train.table, held, replace(view, first_turn=True), train.digest)
+    else:
+        rows, every = range(train.kept), range(validation.kept)
+        rest = Records(validation.table, every, replace(view, source=validation.path), validation.digest)
+    return {
+        "train": Records(train.table, rows, view, train.digest),
+        "validation": rest,
+        "test": Records(test.table, asked, replace(view, source=test.path), test.digest),
+    }
 
 
 def split(hashes: Any, share: float, most: int) -> tuple[Any, Any]:

@@ -22,14 +22,14 @@ from dymoe.files import expand
 from dymoe.messages import shorten, unknown
 from dymoe.names import safe_names
 from dymoe.schema import Range, check
+from dymoe.tasks import scoring
 from dymoe.tasks.base import Stream, Task
-from dymoe.tasks.index import Index, Plan, Reference, held_out, index, listed, usable
-from dymoe.tasks.lazy import Records, View
+from dymoe.tasks.index import Index, Plan, index, listed, splits, usable, verify
+from dymoe.tasks.lazy import View
 from dymoe.tasks.llava import Record, read_box
+from dymoe.tasks.scoring import soft_accuracy
 from dymoe.tasks.source import Source
 from dymoe.yamls import read_yaml
-
-MOST_HELD_OUT = 1000
 
 
 class _TaskKeys(TypedDict):
@@ -127,8 +127,6 @@ def load(path: Path, names: Sequence[str], instructions: str, source: Source) ->
         DymoeError: as `read`; an unknown scorer; a record that cannot be used (unless `source.on_bad` is ``skip``);
             an instruction type other than ``original``, since your own text is taken as it is.
     """
-    from dymoe.tasks.scoring import scorer
-
     if instructions != "original":
         raise DymoeError(f"instructions: {instructions!r} is CoIN's; the text of {path} is taken as it is (original)")
     name, tasks = read(path)
@@ -136,7 +134,7 @@ def load(path: Path, names: Sequence[str], instructions: str, source: Source) ->
     chosen = [by_name[wanted] for wanted in names]
     for task in chosen:
         try:
-            scorer(task.scorer)
+            scoring.scorer(task.scorer)
         except DymoeError as error:
             raise DymoeError(f"{path}: tasks.{task.name}.scorer: {error}") from None
     loaded = [_load(task, source) for task in chosen]
@@ -156,65 +154,32 @@ def _load(task: TaskFiles, source: Source) -> tuple[Task, dict[str, Index]]:
             task.images,
             test,
             rule,
-            lambda: _reference(task.scorer, test),
+            lambda: verify(_reference, task.scorer, test),
             outside_links=source.outside_links,
             rewrite=_answer_as(task.scorer),
         )
         return usable(index(plan), source.on_bad)
 
-    train, test = one(task.train, False), one(task.test, True)
-    found = {"train": train, "test": test}
-    view = View(train.path, task.images, source.outside_links)
-    if task.validation is None:
-        rows, held = held_out(train.table, source.validation_share, MOST_HELD_OUT)
-        validation = Records(train.table, held, replace(view, first_turn=True), train.digest)
-    else:
-        checked = one(task.validation, True)
-        found["validation"] = checked
-        rows = range(train.kept)
-        validation = Records(checked.table, range(checked.kept), replace(view, source=checked.path), checked.digest)
-    made = Task(
-        task.name,
-        Records(train.table, rows, view, train.digest),
-        validation,
-        Records(test.table, range(test.kept), replace(view, source=test.path), test.digest),
-        task.scorer,
-        task.max_new_tokens,
-    )
-    return made, found
+    files = {"train": one(task.train, False), "test": one(task.test, True)}
+    if task.validation is not None:
+        files["validation"] = one(task.validation, True)
+    view = View(task.train, task.images, source.outside_links)
+    samples = splits(**files, view=view, share=source.validation_share)
+    return Task(task.name, **samples, scorer=task.scorer, max_new_tokens=task.max_new_tokens), files
 
 
-def _reference(rule: str, test: bool) -> Reference:
-    """The reference of a record of one's own: its own keys and its answer in the forms that the rules read.
-
-    A test record's must be readable to the task's rule; a training record whose is not is never held out.
-    """
-    from dymoe.tasks.scoring import scorer
-
-    score, rewrite = scorer(rule), _answer_as(rule)
-
-    def reference(record: Record) -> tuple[dict[str, Any], bool]:
-        record = rewrite(record)
-        told = {"question_id": record.id, **record.fields, "answer": record.answer}
-        if told.get("answers") is None:
-            told["answers"] = [record.answer] * 10
-        if told.get("bbox") is None and (box := read_box(record.answer)) is not None:
-            told["bbox"] = list(box)
-        try:
-            score(record.answer, told)
-        except DymoeError:
-            if test:
-                raise
-            return told, False
-        return told, True
-
-    return reference
+def _reference(record: Record) -> tuple[dict[str, Any], bool]:
+    """The reference of a record of one's own: its own keys and its answer in the forms that the rules read."""
+    fields = {"question_id": record.id, **record.fields, "answer": record.answer}
+    if fields.get("answers") is None:
+        fields["answers"] = [record.answer] * soft_accuracy.PEOPLE
+    if fields.get("bbox") is None and (box := read_box(record.answer)) is not None:
+        fields["bbox"] = list(box)
+    return fields, True
 
 
 def _answer_as(rule: str) -> Callable[[Record], Record]:
     """What makes of a number that is an answer the text that the rule wants said: of a choice's index its letter."""
-    from dymoe.tasks import scoring
-
     right = scoring.rule(rule).right
 
     def rewrite(record: Record) -> Record:

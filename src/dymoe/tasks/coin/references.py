@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.tasks.index import Reference
+from dymoe.tasks.index import Reference, verify
 from dymoe.tasks.llava import Record, box_text, read_box
 from dymoe.tasks.scoring import soft_accuracy
 from dymoe.tasks.scoring.annotations import FILES, Annotations, counts, load
@@ -21,9 +21,6 @@ _LETTER = re.compile(r"^\(?([A-Z])\)?[.:)]?(?:\s|$)")
 def make(task: str, test: bool, files: tuple[Path, ...], rule: str) -> Reference:
     """The function that gives the reference of a task's records and says whether the record can be scored by it.
 
-    A test record whose reference the rule cannot read raises, so that this shows before any training; a training
-    record is then only never held out.
-
     Args:
         task: the task.
         test: whether the records are of its test file.
@@ -33,22 +30,7 @@ def make(task: str, test: bool, files: tuple[Path, ...], rule: str) -> Reference
     Raises:
         DymoeError: an annotation file is missing or has another form, or there is no such rule.
     """
-    from dymoe.tasks.scoring import scorer
-
-    read, score = _reader(task, test, files), scorer(rule)
-
-    def reference(record: Record) -> tuple[dict[str, Any], bool]:
-        told, scorable = read(record)
-        if scorable:
-            try:
-                score(record.answer, told)
-            except DymoeError:
-                if test:
-                    raise
-                scorable = False
-        return told, scorable
-
-    return reference
+    return verify(_reader(task, test, files), rule, test)
 
 
 def _reader(task: str, test: bool, files: tuple[Path, ...]) -> Reference:

@@ -9,14 +9,12 @@ from dymoe.tasks.base import Stream, Task
 from dymoe.tasks.coin import TASKS, references
 from dymoe.tasks.coin.layout import Layout, find
 from dymoe.tasks.coin.preflight import findings, published_times, stand_in
-from dymoe.tasks.index import Index, Plan, held_out, index, listed, scorable, usable
-from dymoe.tasks.lazy import Records, View
+from dymoe.tasks.index import Index, Plan, index, listed, scorable, splits, usable
+from dymoe.tasks.lazy import View
 from dymoe.tasks.llava import Record
 from dymoe.tasks.source import Source
 
 __all__ = ["TASKS", "TaskIndexes", "findings", "indexes", "load", "published_times", "rules", "stand_in"]
-
-MOST_HELD_OUT = 1000
 
 
 def rules(source: Source) -> str:
@@ -104,15 +102,11 @@ def _task(layout: Layout, found: TaskIndexes, kind: str, seed: int, source: Sour
                 f"{each.path}: {each.without_instruction} of {each.kept} questions carry no known instruction, so "
                 "data.templates cannot replace it"
             )
-    train, validation = held_out(found.train.table, source.validation_share, MOST_HELD_OUT)
     view = View(found.train.path, layout.images, source.outside_links, template=template)
-    asked = replace(view, source=found.test.path)
     limits = TASKS[found.task]
     return Task(
         found.task,
-        Records(found.train.table, train, view, found.train.digest),
-        Records(found.train.table, validation, replace(view, first_turn=True), found.train.digest),
-        Records(found.test.table, scorable(found.test.table), asked, found.test.digest),
-        f"{source.scoring}/{found.task.lower()}",
-        limits.coin if source.generation == "coin" else limits.short,
+        **splits(found.train, found.test, view, source.validation_share, asked=scorable(found.test.table)),
+        scorer=f"{source.scoring}/{found.task.lower()}",
+        max_new_tokens=limits.coin if source.generation == "coin" else limits.short,
     )
