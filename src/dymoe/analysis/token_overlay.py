@@ -229,8 +229,8 @@ def seen_picture(lvlm: "Lvlm", sample: "Sample") -> Any:
 class View:
     """A sample at one stage: `patches` line by line on a grid of `rows` by `columns`, `loose` for those without one.
 
-    A token is its `classes`, the number of its `group`, its `text` with the line breaks behind it (`end`), and a `title`
-    that says what it is.
+    A token is its `classes`, the number of its `group`, its `text` with the line breaks behind it (`end`), and a
+    `title` that says what it is.
     """
 
     title: str
