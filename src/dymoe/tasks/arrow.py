@@ -62,7 +62,7 @@ def store(folder: str, key: str, columns: Mapping[str, str], source: Source) -> 
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        builder = _Table(columns, source, cache_dir=folder, config_id=key)
+        builder = _Table(columns, source, cache_dir=folder, config_name=key)
         builder.download_and_prepare(max_shard_size=ONE_FILE)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None

@@ -176,23 +176,26 @@ def instruction_folders(root: Path) -> list[Path]:
     return [path for path in dict.fromkeys(places) if task_folders(path)]
 
 
+def _candidates(root: Path, source: Source) -> list[Path]:
+    """The instruction folders that `source` allows: the one that it names, or those of its variant."""
+    if source.instructions_folder is None:
+        known = {row["name"]: row["variant"] for row in published()["folders"]}
+        folders = instruction_folders(root)
+        return [path for path in folders if source.variant in ("auto", known.get(path.name))]
+    name = expand(source.instructions_folder)
+    places = [name] if name.is_absolute() else [root / below / name for below in BELOW]
+    folders = [place for place in places if task_folders(place)][:1]
+    if not folders:
+        there = ", ".join(str(path) for path in instruction_folders(root)) or "none"
+        raise DymoeError(f"data.instructions_folder: {name}: holds no task's training files; found: {there}")
+    return folders
+
+
 def _instructions(root: Path, source: Source, kind: str, tasks: Sequence[str]) -> tuple[Path, bool]:
     """The instruction folder, and whether its original text is to be replaced."""
-    if source.instructions_folder is not None:
-        name = expand(source.instructions_folder)
-        places = [name] if name.is_absolute() else [root / below / name for below in BELOW]
-        folders = [place for place in places if task_folders(place)][:1]
-        if not folders:
-            there = ", ".join(str(path) for path in instruction_folders(root)) or "none"
-            raise DymoeError(f"data.instructions_folder: {name}: holds no task's training files; found: {there}")
-    else:
-        folders = instruction_folders(root)
-        known = {row["name"]: row["variant"] for row in published()["folders"]}
-        if source.variant != "auto":
-            folders = [path for path in folders if known.get(path.name) == source.variant]
-    kinds = {folder: kinds_of(folder, tasks) for folder in folders}
+    kinds = {folder: kinds_of(folder, tasks) for folder in _candidates(root, source)}
     for wanted, replaced in ((kind, False), ("original", True)):
-        fits = [folder for folder in folders if wanted in kinds[folder]]
+        fits = [folder for folder in kinds if wanted in kinds[folder]]
         if len(fits) > 1:
             raise DymoeError(
                 f"{root}: several folders hold {wanted} instructions: {', '.join(map(str, fits))}; "
@@ -201,14 +204,14 @@ def _instructions(root: Path, source: Source, kind: str, tasks: Sequence[str]) -
         if fits and (not replaced or source.templates):
             return fits[0], replaced
     of = "" if source.variant == "auto" else f" of variant {source.variant!r}"
-    if not folders and not instruction_folders(root):
+    if not kinds and not instruction_folders(root):
         raise DymoeError(
             f"{root}: no instruction folder{of} (for example {NAMED[0]}/GQA/train.json or "
             f"{BELOW[1]}/{NAMED[0]}/GQA/train.json below it){_unpacked(root, NAMED) or _there(root)}"
         )
-    told = "; ".join(f"{path} ({' or '.join(kinds[path])})" for path in folders) or "none"
-    hint = "; data.templates: true puts the type's sentences into the original text" if folders else ""
-    raise DymoeError(f"{root}: no instruction folder{of} with {kind!r} text; found: {told}{hint}")
+    there = "; ".join(f"{folder} ({' or '.join(types)})" for folder, types in kinds.items()) or "none"
+    hint = "; data.templates: true puts the type's sentences into the original text" if kinds else ""
+    raise DymoeError(f"{root}: no instruction folder{of} with {kind!r} text; found: {there}{hint}")
 
 
 def _unpacked(root: Path, names: Sequence[str]) -> str:
