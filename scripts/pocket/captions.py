@@ -74,10 +74,10 @@ def stocks(cifar_limit: int = 6000, grey_limit: int = 3000) -> tuple[Stock, Stoc
         items = [item for pool in ("caption", "train") for item in iterate(source, pool)]
         items = [item for item in items if item.extra.get("category") != "Flags"]  # names nobody could guess
         items.sort(key=lambda item: stable_hash(item.id))
-        for side, wanted in zip(sides, (False, True), strict=True):
-            side.append([item for item in items[:limit] if _held_out(item) is wanted])
-    train, held = (Stock(*side) for side in sides)
-    return train, held
+        for side, held_out in zip(sides, (False, True), strict=True):
+            side.append([item for item in items[:limit] if _held_out(item) is held_out])
+    train, held_out_stock = (Stock(*side) for side in sides)
+    return train, held_out_stock
 
 
 def _held_out(item: Item) -> bool:
@@ -93,31 +93,31 @@ def pairs(stock: Stock, count: int, seed: int) -> list[Pair]:
     random = Random(seed)
     drawings = _endless(stock.drawings, random)
     photos = _endless(stock.photos, random)
-    made = []
+    result = []
     for number in range(count):
         share = number % 20
         if share < 4:
             item = next(photos)
-            made.append(Pair("photo", _png(item.picture), f"a photo of {_name(item)}"))
+            result.append(Pair("photo", _png(item.picture), f"a photo of {_name(item)}"))
         elif share < 8:
             item = next(drawings)
-            made.append(Pair("drawing", _png(_on(item, "white", SIZE)), f"a drawing: {item.label}"))
+            result.append(Pair("drawing", _png(_on(item, "white", SIZE)), f"a drawing: {item.label}"))
         elif share < 10:
-            made.append(_digits(stock, random))
+            result.append(_digits(stock, random))
         elif share == 10:
             item = random.choice(stock.garments)
-            made.append(Pair("garment", _png(item.picture), f"a picture of {_name(item)}"))
+            result.append(Pair("garment", _png(item.picture), f"a picture of {_name(item)}"))
         elif share < 14:
             word = random.choice(WORDS)
-            made.append(Pair("sign", _png(sign(next(photos).picture, word, random)), f"a sign that says {word}"))
+            result.append(Pair("sign", _png(sign(next(photos).picture, word, random)), f"a sign that says {word}"))
         elif share < 16:
-            made.append(_two(stock, random))
+            result.append(_two(stock, random))
         elif share < 18:
-            made.append(_placed(stock, random))
+            result.append(_placed(stock, random))
         else:
-            made.append(_several(stock, random))
-    random.shuffle(made)
-    return made
+            result.append(_several(stock, random))
+    random.shuffle(result)
+    return result
 
 
 # --- makers --------------------------------------------------------------------------------------------------
@@ -128,8 +128,8 @@ def _digits(stock: Stock, random: Random) -> Pair:
     items = [random.choice(stock.digits) for _ in range(random.choice((1, 1, 2, 3)))]
     canvas = Image.new("RGB", (SIZE, SIZE), COLOURS["black"])
     side = SIZE // len(items)
-    for place, item in enumerate(items):
-        left = (SIZE - side * len(items)) // 2 + side * place
+    for column, item in enumerate(items):
+        left = (SIZE - side * len(items)) // 2 + side * column
         canvas.paste(item.picture.convert("RGB").resize((side, side)), (left, (SIZE - side) // 2))
     return Pair("digits", _png(canvas), "the number " + "".join(item.label for item in items))
 
@@ -141,23 +141,23 @@ def _two(stock: Stock, random: Random) -> Pair:
     canvas = Image.new("RGB", (SIZE, SIZE), COLOURS[colour])
     half = SIZE // 2
     if random.random() < 0.5:
-        names, places = ("on the left", "on the right"), ((4, SIZE // 4), (half + 4, SIZE // 4))
+        names, corners = ("on the left", "on the right"), ((4, SIZE // 4), (half + 4, SIZE // 4))
     else:
-        names, places = ("at the top", "at the bottom"), ((SIZE // 4, 4), (SIZE // 4, half + 4))
-    for item, place in zip((first, second), places, strict=True):
-        canvas.paste(_on(item, colour, half - 8), place)
+        names, corners = ("at the top", "at the bottom"), ((SIZE // 4, 4), (SIZE // 4, half + 4))
+    for item, corner in zip((first, second), corners, strict=True):
+        canvas.paste(_on(item, colour, half - 8), corner)
     return Pair("two", _png(canvas), f"{_name(first)} {names[0]} and {_name(second)} {names[1]}")
 
 
 def _placed(stock: Stock, random: Random) -> Pair:
     """One thing in one of nine places on a coloured ground."""
-    colour, place = random.choice(list(COLOURS)), random.choice(list(GRID))
+    colour, position = random.choice(list(COLOURS)), random.choice(list(GRID))
     item = _any(stock, random)
     side = random.randint(36, 60)
     canvas = Image.new("RGB", (SIZE, SIZE), COLOURS[colour])
-    x, y = ((SIZE - side) * step // 2 for step in GRID[place])
+    x, y = ((SIZE - side) * step // 2 for step in GRID[position])
     canvas.paste(_on(item, colour, side), (x, y))
-    return Pair("placed", _png(canvas), f"{_name(item)} in the {place} on a {colour} background")
+    return Pair("placed", _png(canvas), f"{_name(item)} in the {position} on a {colour} background")
 
 
 def _several(stock: Stock, random: Random) -> Pair:

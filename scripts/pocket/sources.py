@@ -124,7 +124,7 @@ def iterate(source: str, pool: str | None = None, cache: Path | None = None) -> 
     return READERS[source](pool, cache)
 
 
-def _wanted(item_id: str, pool: str | None) -> bool:
+def _in_pool(item_id: str, pool: str | None) -> bool:
     return pool is None or pool_of(item_id) == pool
 
 
@@ -143,7 +143,7 @@ def _cifar10(pool: str | None, cache: Path | None) -> Iterator[Item]:
             for row in range(len(rows)):
                 number = start + row
                 item_id = f"cifar10/{split}/{number}"
-                if _wanted(item_id, pool):
+                if _in_pool(item_id, pool):
                     image = Image.fromarray(rows[row].reshape(32, 32, 3))
                     yield Item(item_id, CIFAR10[labels[split][number]], image)
     finally:
@@ -167,7 +167,7 @@ def _grey_sheets(
     for label in sorted(sheets):
         for number, pixels in enumerate(sheets[label]):
             item_id = f"{source}/{label}/{number}"
-            if _wanted(item_id, pool):
+            if _in_pool(item_id, pool):
                 yield Item(item_id, labels[label], Image.fromarray(pixels))
 
 
@@ -187,7 +187,7 @@ def _emoji(pool: str | None, cache: Path | None) -> Iterator[Item]:
         for entry in sorted(table, key=lambda entry: entry["sort_order"]):
             item_id = f"emoji/{vendor}/{entry['unified'].lower()}"
             drawn = entry[f"has_img_{vendor}"] and "obsoleted_by" not in entry
-            if drawn and entry["category"] != "Component" and _wanted(item_id, pool):
+            if drawn and entry["category"] != "Component" and _in_pool(item_id, pool):
                 entries[f"package/img/{vendor}/64/{entry['image']}"] = (item_id, entry)
         images = dict(read_members(archive, entries))
         for path, (item_id, entry) in entries.items():
@@ -203,14 +203,14 @@ def _emoji(pool: str | None, cache: Path | None) -> Iterator[Item]:
 
 def _movies(pool: str | None, cache: Path | None) -> Iterator[Item]:
     rows = json.loads(read_member(fetch("vega-datasets", cache), "package/data/movies.json"))
-    seen: set[str] = set()
+    titles: set[str] = set()
     for number, row in enumerate(rows):
         item_id, title = f"movies/row/{number}", row["Title"]
         # A remake shares its title with the older film; one row a title keeps titles within one pool.
-        if not isinstance(title, str) or title.lower() in seen:
+        if not isinstance(title, str) or title.lower() in titles:
             continue
-        seen.add(title.lower())
-        if _wanted(item_id, pool):
+        titles.add(title.lower())
+        if _in_pool(item_id, pool):
             extra = {"genre": row["Major Genre"] or "", "rating": row["MPAA Rating"] or ""}
             yield Item(item_id, title, None, extra)
 

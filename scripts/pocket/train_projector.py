@@ -197,24 +197,24 @@ def run(plan: Plan) -> dict[str, Any]:
     lvlm = Lvlm(freeze(model), processor)
     train_stock, held_stock = captions.stocks()
     items = samples(captions.pairs(train_stock, plan.train_pairs, plan.seed))
-    held = samples(captions.pairs(held_stock, plan.held_out_pairs, plan.seed + 1))
+    held_out = samples(captions.pairs(held_stock, plan.held_out_pairs, plan.seed + 1))
     maps = TowerMaps(lvlm)
-    maps.add_samples([*items, *held])
-    print(f"{len(items)} + {len(held)} pairs, tower done after {time.monotonic() - started:.0f} s", flush=True)
+    maps.add_samples([*items, *held_out])
+    print(f"{len(items)} + {len(held_out)} pairs, tower done after {time.monotonic() - started:.0f} s", flush=True)
     collator = Collator(lvlm, maps)
     scale = float(cast(Any, model).get_input_embeddings().weight.float().std())
     projector = Projector(*channel_statistics(maps, items), 576, scale, plan.seed)
     plain: Any = cast(Any, model).model.multi_modal_projector
-    before = held_out_loss(model, plain, collator, held)
+    before = held_out_loss(model, plain, collator, held_out)
     print("before", before, flush=True)
     train(model, projector, collator, items, plan)
     state = {key: value.to(torch.bfloat16).contiguous() for key, value in projector.folded().items()}
     plain.load_state_dict(state)  # measured as shipped: folded, in bf16
-    after = held_out_loss(model, plain, collator, held)
-    shown = held[:16]
+    after = held_out_loss(model, plain, collator, held_out)
+    shown = held_out[:16]
     record = {
         "command": "python -m scripts.pocket.train_projector",
-        "pairs": {"train": len(items), "held_out": len(held)},
+        "pairs": {"train": len(items), "held_out": len(held_out)},
         "steps": plan.steps,
         "batch": plan.batch,
         "learning_rate": plan.learning_rate,

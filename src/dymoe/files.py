@@ -164,7 +164,7 @@ def reason(error: BaseException, path: Path) -> str:
 def free_space(path: str | Path) -> tuple[Path, int]:
     """What exists of `path` (itself or the nearest folder above it), and the bytes free on that disk."""
     path = Path(path).absolute()
-    there = next(place for place in (path, *path.parents) if place.exists())
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
     return there, shutil.disk_usage(there).free
 
 

@@ -60,10 +60,10 @@ def nearest(name: object, options: Iterable[str]) -> str:
     from difflib import get_close_matches  # here, since `dymoe --help` needs none
 
     options, name = list(options), str(name).lower()
-    whole = {option.lower(): option for option in options}
-    close = get_close_matches(name, whole, n=1, cutoff=0.5)
+    by_name = {option.lower(): option for option in options}
+    close = get_close_matches(name, by_name, n=1, cutoff=0.5)
     if close:
-        return f"did you mean {whole[close[0]]}?"
+        return f"did you mean {by_name[close[0]]}?"
     last = {option.lower().rsplit(".", 1)[-1]: option for option in options}
     close = get_close_matches(name.rsplit(".", 1)[-1], last, n=1)
     if close:

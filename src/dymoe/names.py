@@ -68,12 +68,12 @@ def safe_names(names: Iterable[object], what: str = "name", parts: Mapping[str, 
     return tuple(safe)
 
 
-def free_name(wanted: str, others: Iterable[str]) -> str:
+def free_name(name: str, others: Iterable[str]) -> str:
     """`name`, with underscores behind it until none of the others is the same name."""
     folded = {fold(other) for other in others}
-    while fold(wanted) in folded:
-        wanted += "_"
-    return wanted
+    while fold(name) in folded:
+        name += "_"
+    return name
 
 
 def fold(name: str) -> str:

@@ -174,10 +174,10 @@ def _scaled(picture: "Image", tags: Mapping[int, Any]) -> "Image":
         band = values[start : start + _BAND].astype(np.float64)
         if not (low <= band.min() and band.max() <= high):  # as well where a value is no number
             raise DymoeError(f"a picture whose values leave its range of {low:g} to {high:g}")
-        made = np.rint((band - low) * (255 / (high - low)))
+        shade = np.rint((band - low) * (255 / (high - low)))
         if _number(tags.get(_PHOTOMETRIC)) == _WHITE_IS_ZERO:
-            made = 255 - made
-        grey[start : start + _BAND] = made if key is None else np.where(band == key, 255, made)
+            shade = 255 - shade
+        grey[start : start + _BAND] = shade if key is None else np.where(band == key, 255, shade)
     return Image.fromarray(grey).convert("RGB")
 
 

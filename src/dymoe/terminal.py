@@ -42,13 +42,13 @@ def table(
     heads: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str | None = None, numbers: int | None = None
 ) -> Table:
     """Rows as a table; columns from `numbers` on are right-aligned."""
-    made = Table(title=title)
-    for place, head in enumerate(heads):
-        right = numbers is not None and place >= numbers
-        made.add_column(head, justify="right" if right else "left", overflow="fold")
+    result = Table(title=title)
+    for column, head in enumerate(heads):
+        right = numbers is not None and column >= numbers
+        result.add_column(head, justify="right" if right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*row)
-    return made
+        result.add_row(*row)
+    return result
 
 
 def _lines(text: str) -> str:

@@ -24,7 +24,7 @@ from dymoe.files import read_json
 from dymoe.learning.formats import KEY, RoutingWeights, read_results, run_results
 from dymoe.messages import brief, shorten
 from dymoe.numbers import Stat
-from dymoe.sweep.records import told
+from dymoe.sweep.records import title
 
 STAGE_FOLDER = re.compile(r"(\d+)-(.+)")
 
@@ -237,7 +237,7 @@ def read_sweep(file: Path) -> list[Run]:
         raise DymoeError(f"{file}: holds no finished run yet; go on with the sweep")
     runs = []
     for row in rows:
-        name = told([row[key] for key in KEY])
+        name = title([row[key] for key in KEY])
         steps = row["recipe"]["training"].get("steps_per_task")
         data = {**row, "name": name, **({} if steps is None else {"steps_per_task": steps})}
         runs.append(replace(_run(file, f"{file}: {name}", data, {}), label=row["label"]))

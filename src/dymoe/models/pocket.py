@@ -109,11 +109,11 @@ def outline() -> "tuple[Any, LlavaProcessor]":
 
 def digests(cache_dir: Path | None = None) -> list[tuple[str, str]]:
     """Name and SHA-256 of every file that is read; those of the parts were compared when they were opened."""
-    found = [(PROJECTOR.name, sha256_of(PROJECTOR))]
+    hashes = [(PROJECTOR.name, sha256_of(PROJECTOR))]
     for part in (assets.language_model(cache_dir), assets.vision_tower(cache_dir)):
         files = read_json(part / assets.MANIFEST)["files"]
-        found += [(f"{part.name}/{name}", entry["sha256"]) for name, entry in sorted(files.items())]
-    return found
+        hashes += [(f"{part.name}/{name}", entry["sha256"]) for name, entry in sorted(files.items())]
+    return hashes
 
 
 def load_projector(path: Path = PROJECTOR) -> dict[str, "torch.Tensor"]:

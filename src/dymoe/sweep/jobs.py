@@ -83,10 +83,10 @@ def _outcome(cell: Cell, code: int, finished: Callable[[dict[str, Any]], None]) 
         end = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         return last_line(cell.log) or end
     try:
-        made = record(cell)
+        row = record(cell)
     except DymoeError as error:
         return f"{cell.folder}: its results cannot be read ({error})"
-    finished(made)
+    finished(row)
     return None
 
 
@@ -104,7 +104,7 @@ class _Job:
         if self.process is not None:
             return self.process.poll()
         # A sweep that was killed outright leaves its processes at work: they are waited for.
-        if not _held(self.cell.folder):
+        if not _locked(self.cell.folder):
             self.process = self._start()
         return None
 
@@ -138,7 +138,7 @@ class _Job:
             raise DymoeError(f"{self.cell.log}: cannot be written ({error.strerror or error})") from error
 
 
-def _held(folder: Path) -> bool:
+def _locked(folder: Path) -> bool:
     """Whether a process works in the run folder."""
     lock = folder / ".lock"
     if not lock.is_file():

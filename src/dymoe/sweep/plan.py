@@ -21,11 +21,11 @@ from dymoe.sweep.records import (
     data_fingerprint,
     fingerprint,
     names_of,
-    told,
+    title,
 )
 from dymoe.sweep.sweep import Entry, Sweep
 
-OWN = {
+AXES = {
     "seed": "seeds",
     "order": "orders",
     "instructions": "instructions",
@@ -76,8 +76,8 @@ class Plan:
                 f"{self.where}: reference: no row {brief(sweep.reference)}; {nearest(sweep.reference, self._rows)}"
             )
         # Seed by seed: what an interrupted sweep leaves is a whole table of fewer seeds.
-        places = product(sweep.seeds, sweep.orders, sweep.instructions, self._rows)
-        self.cells = [self.cell(label, order, kind, seed) for seed, order, kind, label in places]
+        combinations = product(sweep.seeds, sweep.orders, sweep.instructions, self._rows)
+        self.cells = [self.cell(label, order, kind, seed) for seed, order, kind, label in combinations]
 
     @property
     def labels(self) -> list[str]:
@@ -104,8 +104,8 @@ class Plan:
             )
         except DymoeError as error:
             raise DymoeError(f"{self.where}: {label}: {error}") from None
-        kept = comparable(recipe.resolved())
-        mark = fingerprint(kept, data)
+        recipe_keys = comparable(recipe.resolved())
+        mark = fingerprint(recipe_keys, data)
         slug = re.sub(r"[^\w.=+-]+", "-", label).strip("-.") or "row"
         # The fingerprint in its name keeps a changed recipe out of the old run's folder.
         folder = Path(self.sweep.output) / f"{slug}-{order}-{instructions}-{seed}-{mark[:8]}"
@@ -114,17 +114,17 @@ class Plan:
             *("--order", order, "--instructions", instructions, "--seed", str(seed)),
             *("--training.threads", str(self.sweep.threads), "--output", str(folder)),
         ]
-        place = (label, order, instructions, seed)
-        return Cell(*place, row.file, tuple(words), kept, mark, folder, row.rate, row.of)
+        names = (label, order, instructions, seed)
+        return Cell(*names, row.file, tuple(words), recipe_keys, mark, folder, row.rate, row.of)
 
     def budget(self) -> dict[str, Any]:
         """What all cells share of `BUDGET`."""
-        found = {}
+        shared = {}
         for key in BUDGET:
             values = [_get(cell.recipe, key) for cell in self.cells]
             if all(value == values[0] for value in values) and values[0] is not None:
-                found[key] = values[0]
-        return found
+                shared[key] = values[0]
+        return shared
 
     def sort_out(
         self, rows: Sequence[Mapping[str, Any]], replace_others: bool, where: str
@@ -140,37 +140,37 @@ class Plan:
             DymoeError: there are such records and `replace_others` is off.
         """
         planned = {cell.key: cell for cell in self.cells}
-        kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+        valid: dict[tuple[Any, ...], dict[str, Any]] = {}
         others: list[str] = []
         for row in rows:
             key = tuple(row[name] for name in KEY)
             why = self._refused(row, planned.get(key))
             if why is None:
-                kept[key] = dict(row)
+                valid[key] = dict(row)
             else:
-                others.append(f"{told(key)}: {why}")
+                others.append(f"{title(key)}: {why}")
         if others and not replace_others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise DymoeError(
                 f"{where}: holds a record that is not of this sweep ({others[0]}){more}; give --replace to drop "
                 "what differs, or another --results and --table"
             )
-        same = self._elsewhere(where) if len(kept) < len(self.cells) else {}
+        same = self._elsewhere(where) if len(valid) < len(self.cells) else {}
         for cell in self.cells:
-            if cell.key not in kept and cell.fingerprint in same:
-                kept[cell.key] = {**same[cell.fingerprint], **names_of(cell)}
+            if cell.key not in valid and cell.fingerprint in same:
+                valid[cell.key] = {**same[cell.fingerprint], **names_of(cell)}
         order = {key: number for number, key in enumerate(planned)}
-        held = sorted(kept.values(), key=lambda row: order.get(tuple(row[name] for name in KEY), len(order)))
-        return held, [cell for cell in self.cells if cell.key not in kept]
+        result = sorted(valid.values(), key=lambda row: order.get(tuple(row[name] for name in KEY), len(order)))
+        return result, [cell for cell in self.cells if cell.key not in valid]
 
     def _elsewhere(self, where: str) -> dict[str, dict[str, Any]]:
         """The records of the files in `reuse` by fingerprint."""
-        found: dict[str, dict[str, Any]] = {}
+        by_fingerprint: dict[str, dict[str, Any]] = {}
         for pattern in self.sweep.reuse:
             for file in sorted(glob.glob(pattern)):
                 if Path(file) != Path(where):
-                    found.update({row["fingerprint"]: row for row in read_results(file)["rows"]})
-        return found
+                    by_fingerprint.update({row["fingerprint"]: row for row in read_results(file)["rows"]})
+        return by_fingerprint
 
     def _refused(self, row: Mapping[str, Any], cell: Cell | None) -> str | None:
         """Why a record is not what this sweep would make; None if it is."""
@@ -212,12 +212,12 @@ class Plan:
         file = Path(os.path.normpath(file))
         label = entry.label or file.stem
         try:
-            base, own = _flat(self.sweep.base), _flat(entry.set_)
+            base, entry_keys = _flat(self.sweep.base), _flat(entry.set_)
         except DymoeError as error:
             raise DymoeError(f"{self.where}: {where}: {error}") from None
-        tuned = self._tuned(entry, label, rates) if "training.lr" not in own else {}
+        tuned = self._tuned(entry, label, rates) if "training.lr" not in entry_keys else {}
         for suffix, varied, rate in self._variants(entry.vary or self.sweep.vary):
-            keys = {**base, **tuned, **own, **varied}
+            keys = {**base, **tuned, **entry_keys, **varied}
             self._refuse_own(keys)
             words = [word for key, value in keys.items() for word in (f"--{key}", _yaml(value))]
             try:
@@ -258,8 +258,8 @@ class Plan:
     def _refuse_own(self, keys: Mapping[str, Any]) -> None:
         """Refuse keys of a recipe that the sweep itself decides."""
         for key in keys:
-            if key in OWN:
-                raise DymoeError(f"{self.where}: {key}: the sweep's own key {OWN[key]} decides it; set that")
+            if key in AXES:
+                raise DymoeError(f"{self.where}: {key}: the sweep's own key {AXES[key]} decides it; set that")
 
 
 @dataclass(frozen=True)
@@ -280,14 +280,14 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     Raises:
         DymoeError: a key that is there twice.
     """
-    found: dict[str, Any] = {}
+    dotted: dict[str, Any] = {}
     for key, value in values.items():
         inner = isinstance(value, Mapping) and value
         for name, leaf in (_flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}).items():
-            if name in found:
+            if name in dotted:
                 raise DymoeError(f"{shorten(name)}: is there twice, nested and dotted")
-            found[name] = leaf
-    return found
+            dotted[name] = leaf
+    return dotted
 
 
 def _get(values: Mapping[str, Any], key: str) -> Any:

@@ -89,7 +89,7 @@ class Cell:
     @property
     def name(self) -> str:
         """As a reader says it."""
-        return told(self.key)
+        return title(self.key)
 
     @property
     def log(self) -> Path:
@@ -97,7 +97,7 @@ class Cell:
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
-def told(key: Sequence[Any]) -> str:
+def title(key: Sequence[Any]) -> str:
     """A record's name: label and seed, order and instructions where they are not the usual ones."""
     label, order, instructions, seed = key
     parts = [label, *([order] if order != "origin" else []), *([instructions] if instructions != "original" else [])]
@@ -167,14 +167,14 @@ def record(cell: Cell) -> dict[str, Any]:
     """
     results = run_results(cell.folder)
     run = check(read_yaml(cell.folder / "run.yaml"), Description, str(cell.folder / "run.yaml"))
-    made = fingerprint(comparable(run["recipe"]), run["data"]["fingerprint"])
-    if made != cell.fingerprint:
+    mark = fingerprint(comparable(run["recipe"]), run["data"]["fingerprint"])
+    if mark != cell.fingerprint:
         raise DymoeError(f"{cell.folder}: the run is not the one planned (fingerprint differs); remove the folder")
-    kept = {name: value for name, value in results.items() if name in COPIED}
+    copied = {name: value for name, value in results.items() if name in COPIED}
     last = (results.get("reports") or [{}])[-1]
     if "locator" in last:
-        kept["locator"] = last["locator"]
-    row = {**names_of(cell), "fingerprint": cell.fingerprint, **kept, "recipe": dict(cell.recipe)}
+        copied["locator"] = last["locator"]
+    row = {**names_of(cell), "fingerprint": cell.fingerprint, **copied, "recipe": dict(cell.recipe)}
     return dict(
         check(row, Record, f"{cell.folder}: results.json")
     )  # or the file of all records could not be read again
@@ -193,14 +193,14 @@ def choose(rows: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) -> dict[str
         rows: the records of a tuning sweep.
         cells: all its cells.
     """
-    found = {tuple(row[name] for name in KEY): row for row in rows}
+    by_key = {tuple(row[name] for name in KEY): row for row in rows}
     chosen = {}
     for method in dict.fromkeys(cell.of for cell in cells):
         mine = [cell for cell in cells if cell.of == method]
-        if not all(cell.key in found for cell in mine):
+        if not all(cell.key in by_key for cell in mine):
             continue
         scores: dict[float, list[float]] = {}
         for cell in mine:
-            scores.setdefault(cell.rate or 0.0, []).append(found[cell.key]["metrics"]["MFN"])
+            scores.setdefault(cell.rate or 0.0, []).append(by_key[cell.key]["metrics"]["MFN"])
         chosen[method] = min(scores, key=lambda rate: (-sum(scores[rate]) / len(scores[rate]), rate))
     return chosen

@@ -139,12 +139,12 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     values = read_keys(path)
     if not values.get("recipes"):
         raise DymoeError(f"{path}: recipes: no recipe is named; a recipe alone is learned with `dymoe run`")
-    given = parse_overrides(overrides)
+    keys = parse_overrides(overrides)
     where = str(path)
-    if given:
+    if keys:
         build(Sweep, values, where)
         where = "command line"
-    for key, value in given.items():
+    for key, value in keys.items():
         set_key(values, key, value)
     sweep = build(Sweep, values, where)
     sweep.output = sweep.output or os.fspath(Path("runs") / path.stem)

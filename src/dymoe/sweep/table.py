@@ -52,8 +52,8 @@ class Line:
 
     def stat(self, value: Callable[[Row], float | None]) -> Stat | None:
         """Mean and spread over the seeds that have the number; None where no seed has it."""
-        known = [found for row in self.rows if (found := value(row)) is not None]
-        return Stat.of(known) if known else None
+        numbers = [count for row in self.rows if (count := value(row)) is not None]
+        return Stat.of(numbers) if numbers else None
 
     def metric(self, name: str) -> Stat | None:
         """One of the metrics, as the records hold it."""
@@ -82,7 +82,7 @@ class Line:
 
     def locator_text(self) -> str:
         """How often the task locator was right after the last task, of the records that say it."""
-        found = [
+        answers = [
             Answers(
                 tasks=tuple(row["locator"]["tasks"]),
                 scores={task: [located["right"]] for task, located in row["locator"]["tasks"].items()},
@@ -92,7 +92,7 @@ class Line:
             if "locator" in row
         ]
         # The mean over tasks at one time, which is what MFN is.
-        return metrics(found)["MFN"].text() if found else "–"
+        return metrics(answers)["MFN"].text() if answers else "–"
 
     def time(self) -> Stat | None:
         """Training time relative to the `UNIT`'s of the same seed, where both are told and comparable."""
@@ -109,18 +109,18 @@ def answers(rows: Sequence[Row]) -> list[Answers]:
     return [Answers.of(row, row["label"]) for row in rows] if all(row.get("answers") for row in rows) else []
 
 
-def paired(found: Sequence[Line], reference: str) -> dict[str, dict[str, Interval] | str]:
+def paired(averages: Sequence[Line], reference: str) -> dict[str, dict[str, Interval] | str]:
     """By row its differences to the reference of the same order and instructions, or why there are none.
 
     The reference itself is left out. Nothing where no two rows have the scores of single questions.
 
     Args:
-        found: all rows.
+        averages: all rows.
         reference: the label of one.
     """
-    beside = {(line.order, line.instructions): line for line in found if line.label == reference}
+    beside = {(line.order, line.instructions): line for line in averages if line.label == reference}
     differences: dict[str, dict[str, Interval] | str] = {}
-    for line in found:
+    for line in averages:
         other = beside.get((line.order, line.instructions))
         if line is other:
             continue
@@ -150,16 +150,16 @@ def training_seconds(row: Row) -> float | None:
 
 def lines(rows: Sequence[Row]) -> list[Line]:
     """The records gathered over seeds, best mean MFN first (ties by label)."""
-    by_place = {_place(row): row for row in rows}
+    by_key = {_key(row): row for row in rows}
     gathered: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         gathered.setdefault((row["label"], row["order"], row["instructions"]), []).append(row)
-    found = []
-    for place, members in gathered.items():
+    averaged = []
+    for condition, members in gathered.items():
         members.sort(key=lambda row: int(row["seed"]))
-        units = tuple(by_place.get((UNIT, *_place(row)[1:])) for row in members)
-        found.append(Line(*place, tuple(members), units))
-    return sorted(found, key=lambda line: (-_mean(line.metric("MFN")), line.label, line.order, line.instructions))
+        units = tuple(by_key.get((UNIT, *_key(row)[1:])) for row in members)
+        averaged.append(Line(*condition, tuple(members), units))
+    return sorted(averaged, key=lambda line: (-_mean(line.metric("MFN")), line.label, line.order, line.instructions))
 
 
 def earlier(by_task: Mapping[str, float] | None, tasks: Sequence[str]) -> float | None:
@@ -213,14 +213,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     head = [f"# {about.get('title') or 'Sweep'}", "", *_head(about)]
     if not rows:
         return "\n".join([*head, "", "No run is finished yet.", ""])
-    found = lines(rows)
+    averages = lines(rows)
     planned = len({*(about.get("seeds") or ()), *(row["seed"] for row in rows)})
     reference = about.get("reference") or ""
-    differences = paired(found, reference)
-    table, notes = _table(found, planned, reference, differences), _notes(found, planned, reference, differences)
-    parts = [*head, "", *table, "", *notes, "", *_at_the_end(found)]
+    differences = paired(averages, reference)
+    table, notes = _table(averages, planned, reference, differences), _notes(averages, planned, reference, differences)
+    parts = [*head, "", *table, "", *notes, "", *_at_the_end(averages)]
     if about.get("published"):
-        parts += ["", *_beside(found, published(about["published"]))]
+        parts += ["", *_beside(averages, published(about["published"]))]
     return "\n".join([*parts, ""])
 
 
@@ -255,7 +255,7 @@ def tuning_markdown(results: Mapping[str, Any]) -> str:
     return "\n".join([*head, *table, ""])
 
 
-def _place(row: Row) -> tuple[str, str, str, int]:
+def _key(row: Row) -> tuple[str, str, str, int]:
     return (row["label"], row["order"], row["instructions"], row["seed"])
 
 
@@ -272,17 +272,17 @@ def _name(line: Line) -> str:
 
 def _head(about: Mapping[str, Any]) -> list[str]:
     """Command, budget and machine."""
-    told = [f"Written by `{about['command']}`; not edited by hand."] if about.get("command") else []
+    sentences = [f"Written by `{about['command']}`; not edited by hand."] if about.get("command") else []
     budget = about.get("budget") or {}
     if budget:
-        told.append(f"Budget: {', '.join(f'{key} {_plain(value)}' for key, value in budget.items())}.")
+        sentences.append(f"Budget: {', '.join(f'{key} {_plain(value)}' for key, value in budget.items())}.")
     machine = about.get("machine") or {}
     if machine:
-        told.append(f"Machine (of the last run): {', '.join(f'{key} {_plain(v)}' for key, v in machine.items())}.")
+        sentences.append(f"Machine (of the last run): {', '.join(f'{key} {_plain(v)}' for key, v in machine.items())}.")
     versions = about.get("versions") or {}
     if versions:
-        told.append(f"Versions: {', '.join(f'{key} {value}' for key, value in versions.items())}.")
-    return told
+        sentences.append(f"Versions: {', '.join(f'{key} {value}' for key, value in versions.items())}.")
+    return sentences
 
 
 def _plain(value: Any) -> str:
@@ -290,17 +290,17 @@ def _plain(value: Any) -> str:
 
 
 def _table(
-    found: Sequence[Line], planned: int, reference: str, differences: Mapping[str, dict[str, Interval] | str]
+    averages: Sequence[Line], planned: int, reference: str, differences: Mapping[str, dict[str, Interval] | str]
 ) -> list[str]:
     """One line of the table for each row, best final accuracy first."""
-    rates = {row["recipe"]["training"]["lr"] for line in found for row in line.rows}
-    timed, located = _timed(found), _located(found)
+    rates = {row["recipe"]["training"]["lr"] for line in averages for row in line.rows}
+    timed, located = _any_time(averages), _any_locator(averages)
     head = ["method", "seeds", *METRICS, *(f"{name} against {reference}" for name in SHARED if differences)]
     head += ["locator"] if located else []
     head += ["forgetting", "format drift", "drift", "trained", "stored"]
     head += [*(["time"] if timed else []), *(["lr"] if len(rates) > 1 else [])]
     table = [_cells(head), _rule(len(head))]
-    for line in found:
+    for line in averages:
         count = len(line.rows)
         cells = [_name(line), str(count) if count == planned else f"{count} of {planned}"]
         cells += [line.metric_text(name) for name in METRICS]
@@ -328,27 +328,27 @@ def _difference(differences: dict[str, Interval] | str | None, name: str) -> str
     return f"{differences[name].text(sign=True)}, {differences[name].verdict}"
 
 
-def _located(found: Sequence[Line]) -> bool:
+def _any_locator(averages: Sequence[Line]) -> bool:
     """Whether a record says how often a task locator is right."""
-    return any("locator" in row for line in found for row in line.rows)
+    return any("locator" in row for line in averages for row in line.rows)
 
 
-def _timed(found: Sequence[Line]) -> bool:
+def _any_time(averages: Sequence[Line]) -> bool:
     """Whether the row that training time is relative to is there, and another beside it."""
-    labels = {line.label for line in found}
+    labels = {line.label for line in averages}
     return UNIT in labels and len(labels) > 1
 
 
 def _notes(
-    found: Sequence[Line], planned: int, reference: str, differences: Mapping[str, dict[str, Interval] | str]
+    averages: Sequence[Line], planned: int, reference: str, differences: Mapping[str, dict[str, Interval] | str]
 ) -> list[str]:
     """What the columns mean."""
-    fewer = [_name(line) for line in found if len(line.rows) < planned]
-    several = any(len(line.rows) > 1 for line in found)
-    told = "Mean ± sample standard deviation over seeds" if several else "One seed, so no standard deviation"
-    paragraph = f"{told}.{INTERVALS if any(line.runs for line in found) else ''} {COLUMNS}"
+    fewer = [_name(line) for line in averages if len(line.rows) < planned]
+    several = any(len(line.rows) > 1 for line in averages)
+    opening = "Mean ± sample standard deviation over seeds" if several else "One seed, so no standard deviation"
+    paragraph = f"{opening}.{INTERVALS if any(line.runs for line in averages) else ''} {COLUMNS}"
     paragraph += PAIRED.format(reference=reference) if differences else ""
-    paragraph += (LOCATOR if _located(found) else "") + (TIME if _timed(found) else "")
+    paragraph += (LOCATOR if _any_locator(averages) else "") + (TIME if _any_time(averages) else "")
     notes = [paragraph]
     if fewer:
         notes += ["", f"Fewer seeds than {planned}: {', '.join(fewer)}. Such means are not over the same seeds."]
@@ -358,11 +358,11 @@ def _notes(
     return notes
 
 
-def _at_the_end(found: Sequence[Line]) -> list[str]:
+def _at_the_end(averages: Sequence[Line]) -> list[str]:
     """Accuracy on each task after the last one, by row."""
-    tasks = sorted({task for line in found for row in line.rows for task in row["tasks"]}, key=_first_seen(found))
+    tasks = sorted({task for line in averages for row in line.rows for task in row["tasks"]}, key=_first_seen(averages))
     table = ["## Accuracy on each task at the end", "", _cells(["method", *tasks]), _rule(len(tasks) + 1)]
-    for line in found:
+    for line in averages:
         table.append(_cells([_name(line), *(line.task_text(task) for task in tasks)]))
     return table
 
@@ -373,60 +373,60 @@ def final(row: Row) -> dict[str, float]:
     return dict(zip(row["tasks"], values, strict=False))
 
 
-def _first_seen(found: Sequence[Line]) -> Callable[[str], int]:
-    order = list(dict.fromkeys(task for line in found for row in line.rows for task in row["tasks"]))
+def _first_seen(averages: Sequence[Line]) -> Callable[[str], int]:
+    order = list(dict.fromkeys(task for line in averages for row in line.rows for task in row["tasks"]))
     return order.index
 
 
-def _beside(found: Sequence[Line], part: Mapping[str, Any]) -> list[str]:
+def _beside(averages: Sequence[Line], part: Mapping[str, Any]) -> list[str]:
     """The published rows beside the sweep's, and how well the orders agree."""
-    by_place = {(line.label, line.order, line.instructions): line for line in found}
+    by_key = {(line.label, line.order, line.instructions): line for line in averages}
     rows = sorted(part["rows"], key=lambda row: -row["MFN"])
     shared = []
     for row in rows:
-        line = by_place.get((row["label"], row.get("order", "origin"), row.get("instructions", "original")))
+        line = by_key.get((row["label"], row.get("order", "origin"), row.get("instructions", "original")))
         if line is not None and all(line.metric(name) is not None for name in SHARED):
             shared.append((row, line))
-    told = [
+    text = [
         "## Beside the published order",
         "",
-        f"Published: {part['source']}. {_worth(found)}",
+        f"Published: {part['source']}. {_worth(averages)}",
         "",
     ]
     head = ["row", *(f"published {name}" for name in (*SHARED, "MAA"))]
     head += [f"{name} here" for name in SHARED]
     head += [f"rank by {name}, published / here" for name in SHARED]
-    told += [_cells(head), _rule(len(head))]
+    text += [_cells(head), _rule(len(head))]
     theirs = {name: ranks([row[name] for row, _ in shared if row.get(name) is not None]) for name in SHARED}
     here = {name: ranks([_mean(line.metric(name)) for _, line in shared]) for name in SHARED}
-    place = {id(row): index for index, (row, _) in enumerate(shared)}
+    index_of = {id(row): index for index, (row, _) in enumerate(shared)}
     for row in rows:
-        index = place.get(id(row))
+        index = index_of.get(id(row))
         values = [number(row.get(name), 2, sign=name == "BWT") for name in (*SHARED, "MAA")]
         label = ", ".join([row["label"], *(row[key] for key in ("order", "instructions") if key in row)])
         if index is None:
-            told.append(_cells([label, *values, *["–"] * (2 * len(SHARED))]))
+            text.append(_cells([label, *values, *["–"] * (2 * len(SHARED))]))
             continue
         line = shared[index][1]
         values += [line.metric_text(name) for name in SHARED]
         values += [f"{theirs[name][index]:g} / {here[name][index]:g}" for name in SHARED]
-        told.append(_cells([label, *values]))
-    found_words = []
+        text.append(_cells([label, *values]))
+    correlations = []
     for name in SHARED:
         value = rank_correlation([row[name] for row, _ in shared], [_mean(line.metric(name)) for _, line in shared])
         if value is not None:
-            found_words.append(f"{name} {number(value, 2, sign=True)}")
-    told.append("")
-    if found_words:
-        told.append(f"Spearman's rank correlation over the {len(shared)} shared rows: {', '.join(found_words)}.")
+            correlations.append(f"{name} {number(value, 2, sign=True)}")
+    text.append("")
+    if correlations:
+        text.append(f"Spearman's rank correlation over the {len(shared)} shared rows: {', '.join(correlations)}.")
     else:
-        told.append(f"Shared rows: {len(shared)}. A rank correlation needs {FEWEST} that are not all equal.")
-    return told
+        text.append(f"Shared rows: {len(shared)}. A rank correlation needs {FEWEST} that are not all equal.")
+    return text
 
 
-def _worth(found: Sequence[Line]) -> str:
+def _worth(averages: Sequence[Line]) -> str:
     """What a published number is worth beside the sweep's: it depends on the stream they were learned on."""
-    if {row.get("stream") for line in found for row in line.rows} == {PUBLISHED_STREAM}:
+    if {row.get("stream") for line in averages for row in line.rows} == {PUBLISHED_STREAM}:
         return (
             "The same benchmark: a number is comparable where base model, budget and scoring rules are the paper's too "
             "(recipes/coin/base.yaml)."
