@@ -131,12 +131,12 @@ def identity(path: Path) -> dict[str, Any]:
         DymoeError: the file cannot be read.
     """
     try:
-        found = path.stat()
+        state = path.stat()
         with path.open("rb") as file:
             head = hashlib.sha256(file.read(HEAD)).hexdigest()
     except OSError as error:
         raise DymoeError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return {"path": str(path.resolve()), "size": found.st_size, "mtime_ns": found.st_mtime_ns, "head": head}
+    return {"path": str(path.resolve()), "size": state.st_size, "mtime_ns": state.st_mtime_ns, "head": head}
 
 
 def index(plan: Plan) -> Index:
@@ -181,9 +181,9 @@ def _changed(plan: Plan, table: Path) -> bool:
     return False
 
 
-def _mended(plan: Plan, made: Index) -> bool:
+def _mended(plan: Plan, result: Index) -> bool:
     """Whether an image that could not be used is there now."""
-    for image in (row["image"] for row in made.bad if row["image"] is not None):
+    for image in (row["image"] for row in result.bad if row["image"] is not None):
         try:
             image_size(plan.images, image, plan.outside_links)
         except DymoeError:
@@ -206,7 +206,7 @@ class _Reading:
         self._size = lru_cache(IMAGES)(lambda image: image_size(plan.images, image, plan.outside_links))
 
     def blocks(self) -> Iterator[list[dict[str, Any]]]:
-        """The rows of the records that can be used, `CHUNK` at a time; the last block may be empty."""
+        """The rows of the records that can be used, `CHUNK` at a time."""
         self.begun = True
         rows = self._rows(self.plan.reference())
         while block := list(islice(rows, CHUNK)):
@@ -227,7 +227,7 @@ class _Reading:
                     wrong_image = record.image
                     size = self._size(wrong_image)
                     wrong_image = None
-                told, scorable = reference(record)
+                fields, scorable = reference(record)
             except DymoeError as error:
                 row = {"file": str(self.plan.path), "record": number, "id": _name(value, self.plan.test)}
                 self._bad.append({**row, "error": str(error), "image": wrong_image})
@@ -237,10 +237,10 @@ class _Reading:
             self._counts["with_image"] += record.has_image
             self._counts["repeated_ids"] += self._ids[record.id] == 2
             self._counts["without_instruction"] += instructions.strip(record.question) == record.question
-            row = _row(record, number, self._names.name(record.id), size, told, scorable)
+            row = _row(record, number, self._names.name(record.id), size, fields, scorable)
             picture = None if record.data is None else hashlib.sha256(record.data).hexdigest()
-            seen = [row[name] for name in SCHEMA if name not in ("data", "record")]
-            self._digest.update(json.dumps([*seen, picture]).encode())
+            values = [row[name] for name in SCHEMA if name not in ("data", "record")]
+            self._digest.update(json.dumps([*values, picture]).encode())
             yield row
 
     def summary(self) -> str:
@@ -250,7 +250,9 @@ class _Reading:
         return json.dumps({**counts, "digest": self._digest.hexdigest(), "bad": self._bad})
 
 
-def _row(record: Record, number: int, name: str, size: int, told: Mapping[str, Any], scorable: bool) -> dict[str, Any]:
+def _row(
+    record: Record, number: int, name: str, size: int, fields: Mapping[str, Any], scorable: bool
+) -> dict[str, Any]:
     return {
         "record": number,
         "id": name,
@@ -260,7 +262,7 @@ def _row(record: Record, number: int, name: str, size: int, told: Mapping[str, A
         "question": record.question,
         "answer": record.answer,
         "turns": json.dumps(record.turns) if record.turns else None,
-        "reference": json.dumps(told, default=str),
+        "reference": json.dumps(fields, default=str),
         "held": stable_hash(record.id) if scorable else -1,
     }
 
@@ -387,27 +389,27 @@ def listed(task: str, indexes: Mapping[str, Index]) -> list[Mapping[str, Any]]:
     """
     return [
         {**{key: row[key] for key in ("file", "record", "id", "error")}, "task": task, "split": split}
-        for split, found in indexes.items()
-        for row in found.bad
+        for split, entry in indexes.items()
+        for row in entry.bad
     ]
 
 
-def usable(found: Index, on_bad: str) -> Index:
+def usable(entry: Index, on_bad: str) -> Index:
     """The index, once its bad records are dealt with as the recipe says.
 
     Raises:
         DymoeError: there are bad records and `on_bad` is ``error``, or nothing is left.
     """
-    first = found.bad[0] if found.bad else None
+    first = entry.bad[0] if entry.bad else None
     if first is not None and on_bad == "error":
-        rest = f"; {len(found.bad) - 1} more cannot be used" if len(found.bad) > 1 else ""
+        rest = f"; {len(entry.bad) - 1} more cannot be used" if len(entry.bad) > 1 else ""
         name = "" if first["id"] is None else f" (id {first['id']!r})"
         raise DymoeError(
-            f"{found.path}: record {first['record']}{name}: {first['error']}{rest}; "
+            f"{entry.path}: record {first['record']}{name}: {first['error']}{rest}; "
             "data.on_bad: skip leaves such records out and lists them"
         )
-    if not found.kept and first is not None:
-        raise DymoeError(f"{found.path}: no record can be used; record {first['record']}: {first['error']}")
-    if not found.kept:
-        raise DymoeError(f"{found.path}: it holds no records")
-    return found
+    if not entry.kept and first is not None:
+        raise DymoeError(f"{entry.path}: no record can be used; record {first['record']}: {first['error']}")
+    if not entry.kept:
+        raise DymoeError(f"{entry.path}: it holds no records")
+    return entry

@@ -56,16 +56,16 @@ def image_size(root: Path, name: str, outside_links: bool = False) -> int:
     """
     path = image_path(root, name, outside_links)
     try:
-        found = path.stat()
+        state = path.stat()
     except OSError as error:
         raise DymoeError(
             f"image {name!r}: {_why_missing(root, path) or f'{path}: {error.strerror or error}'}"
         ) from None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(state.st_mode):
         raise DymoeError(f"image {name!r}: {path} is no file")
-    if not found.st_size:
+    if not state.st_size:
         raise DymoeError(f"image {name!r}: {path} is empty")
-    return found.st_size
+    return state.st_size
 
 
 def _why_missing(root: Path, path: Path) -> str | None:
@@ -110,10 +110,10 @@ class ImageFile:
             DymoeError: the file is gone, has another size than when the records were read, or lies outside the root.
         """
         try:
-            found = image_size(self.root, self.name, self.outside_links)
-            if found != self.size:
+            size = image_size(self.root, self.name, self.outside_links)
+            if size != self.size:
                 raise DymoeError(
-                    f"image {self.name!r}: it has {found} bytes, {self.size} when the records were read; start again, "
+                    f"image {self.name!r}: it has {size} bytes, {self.size} when the records were read; start again, "
                     "and they are read anew"
                 )
             return image_path(self.root, self.name, self.outside_links).read_bytes()
@@ -195,21 +195,21 @@ class Records(Sequence[Sample]):
         return len(self.rows)
 
     @overload
-    def __getitem__(self, place: int) -> Sample: ...
+    def __getitem__(self, position: int) -> Sample: ...
     @overload
-    def __getitem__(self, place: slice) -> "Records": ...
-    def __getitem__(self, place: int | slice) -> "Sample | Records":
-        if isinstance(place, slice):
-            return Records(self.table, self.rows[place], self.view, self.digest)
-        number = int(self.rows[place])
+    def __getitem__(self, position: slice) -> "Records": ...
+    def __getitem__(self, position: int | slice) -> "Sample | Records":
+        if isinstance(position, slice):
+            return Records(self.table, self.rows[position], self.view, self.digest)
+        number = int(self.rows[position])
         return self.view.sample(self._columns()[number], self.table, number)
 
     def __iter__(self) -> Iterator[Sample]:
         for start in range(0, len(self.rows), CHUNK):
             numbers = [int(number) for number in self.rows[start : start + CHUNK]]
             columns = self._columns()[numbers]
-            for place, number in enumerate(numbers):
-                yield self.view.sample({key: value[place] for key, value in columns.items()}, self.table, number)
+            for position, number in enumerate(numbers):
+                yield self.view.sample({key: value[position] for key, value in columns.items()}, self.table, number)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Records) and self.fingerprint == other.fingerprint and self.table == other.table
@@ -227,10 +227,10 @@ class Records(Sequence[Sample]):
         root, states = str(self.view.images.resolve()), []
         for name in names:
             try:
-                found = None if name is None else os.stat(os.path.join(root, name))
+                state = None if name is None else os.stat(os.path.join(root, name))
             except OSError:
-                found = None  # its sample says why when its picture is read
-            states.append([name, None if found is None else [found.st_size, found.st_mtime_ns]])
+                state = None  # its sample says why when its picture is read
+            states.append([name, None if state is None else [state.st_size, state.st_mtime_ns]])
         return hashlib.sha256(json.dumps([root, states]).encode()).hexdigest()
 
     def _columns(self) -> Any:
@@ -245,8 +245,8 @@ class Records(Sequence[Sample]):
         The index's contents are the records' texts, answers and references and the images' paths and sizes.
         """
         rows = ",".join(map(str, self.rows)) if not isinstance(self.rows, range) else repr(self.rows)
-        told = json.dumps([self.digest, rows, self.view.first_turn, self.view.template])
-        return hashlib.sha256(told.encode()).hexdigest()
+        text = json.dumps([self.digest, rows, self.view.first_turn, self.view.template])
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -259,18 +259,18 @@ class Joined(Sequence[Sample]):
         return sum(map(len, self.parts))
 
     @overload
-    def __getitem__(self, place: int) -> Sample: ...
+    def __getitem__(self, position: int) -> Sample: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, place: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        number = place + len(self) if place < 0 else place
+    def __getitem__(self, position: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, position: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(position, slice):
+            return [self[number] for number in range(*position.indices(len(self)))]
+        number = position + len(self) if position < 0 else position
         for part in self.parts:
             if 0 <= number < len(part):
                 return part[number]
             number -= len(part)
-        raise IndexError(place)
+        raise IndexError(position)
 
     def __iter__(self) -> Iterator[Sample]:
         for part in self.parts:

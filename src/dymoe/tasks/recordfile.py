@@ -72,34 +72,34 @@ def _decoder() -> json.JSONDecoder:
 
 def _list(path: Path, text: str) -> Iterator[Any]:
     decoder = _decoder()
-    place = _after_space(text, 0)
-    if text[place : place + 1] != "[":
-        start = brief(text[place : place + 10])
+    position = _after_space(text, 0)
+    if text[position : position + 1] != "[":
+        start = brief(text[position : position + 10])
         raise DymoeError(f"{path}: expected a JSON list of records, it starts with {start}")
-    place = _after_space(text, place + 1)
+    position = _after_space(text, position + 1)
     number = 0
-    closed = text[place : place + 1] == "]"
+    closed = text[position : position + 1] == "]"
     while not closed:
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise DymoeError(f"{path}: record {number}: not valid JSON ({error}); is the file whole?") from None
         yield value
-        place = _after_space(text, place)
-        mark = text[place : place + 1]
+        position = _after_space(text, position)
+        mark = text[position : position + 1]
         closed = mark == "]"
         if not closed and mark != ",":
             raise DymoeError(f"{path}: after record {number}: expected ',' or ']', found {mark!r}; is the file whole?")
         if not closed:
-            place = _after_space(text, place + 1)
+            position = _after_space(text, position + 1)
             number += 1
-    if _after_space(text, place + 1) != len(text):
+    if _after_space(text, position + 1) != len(text):
         raise DymoeError(f"{path}: something stands behind the end of the list, after record {number}")
 
 
-def _after_space(text: str, place: int) -> int:
-    found = _SPACE.match(text, place)
-    return place if found is None else found.end()
+def _after_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return position if match is None else match.end()
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -109,8 +109,8 @@ def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line, object_pairs_hook=unique_keys)
             except (ValueError, RecursionError) as error:
-                told = " ".join(str(error).split())
-                raise DymoeError(f"{path}: line {number}: not valid JSON ({told})") from None
+                reason = " ".join(str(error).split())
+                raise DymoeError(f"{path}: line {number}: not valid JSON ({reason})") from None
 
 
 def _parquet(path: Path) -> Iterator[Any]:

@@ -48,16 +48,16 @@ def samples(
     """
     score = scorer(rule)
     splits: dict[str, list[Sample]] = {}
-    seen: set[str] = set()
+    ids: set[str] = set()
     for number, row in enumerate(rows, start=1):
         name = f"record {row['id']}" if row["id"] else f"record number {number}"
         try:
             sample = _sample(row, score, question)
         except DymoeError as error:
             raise DymoeError(f"{path}: {name}: {error}") from error
-        if sample.id in seen:
+        if sample.id in ids:
             raise DymoeError(f"{path}: {name}: the id is there twice; ids must be unique")
-        seen.add(sample.id)
+        ids.add(sample.id)
         splits.setdefault(row["split"], []).append(sample)
     return splits
 

@@ -42,15 +42,15 @@ def findings(names: Sequence[str], instructions: str, source: Source) -> Iterato
             continue
         for what, count in both.counts().items():
             if count != (right := published()["tasks"][name].get(what, count)):
-                told = f"{count:,} {what.replace('_', ' ')} records, {right:,} are published"
+                message = f"{count:,} {what.replace('_', ' ')} records, {right:,} are published"
                 mend = "fetch the published files; with data.scoring: corrected other sizes are a note"
-                yield ("wrong" if compared else "note", "size", name, told, mend)
+                yield ("wrong" if compared else "note", "size", name, message, mend)
         for each in (both.train, both.test):
             if each.bad:
                 first = each.bad[0]
-                told = f"{len(each.bad)} cannot be used, the first: record {first['record']}: {first['error']}"
+                message = f"{len(each.bad)} cannot be used, the first: record {first['record']}: {first['error']}"
                 level = "wrong" if source.on_bad == "error" else "note"
-                yield (level, "records", str(each.path), told, "mend them; data.on_bad: skip leaves them out")
+                yield (level, "records", str(each.path), message, "mend them; data.on_bad: skip leaves them out")
             if each.repeated_ids:
                 yield ("note", "ids", str(each.path), f"{each.repeated_ids} ids are there more than once")
 

@@ -51,8 +51,8 @@ def _joined(annotations: Annotations) -> Reference:
     """Test records, each with what the task's annotation file says of it."""
 
     def read(record: Record) -> tuple[dict[str, Any], bool]:
-        told = {**_plain(record)[0], **annotations.fields(record.id)}
-        return told, counts(told)
+        fields = {**_plain(record)[0], **annotations.fields(record.id)}
+        return fields, counts(fields)
 
     return read
 
@@ -61,13 +61,13 @@ def _science_train(problems: Annotations) -> Reference:
     """A training record has the letter and the choices in its text where the problems do not know it."""
 
     def read(record: Record) -> tuple[dict[str, Any], bool]:
-        told, _ = _plain(record)
+        fields, _ = _plain(record)
         if record.id in problems.entries:
-            return {**told, **problems.fields(record.id)}, True
+            return {**fields, **problems.fields(record.id)}, True
         choices = [text for _, text in _CHOICE.findall(record.question)]
         letter = _LETTER.match(record.answer)
         right = letter is not None and LETTERS.index(letter[1]) < max(len(choices), 1)
-        return {**told, "answer": letter[1] if letter and right else record.answer, "choices": choices}, right
+        return {**fields, "answer": letter[1] if letter and right else record.answer, "choices": choices}, right
 
     return read
 
@@ -82,18 +82,18 @@ def _balanced(record: Record) -> tuple[dict[str, Any], bool]:
 
 
 def _grounding_test(record: Record) -> tuple[dict[str, Any], bool]:
-    told, _ = _plain(record)
+    fields, _ = _plain(record)
     value = record.fields.get("answer_bbox", record.answer)
     size = _size(record.fields.get("size"))
-    return {**told, "answer_bbox": box_text(value), **_normalised(value), "size": size}, True
+    return {**fields, "answer_bbox": box_text(value), **_normalised(value), "size": size}, True
 
 
 def _grounding_train(record: Record) -> tuple[dict[str, Any], bool]:
-    told, _ = _plain(record)
+    fields, _ = _plain(record)
     if read_box(record.answer) is None:
-        return told, False
+        return fields, False
     # The size scales both boxes alike, so the overlap does not depend on it; no picture is opened for it.
-    return {**told, "answer_bbox": record.answer, **_normalised(record.answer), "size": [1, 1]}, True
+    return {**fields, "answer_bbox": record.answer, **_normalised(record.answer), "size": [1, 1]}, True
 
 
 def _normalised(value: Any) -> dict[str, Any]:

@@ -82,31 +82,31 @@ def load(names: Sequence[str], instructions: str, seed: int, source: Source) -> 
         DymoeError: something is missing or broken; the message names file and record.
     """
     layout = find(source, instructions, names)
-    found = [indexes(layout, name, source) for name in names]
-    tasks = [_task(layout, each, instructions, seed, source) for each in found]
-    skipped = [row for both in found for row in listed(both.task, {"train": both.train, "test": both.test})]
-    for task, both in zip(tasks, found, strict=True):
+    files = [indexes(layout, name, source) for name in names]
+    tasks = [_task(layout, each, instructions, seed, source) for each in files]
+    skipped = [row for both in files for row in listed(both.task, {"train": both.train, "test": both.test})]
+    for task, both in zip(tasks, files, strict=True):
         if uncounted := both.test.kept - len(task.test):
-            told = f"{uncounted} questions are not of the balanced set, which alone counts"
-            whole = {"file": str(both.test.path), "record": None, "id": None, "error": told}
+            message = f"{uncounted} questions are not of the balanced set, which alone counts"
+            whole = {"file": str(both.test.path), "record": None, "id": None, "error": message}
             skipped.append({**whole, "task": task.name, "split": "test"})
     return Stream("coin", tuple(tasks), tuple(skipped))
 
 
-def _task(layout: Layout, found: TaskIndexes, kind: str, seed: int, source: Source) -> Task:
-    template = (found.task, kind, seed) if layout.replaced else None
-    for each in (found.train, found.test):
+def _task(layout: Layout, files: TaskIndexes, kind: str, seed: int, source: Source) -> Task:
+    template = (files.task, kind, seed) if layout.replaced else None
+    for each in (files.train, files.test):
         usable(each, source.on_bad)
         if template is not None and each.without_instruction:
             raise DymoeError(
                 f"{each.path}: {each.without_instruction} of {each.kept} questions carry no known instruction, so "
                 "data.templates cannot replace it"
             )
-    view = View(found.train.path, layout.images, source.outside_links, template=template)
-    limits = TASKS[found.task]
+    view = View(files.train.path, layout.images, source.outside_links, template=template)
+    limits = TASKS[files.task]
     return Task(
-        found.task,
-        **splits(found.train, found.test, view, source.validation_share, asked=scorable(found.test.table)),
-        scorer=f"{source.scoring}/{found.task.lower()}",
+        files.task,
+        **splits(files.train, files.test, view, source.validation_share, asked=scorable(files.test.table)),
+        scorer=f"{source.scoring}/{files.task.lower()}",
         max_new_tokens=limits.coin if source.generation == "coin" else limits.short,
     )
