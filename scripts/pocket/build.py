@@ -18,14 +18,21 @@ import pyarrow.parquet as pq
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_write
 from dymoe.tasks.pocket import stream
-from scripts.pocket import draw, more_tasks, photo_tasks, scene_tasks
+from scripts.pocket import draw, general_tasks, more_tasks, photo_tasks, scene_tasks
 from scripts.pocket.stock import Draft, Stock, fill
 
 SEED = 20240
 SIZES = {"train": 1000, "validation": 100, "test": 250}
 SIZE_LIMIT = 16_000_000
 DATA = Path(stream.__file__).parent / "data"
-FOLDERS = {"pocket-coin": DATA, "pocket-classes": DATA / "classes", "pocket-domains": DATA / "domains"}
+FOLDERS = {
+    "pocket-coin": DATA,
+    "pocket-classes": DATA / "classes",
+    "pocket-domains": DATA / "domains",
+    "pocket-general": DATA / "general",
+}
+GENERAL = "pocket-general"  # never learned: test and validation alone, both of the test pool
+GENERAL_SIZES = {"validation": 50, "test": 200}
 
 Maker = Callable[[Stock, random.Random, int], list[Draft]]
 MAKERS: dict[str, Maker] = {
@@ -42,6 +49,7 @@ STREAMS: dict[str, dict[str, Maker]] = {
     "pocket-coin": MAKERS,
     "pocket-classes": dict(more_tasks.CLASS_MAKERS),
     "pocket-domains": dict(more_tasks.DOMAIN_MAKERS),
+    GENERAL: dict(general_tasks.makers("test")),
 }
 SCHEMA = pa.schema(
     [
@@ -58,13 +66,15 @@ SCHEMA = pa.schema(
 Row = dict[str, Any]
 
 
-def make_rows(task: str, stock: Stock, split: str, makers: dict[str, Maker] = MAKERS) -> list[Row]:
-    """Draw one split of a task; the same task, pool and split always give the same rows."""
-    drafts = makers[task](stock, random.Random(f"{SEED}/{task}/{split}"), SIZES[split])
+def make_rows(
+    task: str, stock: Stock, split: str, makers: dict[str, Maker] = MAKERS, size: int | None = None
+) -> list[Row]:
+    """Draw one split of a task, of its usual size or another; the same task, pool and split give the same rows."""
+    drafts = makers[task](stock, random.Random(f"{SEED}/{task}/{split}"), size or SIZES[split])
     return [
         {
             "id": f"{task.lower()}-{split}-{number:04d}",
-            "image": draw.encode(draft.image),
+            "image": None if draft.image is None else draw.encode(draft.image),
             "question": draft.question,
             "answer": draft.answer,
             "reference": json.dumps(draft.reference, sort_keys=True),
@@ -107,18 +117,27 @@ def to_parquet(rows: list[Row]) -> bytes:
 def build(out: Path, cache: Path | None = None, stream: str = "pocket-coin") -> dict[str, int]:
     """Write the train and test file of every task of a stream to `out`; returns each file's size in bytes.
 
-    Nothing is written unless all files pass the checks.
+    Of a stream that is only asked there are test files alone, with the validation split in them. Nothing is written
+    unless all files pass the checks.
 
     Raises:
         DymoeError: a package cannot be fetched, the pools are not disjoint, or the files are too large.
     """
     rows: dict[str, list[Row]] = {}
-    train, test = fill("train", SEED, cache), fill("test", SEED, cache)
+    test = fill("test", SEED, cache)
     makers = STREAMS[stream]
-    for task in makers:
-        pool = [make_rows(task, train, split, makers) for split in ("train", "validation")]
-        rows[f"{task}-train"] = [row for split in pool for row in split]
-        rows[f"{task}-test"] = make_rows(task, test, "test", makers)
+    if stream == GENERAL:
+        for split, size in GENERAL_SIZES.items():
+            part = Stock((item for item in test.items() if general_tasks.side(item.id, split)), SEED)
+            for task, maker in general_tasks.makers(split).items():
+                new = make_rows(task, part, split, {task: maker}, size)
+                rows.setdefault(f"{task}-test", []).extend(new)
+    else:
+        train = fill("train", SEED, cache)
+        for task in makers:
+            pool = [make_rows(task, train, split, makers) for split in ("train", "validation")]
+            rows[f"{task}-train"] = [row for split in pool for row in split]
+            rows[f"{task}-test"] = make_rows(task, test, "test", makers)
     check_disjoint(rows)
     files = {f"{name}.parquet": to_parquet(entries) for name, entries in rows.items()}
     total = sum(map(len, files.values()))

@@ -42,11 +42,12 @@ GRID = {
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture (PNG bytes) and what it shows; `kind` is the maker that composed it."""
+    """A picture (PNG bytes), what it shows, and the items in it; `kind` is the maker that composed it."""
 
     kind: str
     image: bytes
     caption: str
+    items: tuple[Item, ...]
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,17 @@ def stocks(cifar_limit: int = 6000, grey_limit: int = 3000) -> tuple[Stock, Stoc
         ("fashion-mnist", grey_limit),
     ):
         items = [item for pool in ("caption", "train") for item in iterate(source, pool)]
-        items = [item for item in items if item.extra.get("category") != "Flags"]  # names nobody could guess
+        items = [item for item in items if nameable(item)]
         items.sort(key=lambda item: stable_hash(item.id))
         for side, held_out in zip(sides, (False, True), strict=True):
             side.append([item for item in items[:limit] if _held_out(item) is held_out])
     train, held_out_stock = (Stock(*side) for side in sides)
     return train, held_out_stock
+
+
+def nameable(item: Item) -> bool:
+    """Whether a caption may name it: nobody could guess which country's a flag is."""
+    return item.extra.get("category") != "Flags"
 
 
 def _held_out(item: Item) -> bool:
@@ -98,18 +104,18 @@ def pairs(stock: Stock, count: int, seed: int) -> list[Pair]:
         share = number % 20
         if share < 4:
             item = next(photos)
-            result.append(Pair("photo", _png(item.picture), f"a photo of {_name(item)}"))
+            result.append(Pair("photo", _png(item.picture), f"a photo of {_name(item)}", (item,)))
         elif share < 8:
             item = next(drawings)
-            result.append(Pair("drawing", _png(_on(item, "white", SIZE)), f"a drawing: {item.label}"))
+            result.append(Pair("drawing", _png(_on(item, "white", SIZE)), f"a drawing: {item.label}", (item,)))
         elif share < 10:
             result.append(_digits(stock, random))
         elif share == 10:
             item = random.choice(stock.garments)
-            result.append(Pair("garment", _png(item.picture), f"a picture of {_name(item)}"))
+            result.append(Pair("garment", _png(item.picture), f"a picture of {_name(item)}", (item,)))
         elif share < 14:
-            word = random.choice(WORDS)
-            result.append(Pair("sign", _png(sign(next(photos).picture, word, random)), f"a sign that says {word}"))
+            word, item = random.choice(WORDS), next(photos)
+            result.append(Pair("sign", _png(sign(item.picture, word, random)), f"a sign that says {word}", (item,)))
         elif share < 16:
             result.append(_two(stock, random))
         elif share < 18:
@@ -131,7 +137,7 @@ def _digits(stock: Stock, random: Random) -> Pair:
     for column, item in enumerate(items):
         left = (SIZE - side * len(items)) // 2 + side * column
         canvas.paste(item.picture.convert("RGB").resize((side, side)), (left, (SIZE - side) // 2))
-    return Pair("digits", _png(canvas), "the number " + "".join(item.label for item in items))
+    return Pair("digits", _png(canvas), "the number " + "".join(item.label for item in items), tuple(items))
 
 
 def _two(stock: Stock, random: Random) -> Pair:
@@ -146,7 +152,8 @@ def _two(stock: Stock, random: Random) -> Pair:
         names, corners = ("at the top", "at the bottom"), ((SIZE // 4, 4), (SIZE // 4, half + 4))
     for item, corner in zip((first, second), corners, strict=True):
         canvas.paste(_on(item, colour, half - 8), corner)
-    return Pair("two", _png(canvas), f"{_name(first)} {names[0]} and {_name(second)} {names[1]}")
+    caption = f"{_name(first)} {names[0]} and {_name(second)} {names[1]}"
+    return Pair("two", _png(canvas), caption, (first, second))
 
 
 def _placed(stock: Stock, random: Random) -> Pair:
@@ -157,7 +164,7 @@ def _placed(stock: Stock, random: Random) -> Pair:
     canvas = Image.new("RGB", (SIZE, SIZE), COLOURS[colour])
     x, y = ((SIZE - side) * step // 2 for step in GRID[position])
     canvas.paste(_on(item, colour, side), (x, y))
-    return Pair("placed", _png(canvas), f"{_name(item)} in the {position} on a {colour} background")
+    return Pair("placed", _png(canvas), f"{_name(item)} in the {position} on a {colour} background", (item,))
 
 
 def _several(stock: Stock, random: Random) -> Pair:
@@ -169,7 +176,7 @@ def _several(stock: Stock, random: Random) -> Pair:
     canvas = Image.new("RGB", (SIZE, SIZE), COLOURS[colour])
     for cell in random.sample(range(9), number):
         canvas.paste(_on(item, colour, side), (cell % 3 * 43 + 1, cell // 3 * 43 + 1))
-    return Pair("several", _png(canvas), f"{NUMBERS[number - 1]} times {_name(item)}")
+    return Pair("several", _png(canvas), f"{NUMBERS[number - 1]} times {_name(item)}", (item,))
 
 
 # --- small helpers -------------------------------------------------------------------------------------------

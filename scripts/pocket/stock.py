@@ -15,9 +15,9 @@ from scripts.pocket.sources import Item
 
 @dataclass
 class Draft:
-    """One sample before it is encoded; `sources` are the ids of every source item in it."""
+    """One sample before it is encoded; `sources` are the ids of every source item in it, `image` may be None."""
 
-    image: Image.Image
+    image: Image.Image | None
     question: str
     answer: str
     sources: list[str]
@@ -31,13 +31,18 @@ class Stock:
     """
 
     def __init__(self, items: Iterable[Item], seed: int):
+        self._items = list(items)
         self._stacks: dict[tuple[str, str], list[Item]] = {}
         self._position: dict[tuple[str, str], int] = {}
-        for item in items:
+        for item in self._items:
             for key in _keys(item):
                 self._stacks.setdefault(key, []).append(item)
         for key, stack in sorted(self._stacks.items()):
             random.Random(f"{seed}/{key}").shuffle(stack)
+
+    def items(self, source: str | None = None) -> list[Item]:
+        """All items, or those of one source, in the order in which they came; none is handed out by this."""
+        return [item for item in self._items if source in (None, item.source)]
 
     def take(self, source: str, kind: str) -> Item:
         """Return the next item of a class.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dymoe.errors import DymoeError
-from dymoe.evaluation.intervals import METRICS, Answers, accuracy, compare, digest, metric_names, metrics
+from dymoe.evaluation.intervals import METRICS, Answers, accuracy, change, compare, digest, metric_names, metrics
 from dymoe.evaluation.metrics import AccuracyMatrix
 from tests.evaluation.coverage import coverage
 
@@ -86,6 +86,22 @@ def test_pairing_tells_apart_what_two_intervals_do_not():
     random = np.random.default_rng(3).beta(11, 91, 400_000)
     assert difference.low == pytest.approx(100 * np.percentile(random, 2.5), abs=2.5)
     assert difference.high == pytest.approx(100 * np.percentile(random, 97.5), abs=2.5)
+
+
+def test_a_change_is_paired_question_by_question():
+    random = np.random.default_rng(5)
+    before = random.random((2, 80)) < 0.5
+    after = before.copy()
+    after[:, :20] = True
+    found, back = change(before, after), change(after, before)
+    assert found.value == pytest.approx(100 * (after.mean() - before.mean()))
+    assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low), abs=0.5)
+    assert found.verdict == "more"  # while the two accuracies' intervals overlap
+    assert accuracy(before).high > accuracy(after).low
+    # One question that was right and is wrong now: -1 + 2 w with w of Beta(1, 2), whose quantiles are 1 - sqrt(1 - p).
+    single = change([[1]], [[0]])
+    assert single.value == -100
+    assert single.high == pytest.approx(100 * (1 - 2 * np.sqrt(0.025)), abs=4)
 
 
 def test_tasks_are_paired_by_name_in_another_order():

@@ -19,6 +19,7 @@ from dymoe.analysis.routing_drift import over_stages as routing_drift
 from dymoe.analysis.runs import Method, gather, read_run, read_runs, read_sweep
 from dymoe.errors import DymoeError
 from dymoe.evaluation import AccuracyMatrix
+from dymoe.evaluation.intervals import accuracy, change
 from dymoe.files import atomic_json, atomic_write, read_json
 from dymoe.learning import formats
 from dymoe.numbers import Stat, number
@@ -40,6 +41,58 @@ def test_the_numbers_are_those_of_the_matrices(tmp_path: Path) -> None:
             spread = statistics.stdev(m[key] for m in metrics)
             shown = f"{mean:+.1f}" if "BWT" in key else f"{mean:.1f}"
             assert f"{shown} ± {spread:.1f}".replace("-", "−") in parsed.sections["metrics"]
+
+
+def asked(*scores: list[float]) -> dict[str, object]:
+    """A task of `watch` in results.json with these scores before the first stage and after each."""
+    accuracy = [100 * sum(row) / len(row) for row in scores]
+    numbers = {
+        "accuracy": accuracy,
+        "lenient": accuracy,
+        "measures": {"loss": [1.5 + 0.25 * n for n in range(len(scores))]},
+    }
+    return {"samples": len(scores[0]), "questions": "q", "scores": list(scores), **numbers}
+
+
+def test_what_was_only_asked_stands_before_after_and_in_between(tmp_path: Path) -> None:
+    scores = ([1.0, 1.0, 1.0, 0.5], [1.0, 1.0, 0.0, 0.5], [1.0, 0.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.5])
+    runs = [
+        matrix_run(
+            tmp_path / f"{seed}", "lora", [[80], [60, 70], [60, 70, 80]], seed, watch={"Captions": asked(*scores)}
+        )
+        for seed in (0, 1)
+    ]
+    joint = tmp_path / "joint"
+    write_results(joint, method="joint", seed=0, tasks=list(THREE), joint=[80, 80, 80], matrix=[])
+    values = read_json(joint / "results.json")
+    atomic_json(joint / "results.json", {**values, "watch": {"Captions": asked(scores[0], scores[0])}})
+    told = page(tmp_path, *runs, joint).sections["watch"]
+    for row in scores:
+        interval = accuracy([row, row])
+        assert f"{interval.value:.1f} ({interval.low:.0f}–{interval.high:.0f})" in told
+    assert change([scores[0]] * 2, [scores[-1]] * 2).text(sign=True) in told
+    assert "loss 1.50 → 2.25 nats/token" in told
+    assert re.search(r"joint Captions 87\.5 \S+ – – 87\.5 \S+ 0\.0", told.replace("+0.0", "0.0"))
+    alone = matrix_run(tmp_path / "alone", "lora", [[80]])
+    assert "watch" not in page(tmp_path, alone).sections
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lenient": [50.0]}, "watch.Captions: expected as many numbers of each kind"),
+        ({"samples": 5}, "watch.Captions.scores: expected 5 scores in each row"),
+        ({"scores": [[1.0, 2.0]]}, "watch.Captions.scores"),
+        ({"measures": {"loss": []}}, "watch.Captions: expected as many numbers"),
+    ],
+)
+def test_broken_numbers_of_what_was_only_asked_are_refused(
+    tmp_path: Path, values: dict[str, object], message: str
+) -> None:
+    broken = {**asked([1.0, 0.0], [1.0, 1.0]), **values}
+    run = matrix_run(tmp_path / "a", "lora", [[80]], watch={"Captions": broken})
+    with pytest.raises(DymoeError, match=message):
+        read_run(run)
 
 
 def test_metrics_written_in_results_json_are_not_trusted(tmp_path: Path) -> None:

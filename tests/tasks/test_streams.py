@@ -21,7 +21,7 @@ def test_importing_tasks_loads_nothing_heavy() -> None:
 
 
 def test_orders() -> None:
-    assert available() == ("pocket-coin", "pocket-classes", "pocket-domains", "coin")
+    assert available() == ("pocket-coin", "pocket-classes", "pocket-domains", "pocket-general", "coin")
     assert task_names("pocket-coin") == COIN
     assert task_names("pocket-coin", "reverse") == COIN[::-1]
     assert task_names("pocket-coin", "alphabet") == (

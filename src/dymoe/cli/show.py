@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dymoe.cli.options import Command
 
 if TYPE_CHECKING:
+    from dymoe.evaluation.intervals import Interval
     from dymoe.learning.formats import Results
 
 HELP = """usage: dymoe show RUN [RUN ...]
@@ -14,6 +15,7 @@ HELP = """usage: dymoe show RUN [RUN ...]
 Print the accuracy matrix and the metrics of each run."""
 
 COMMAND = Command("show", HELP, "RUN ...")
+UNITS = {"loss": "nats/token"}  # of what is measured beside accuracy
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,6 +40,9 @@ def show(path: Path) -> None:
     console.print(title(results), soft_wrap=True, style="italic")
     console.print(matrix_table(results))
     console.print(metrics_line(results), soft_wrap=True)
+    if results.get("watch"):
+        console.print("only asked, never learned (accuracy in percent)", soft_wrap=True, style="italic")
+        console.print(watch_table(results))
 
 
 def title(results: "Results") -> str:
@@ -63,14 +68,51 @@ def matrix_table(results: "Results") -> Any:
     return table(("after", *tasks), rows, numbers=1)
 
 
+def watch_table(results: "Results") -> Any:
+    """The tasks that are only asked as a rich table: a row before the first stage, one per stage, and the change."""
+    from rich.table import Table
+
+    from dymoe.evaluation.intervals import accuracy, change
+
+    watch = results["watch"]
+    table = Table()
+    table.add_column("after")
+    for task, row in watch.items():
+        table.add_column(task, justify="right")
+        for name in row["measures"]:
+            table.add_column(UNITS.get(name, name), justify="right")
+    stages = max(len(row["accuracy"]) for row in watch.values())
+    for place, label in enumerate(stage_names(results)[:stages]):
+        cells = []
+        for row in watch.values():
+            cells.append(_interval(accuracy([row["scores"][place]])))
+            cells += [f"{values[place]:.2f}" for values in row["measures"].values()]
+        table.add_row(label, *cells)
+    if stages > 1:
+        cells = []
+        for row in watch.values():
+            cells.append(change(row["scores"][:1], row["scores"][-1:]).text(sign=True))
+            cells += [f"{values[-1] - values[0]:+.2f}".replace("-", "−") for values in row["measures"].values()]
+        table.add_row("change", *cells, style="bold")
+    return table
+
+
+def stage_names(results: "Results") -> list[str]:
+    """What stands before the rows of the tasks that are only asked: nothing learned, then what was learned last."""
+    return ["no task", *(["all at once"] if results.get("joint") else results["tasks"])]
+
+
+def _interval(interval: "Interval") -> str:
+    return f"{interval.value:.1f} ({interval.low:.0f}–{interval.high:.0f})"
+
+
 def _cell(results: "Results", task: str, stage: int, value: float) -> str:
     """An accuracy with its 95 % interval, where the scores of single questions are there."""
     from dymoe.evaluation.intervals import accuracy
 
     if task not in results.get("answers", {}):
         return f"{value:.1f}"
-    interval = accuracy([results["answers"][task]["scores"][stage]])
-    return f"{value:.1f} ({interval.low:.0f}–{interval.high:.0f})"
+    return _interval(accuracy([results["answers"][task]["scores"][stage]]))
 
 
 def metrics_line(results: "Results") -> str:

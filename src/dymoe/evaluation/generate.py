@@ -1,8 +1,8 @@
 """Answers by batched greedy generation, scored by each task's own rule, with the routing they caused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -46,6 +46,7 @@ class TaskResult:
         groups: names of the expert groups, empty for the base model.
         weight: mean routing weight per group over tokens and layers.
         by_layer: the same for every decoder layer.
+        measures: what else was measured, by name (`dymoe.tasks.scoring.Rule`, the right answers' loss).
     """
 
     task: str
@@ -53,6 +54,7 @@ class TaskResult:
     groups: tuple[str, ...] = ()
     weight: tuple[float, ...] = ()
     by_layer: dict[int, list[float]] | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def strict(self) -> float:
@@ -184,16 +186,18 @@ def evaluate(
         except DymoeError as error:
             raise DymoeError(f"task {task.name!r}: {error}") from error
     answered = [Answer(sample.id, text, sample.reference) for sample, text in zip(samples, answers, strict=True)]
-    scores = score_answers(rule(task.scorer), answered, f"task {task.name!r}: sample")
+    scoring = rule(task.scorer)
+    scores = score_answers(scoring, answered, f"task {task.name!r}: sample")
     predictions = [
         Prediction(sample.id, sample.question, sample.answer, text, score.strict, score.lenient)
         for sample, text, score in zip(samples, answers, scores, strict=True)
     ]
+    more = scoring.measures(answers, [sample.reference for sample in samples])
     if weights is None:
-        return TaskResult(task.name, tuple(predictions))
+        return TaskResult(task.name, tuple(predictions), measures=more)
     weights = weights.joined(gather(weights))
     groups, by_layer = tuple(weights.groups), weights.by_layer()
-    return TaskResult(task.name, tuple(predictions), groups, tuple(weights.by_group()), by_layer)
+    return TaskResult(task.name, tuple(predictions), groups, tuple(weights.by_group()), by_layer, more)
 
 
 def evaluated(task: "Task", split: str, limit: int | None) -> Sequence["Sample"]:

@@ -197,6 +197,19 @@ def accuracy(scores: Sequence[Sequence[float]]) -> Interval:
     return _intervals([np.asarray(scores, dtype=float)[None]], [[(0.0, 1.0)]])[0]
 
 
+def change(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Interval:
+    """How many points one task's accuracy changed by between two stages, paired by question and by seed.
+
+    Args:
+        before: a row a seed, a score (0 to 1) a question.
+        after: of the same questions and seeds.
+    """
+    import numpy as np
+
+    difference = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    return _intervals([difference[None]], [[(-1.0, 1.0)]])[0]
+
+
 def _same(runs: Sequence[Answers]) -> None:
     """Refuse runs that did not answer the same questions."""
     if not runs:

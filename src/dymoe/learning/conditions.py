@@ -25,7 +25,7 @@ from dymoe.schema import Count, check
 from dymoe.yamls import dump_yaml, read_yaml
 
 if TYPE_CHECKING:
-    from dymoe.tasks import Stream
+    from dymoe.tasks import Stream, Task
 
 #: What a person may accept a difference in; `dymoe run --help` says what each is.
 ACCEPTABLE = ("base", "data", "versions", "machine")
@@ -64,11 +64,12 @@ class Fingerprints(TypedDict):
 
 
 class Data(TypedDict):
-    """Sizes and fingerprints of the tasks; `fingerprint` is over the whole stream."""
+    """Sizes and fingerprints of the tasks; `fingerprint` is over the whole stream, `watch` of what is only asked."""
 
     samples: dict[str, dict[str, int]]
     fingerprint: str
     tasks: dict[str, Fingerprints]
+    watch: NotRequired[dict[str, str]]
     scorers: NotRequired[dict[str, Any]]
 
 
@@ -109,14 +110,14 @@ def data_of(stream: "Stream", split: str, limit: int | None) -> Data:
     from dymoe.evaluation.generate import evaluated
     from dymoe.tasks.lazy import fingerprint
 
+    def asked(task: "Task") -> str:
+        return f"{fingerprint(evaluated(task, split, limit))} {task.scorer} {task.max_new_tokens}"
+
     tasks: dict[str, Fingerprints] = {
-        task.name: {
-            "training": fingerprint(task.train),
-            "evaluation": f"{fingerprint(evaluated(task, split, limit))} {task.scorer} {task.max_new_tokens}",
-        }
-        for task in stream.tasks
+        task.name: {"training": fingerprint(task.train), "evaluation": asked(task)} for task in stream.tasks
     }
-    return {**data_description(stream), "tasks": tasks}  # type: ignore[typeddict-item]
+    watch = {"watch": {task.name: asked(task) for task in stream.watch}} if stream.watch else {}
+    return {**data_description(stream), "tasks": tasks, **watch}  # type: ignore[typeddict-item]
 
 
 def data_description(stream: "Stream") -> dict[str, Any]:
@@ -265,6 +266,9 @@ def _data(there: Data, here: Data, state: State) -> list[Difference]:
             found.append(_difference("data", f"training data of {task}", was["training"], now["training"]))
         if task in state.evaluated and was["evaluation"] != now["evaluation"]:
             found.append(_difference("data", f"evaluation data of {task}", was["evaluation"], now["evaluation"]))
+    asked, asks = there.get("watch", {}), here.get("watch", {})
+    for name in (name for name in asked if name in state.evaluated and asked[name] != asks.get(name)):
+        found.append(_difference("data", f"evaluation data of {name}", asked[name], asks.get(name)))
     return found
 
 

@@ -42,7 +42,9 @@ LOCK = ".lock"
 MEMORY = "method"  # where a method keeps what it remembers between tasks
 # The files of a stage that a marker vouches for, as patterns below its folder.
 TRAINED = ("adapter/*", f"{MEMORY}/**/*", "dynamics.jsonl", "probed.json")
-EVALUATED = ("training.json", "scores.json", "routing.json", "predictions/*.jsonl")
+ANSWERS = ("scores.json", "routing.json", "predictions/*.jsonl")
+WATCH = "watch"  # the answers to what is only asked, in the same files
+EVALUATED = ("training.json", *ANSWERS, *(f"{WATCH}/{name}" for name in ANSWERS))
 
 
 class StageFolder:
@@ -65,6 +67,11 @@ class StageFolder:
     def name(self) -> str:
         """The stage's name, without its number."""
         return self.path.name.partition("-")[2]
+
+    @property
+    def watch(self) -> "StageFolder":
+        """The answers of this stage to the tasks that are only asked; its marker is this folder's."""
+        return StageFolder(self.path / WATCH)
 
     @property
     def trained(self) -> bool:
@@ -163,7 +170,10 @@ class StageFolder:
             row: Row = {"weight": list(result.weight), "by_layer": by_layer}
             routing = {"groups": list(result.groups), "tasks": {**routing["tasks"], result.task: row}}
             self.write("routing.json", routing)
-        numbers = {"strict": result.strict, "lenient": result.lenient, "samples": len(result.predictions)}
+        numbers: dict[str, Any] = {"strict": result.strict, "lenient": result.lenient}
+        numbers["samples"] = len(result.predictions)
+        if result.measures:
+            numbers["measures"] = dict(result.measures)
         self.write(
             "scores.json", {**scores, result.task: {**numbers, "sha256": self._seal(result.task, numbers, routing)}}
         )
@@ -186,7 +196,7 @@ class StageFolder:
         return [task for task, score in self.scores.items() if score["sha256"] == self._seal(task, score, routing)]
 
     def _seal(self, task: str, score: Mapping[str, Any], routing: Routing) -> str:
-        numbers = [score["strict"], score["lenient"], score["samples"]]
+        numbers = [score[key] for key in ("strict", "lenient", "samples", "measures") if key in score]
         row = routing["tasks"].get(task)
         predictions = self.predictions / f"{task}.jsonl"
         answers = sha256_of(predictions) if predictions.is_file() else None

@@ -48,6 +48,27 @@ class Locator(TypedDict):
     tasks: dict[str, Located]
 
 
+class Watch(TypedDict):
+    """A task that was only asked, before the first stage and after every one.
+
+    Attributes:
+        samples: how many questions.
+        accuracy: in percent, before the first stage first.
+        lenient: the same by the format-tolerant rule.
+        measures: "loss", of the right answers in nats per token, and what the task's rule tells of all answers; a
+            number for every accuracy.
+        questions: digest of the questions' ids.
+        scores: of the questions, 0 to 1, a row for every accuracy.
+    """
+
+    samples: Count
+    accuracy: Accuracies
+    lenient: Accuracies
+    measures: dict[str, list[float]]
+    questions: str
+    scores: list[list[Annotated[float, Range(0, 1)]]]
+
+
 Facts = TypedDict(
     "Facts",
     {
@@ -67,6 +88,7 @@ Facts = TypedDict(
         "lenient_joint": NotRequired[Accuracies | None],
         "zero_shot": NotRequired[Accuracies | None],
         "answers": NotRequired[dict[str, Answered]],
+        "watch": NotRequired[dict[str, Watch]],
         "forgetting": NotRequired[dict[str, float] | None],
         "format_drift": NotRequired[dict[str, float] | None],
         "drift": NotRequired[dict[str, list[float]] | None],
@@ -188,11 +210,15 @@ class Done(TypedDict):
 
 
 class Score(TypedDict):
-    """A task's entry of scores.json; `sha256` is over the numbers, the predictions and the row of routing.json."""
+    """A task's entry of scores.json; `sha256` is over the numbers, the predictions and the row of routing.json.
+
+    `measures` are further numbers where there are any (`dymoe.evaluation.generate.TaskResult`).
+    """
 
     strict: Percent
     lenient: Percent
     samples: Count
+    measures: NotRequired[dict[str, float]]
     sha256: str
 
 
@@ -327,3 +353,13 @@ def _consistent(values: Mapping[str, Any], where: str) -> None:
         row = values.get(key)
         if row is not None and len(row) != len(tasks):
             raise DymoeError(f"{where}: {key}: expected {len(tasks)} accuracies, got {brief(row)}")
+    for task, asked in (values.get("watch") or {}).items():
+        rows = [asked["accuracy"], asked["lenient"], *asked["measures"].values(), asked["scores"]]
+        counts = {len(row) for row in rows}
+        if len(counts) > 1 or not 1 <= len(rows[0]) <= len(tasks) + 1:
+            raise DymoeError(
+                f"{where}: watch.{task}: expected as many numbers of each kind, before the first of {len(tasks)} tasks "
+                f"and after each, got {', '.join(str(len(row)) for row in rows)}"
+            )
+        if any(len(row) != asked["samples"] for row in asked["scores"]):
+            raise DymoeError(f"{where}: watch.{task}.scores: expected {asked['samples']} scores in each row")

@@ -120,7 +120,7 @@ def without(stream: "Stream", found: Sequence[Inspection]) -> "Stream":
     Raises:
         DymoeError: a split has none that can be used.
     """
-    tasks = {task.name: task for task in stream.tasks}
+    tasks = {task.name: task for task in (*stream.tasks, *stream.watch)}
     skipped = list(stream.skipped)
     for each in found:
         if each.unusable:
@@ -130,7 +130,8 @@ def without(stream: "Stream", found: Sequence[Inspection]) -> "Stream":
         rows = [(one.file, one.record, one.id, one.error) for one in each.unusable]
         names = {"task": each.task, "split": each.split}
         skipped += [{**dict(zip(("file", "record", "id", "error"), row, strict=True)), **names} for row in rows]
-    return replace(stream, tasks=tuple(tasks.values()), skipped=tuple(skipped))
+    learned, watch = (tuple(tasks[task.name] for task in part) for part in (stream.tasks, stream.watch))
+    return replace(stream, tasks=learned, watch=watch, skipped=tuple(skipped))
 
 
 def refuse(found: Sequence[Inspection]) -> None:
@@ -232,8 +233,9 @@ def inspect(
     same: dict[str, Any] = {"code": _code(), "processor": None if lvlm is None else _processor(lvlm)}
     same |= {"max_length": recipe.model_options.max_length, "skip": recipe.data.on_bad}
     found = []
-    for task in stream.tasks:
-        for split, limit in _taken(recipe, everything):
+    both = [*((task, True) for task in stream.tasks), *((task, False) for task in stream.watch)]
+    for task, learned in both:
+        for split, limit in _taken(recipe, everything, learned):
             samples = getattr(task, split)
             wanted = min(bound for bound in (len(samples), limit, most) if bound is not None)
             scored = split != "train" and (everything or split == recipe.evaluation.split)
@@ -243,8 +245,11 @@ def inspect(
     return found
 
 
-def _taken(recipe: "Recipe", everything: bool) -> Iterator[tuple[str, int | None]]:
-    """Splits that a run takes, and how many samples of each."""
+def _taken(recipe: "Recipe", everything: bool, learned: bool) -> Iterator[tuple[str, int | None]]:
+    """Splits that a run takes of a task that it learns, or that it only asks, and how many samples of each."""
+    if not learned:
+        yield recipe.evaluation.split, None if everything else recipe.evaluation.limit
+        return
     if everything or recipe.trains:
         yield "train", None if everything else recipe.training.limit
     yield "validation", None  # some methods look at samples of it that they choose themselves
@@ -421,7 +426,7 @@ def _code() -> str:
     from importlib.metadata import version
 
     home = Path(__file__).parents[1]
-    files = [Path(__file__), *sorted((home / "lvlm").glob("*.py")), *sorted((home / "tasks/scoring").glob("*.py"))]
+    files = [Path(__file__), *sorted((home / "models").glob("*.py")), *sorted((home / "tasks/scoring").glob("*.py"))]
     digest = hashlib.sha256()
     for file in (*files, home / "pictures.py"):
         digest.update(file.read_bytes())

@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -118,10 +118,11 @@ class Learner:
 
     def learn(self, rounds: "Sequence[tuple[str, tuple[Task, ...]]]") -> None:
         """Go through the stages; finished ones are passed over."""
-        if not rounds or (self.recipe.evaluation.zero_shot and self.model is None):
+        before = self.stream.tasks if not rounds or self.recipe.evaluation.zero_shot else ()
+        if (before or self.stream.watch) and self.model is None:
             self.display.note("asking the model before it learns")
             folder = self.folder.zero_shot
-            seconds = self._evaluate(self.stream.tasks, folder)
+            seconds = self._evaluate(before, folder)
             if self.processes.main:
                 folder.mark_done(seconds)
         learned: list[Task] = []
@@ -368,15 +369,19 @@ class Learner:
             self.features.add_samples(samples)
 
     def _evaluate(self, tasks: "Sequence[Task]", folder: StageFolder) -> float:
-        """Ask `tasks`, keep the answers an interrupted run already gave. Returns the seconds it took."""
+        """Ask `tasks` and those that are only asked, keep the answers an interrupted run already gave.
+
+        Returns the seconds it took.
+        """
         started = clock.seconds()
-        answered = self.processes.from_main(folder.intact)
-        for task in tasks:
-            if task.name not in answered:
-                self._evaluate_task(task, folder)
+        for part, place in ((tasks, folder), (self.stream.watch, folder.watch)):
+            answered = self.processes.from_main(place.intact)
+            for task in part:
+                if task.name not in answered:
+                    self._evaluate_task(task, place, measure_loss=place is not folder)
         return round(clock.seconds() - started, 1)
 
-    def _evaluate_task(self, task: "Task", folder: StageFolder) -> None:
+    def _evaluate_task(self, task: "Task", folder: StageFolder, measure_loss: bool) -> None:
         """Ask one task; its score is written last and says that the rest is there."""
         from dymoe.evaluation.generate import evaluate, evaluated
 
@@ -395,8 +400,31 @@ class Learner:
             part=part,
             gather=self.processes.gather,
         )
+        if measure_loss:
+            result = replace(result, measures={"loss": self._answer_loss(samples), **result.measures})
         if self.processes.main:
             folder.add_score(result)
+
+    def _answer_loss(self, samples: "Sequence[Sample]") -> float:
+        """Mean loss of the right answers' tokens, in nats per token; the processes share the batches."""
+        import torch
+
+        from dymoe.evaluation.generate import batches
+
+        model = self.lvlm.model if self.model is None else self.model
+        device = cast(Any, self.lvlm.model).device
+        data = Data(samples, self.asker, lambda seen: None, self.recipe.training, device, 0)
+        part = (self.processes.rank, self.processes.count)
+        total, tokens = 0.0, 0
+        model.eval()
+        for rows in batches(self.asker.lengths(samples), self.recipe.evaluation.batch_size, part):
+            batch = next(data.batches([samples[row] for row in rows], len(rows)))
+            learned = int((batch["labels"][:, 1:] != -100).sum())
+            with torch.inference_mode():
+                total += float(data.loss(model, batch)) * learned
+            tokens += learned
+        gathered = self.processes.gather((total, tokens))
+        return sum(total for total, _ in gathered) / sum(tokens for _, tokens in gathered)
 
 
 def base_model(recipe: Recipe, revision: str | None = None) -> "Lvlm":

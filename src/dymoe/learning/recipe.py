@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from dymoe.tasks.source import Source
 from dymoe.yamls import parse_yaml, read_yaml
 
 if TYPE_CHECKING:
-    from dymoe.tasks import Stream
+    from dymoe.tasks import Stream, Task
 
 MOST_FILES = 50  # that inherit one from another
 
@@ -136,12 +136,15 @@ class Evaluation:
         limit: at most this many samples per task, the first ones of the split; none for all.
         split: the samples that are asked; choices are made on validation, results stated on test.
         zero_shot: also evaluate the base model on every task, once, before it learns.
+        watch: streams (by name, or the path of a YAML file) that are only asked, never learned: before the first task
+            and after every stage, with the same split and limit.
     """
 
     batch_size: int = 32
     limit: int | None = None
     split: Literal["test", "validation"] = "test"
     zero_shot: bool = False
+    watch: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuse empty batches and limits."""
@@ -224,21 +227,58 @@ class Recipe:
         return task_names(self.stream, self.order, self.tasks)
 
     def load_stream(self) -> "Stream":
-        """The recipe's tasks, every record checked.
+        """The recipe's tasks and those that are only asked (`evaluation.watch`), every record checked.
 
         Raises:
             DymoeError: an unknown stream or task, a file or record that cannot be used (`dymoe.tasks.load_stream`).
         """
         from dymoe.tasks import load_stream
 
-        return load_stream(self.stream, self.order, self.instructions, self.tasks, self.seed, self.data)
+        stream = load_stream(self.stream, self.order, self.instructions, self.tasks, self.seed, self.data)
+        watch, skipped = self.load_watch()
+        return replace(stream, watch=watch, skipped=(*stream.skipped, *skipped))
+
+    def load_watch(self) -> "tuple[tuple[Task, ...], tuple[Mapping[str, Any], ...]]":
+        """The tasks that are only asked, with their original instructions, and their records that were left out.
+
+        Raises:
+            DymoeError: as `load_stream`.
+        """
+        from dymoe.tasks import load_stream
+
+        streams = [load_stream(name, source=self.data) for name in self.evaluation.watch]
+        tasks = tuple(task for stream in streams for task in stream.tasks)
+        return tasks, tuple(row for stream in streams for row in stream.skipped)
+
+    def watch_names(self) -> tuple[str, ...]:
+        """The names of the tasks that are only asked, without loading them.
+
+        Raises:
+            DymoeError: as `load_stream`, or one has the name of another or of a task that is learned.
+        """
+        from dymoe.tasks import task_names
+
+        names = list(self.task_names())
+        for stream in self.evaluation.watch:
+            try:
+                found = task_names(stream)
+            except DymoeError as error:
+                raise DymoeError(f"evaluation.watch: {error}") from None
+            for name in found:
+                if name in names:
+                    raise DymoeError(
+                        f"evaluation.watch: stream {brief(stream)} has a task {name!r} as the run has already; a task "
+                        "that is only asked needs a name of its own"
+                    )
+            names += found
+        return tuple(names[len(self.task_names()) :])
 
     def resolved(self) -> dict[str, Any]:
         """All keys with their values, defaults of method and companions included; what a run folder keeps.
 
         The key ``data`` is there only with a stream that is read from files, ``model_options``,
-        ``training.optimizer``, ``training.samples_per_step`` and ``training.workers`` only where they are not the
-        defaults: records of earlier runs lack them.
+        ``training.optimizer``, ``training.samples_per_step``, ``training.workers`` and ``evaluation.watch`` only where
+        they are not the defaults: records of earlier runs lack them.
         """
         from dymoe.tasks import from_files
 
@@ -248,8 +288,10 @@ class Recipe:
             companions = {name: asdict(each) for name, each in zip(self.with_, method.companions, strict=True)}
             method = method.method
         values = {key.removesuffix("_"): value for key, value in asdict(self).items()}
-        if not from_files(self.stream):
+        if not any(map(from_files, (self.stream, *self.evaluation.watch))):
             del values["data"]
+        if not self.evaluation.watch:
+            del values["evaluation"]["watch"]
         if self.model_options == ModelOptions():
             del values["model_options"]
         if self.training.optimizer == Training(epochs=1).optimizer:
@@ -393,7 +435,7 @@ def recipe_of(values: dict[str, Any], where: str) -> Recipe:
     recipe = build(Recipe, values, where)
     recipe.build_method(where)
     try:
-        recipe.task_names()
+        recipe.watch_names()
     except DymoeError as error:
         raise DymoeError(f"{where}: {error}") from None
     # A recipe that names its shape can be planned and dry-run before the model's folder is there.

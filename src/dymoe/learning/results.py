@@ -11,7 +11,7 @@ from dymoe.learning import conditions, inspection
 from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.recipe import Recipe
 from dymoe.pictures import for_browser
-from dymoe.tasks.base import hook
+from dymoe.tasks.base import from_files, hook
 
 if TYPE_CHECKING:
     from dymoe.tasks import Task
@@ -50,7 +50,11 @@ def write_results(folder: RunFolder, recipe: Recipe, tasks: Sequence[str], stage
         "training": {stage.name: record["training"] for stage, record in zip(done, records, strict=True)},
         **computed_by(conditions.read(folder.path)),
     }
-    optional = {"reports": _reports(done), "left_out": inspection.counts(folder.path / inspection.SKIPPED)}
+    optional = {
+        "watch": _watch([folder.zero_shot.watch, *(stage.watch for stage in done)]),
+        "reports": _reports(done),
+        "left_out": inspection.counts(folder.path / inspection.SKIPPED),
+    }
     atomic_json(folder.path / "results.json", {**results, **{key: value for key, value in optional.items() if value}})
 
 
@@ -58,7 +62,7 @@ def _described(folder: RunFolder, recipe: Recipe, tasks: Sequence[str]) -> dict[
     """What ran."""
     resolved = recipe.resolved()
     rules = hook(recipe.stream, "rules")
-    own = {"scoring": rules(recipe.data) if rules else "own"} if "data" in resolved else {}
+    own = {"scoring": rules(recipe.data) if rules else "own"} if from_files(recipe.stream) else {}
     return {
         "name": folder.path.name,
         "method": recipe.method,
@@ -73,6 +77,22 @@ def _described(folder: RunFolder, recipe: Recipe, tasks: Sequence[str]) -> dict[
         "steps_per_task": recipe.training.steps_per_task,
         "split": recipe.evaluation.split,
         **own,
+    }
+
+
+def _watch(folders: Sequence[StageFolder]) -> dict[str, dict[str, Any]]:
+    """Of every task that is only asked its numbers before the first stage and after each (`formats.Watch`)."""
+    scores = [folder.scores for folder in folders]
+    return {
+        task: {
+            "samples": row["samples"],
+            "accuracy": [stage[task]["strict"] for stage in scores],
+            "lenient": [stage[task]["lenient"] for stage in scores],
+            "measures": {name: [stage[task]["measures"][name] for stage in scores] for name in row["measures"]},
+            **single,
+        }
+        for (task, single) in answers([folder.answers() for folder in folders]).items()
+        for row in (scores[0][task],)
     }
 
 

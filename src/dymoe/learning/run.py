@@ -170,7 +170,8 @@ class _Start:
             if begun(stage)
             for task in tasks
         ]
-        evaluated = {task for stage in (self.folder.zero_shot, *self.stages) for task in stage.scores}
+        folders = (self.folder.zero_shot, *self.stages)
+        evaluated = {task for stage in folders for task in (*stage.scores, *stage.watch.scores)}
         undone = (number for number, stage in enumerate(order, start=1) if stage.done is None)
         return State(next(undone, None), trained, evaluated)
 
@@ -228,14 +229,19 @@ def checked(stream: "Stream", recipe: Recipe) -> "Stream":
     """The stream with at most `training.limit` training samples per task, every split checked to hold some.
 
     Raises:
-        DymoeError: a task without training or evaluation samples.
+        DymoeError: a task that is learned without training samples, or any without evaluation samples.
     """
     from dymoe.evaluation.generate import evaluated
 
     tasks = []
     for task in stream.tasks:
         if not task.train:
-            raise DymoeError(f"stream {stream.name!r}: task {task.name!r} has no training samples")
+            raise DymoeError(
+                f"stream {stream.name!r}: task {task.name!r} has no training samples; give it some (train), or name "
+                "the stream where evaluation.watch only asks it"
+            )
         evaluated(task, recipe.evaluation.split, recipe.evaluation.limit)
         tasks.append(replace(task, train=task.train[: recipe.training.limit]))
+    for task in stream.watch:
+        evaluated(task, recipe.evaluation.split, recipe.evaluation.limit)
     return replace(stream, tasks=tuple(tasks))

@@ -84,12 +84,13 @@ def _data(found: Checkup, recipe: Recipe) -> "Stream | None":
         if not any(finding.level == "wrong" and finding.found in said for finding in found.findings):
             found.add("wrong", "records", recipe.stream, said, "mend or fetch what is named (docs/coin.md)")
         return None
-    for task in stream.tasks:
-        for split in ("train", recipe.evaluation.split):
-            if not getattr(task, split):
-                found.add("wrong", "records", task.name, f"no {split} samples", "choose another split or more data")
-    count = sum(len(task.train) + len(task.test) for task in stream.tasks)
-    found.add("fine", "records", recipe.stream, f"{count:,} samples can be read, tasks: {len(stream.tasks)}")
+    needed = [(task, split) for task in stream.tasks for split in ("train", recipe.evaluation.split)]
+    for task, split in [*needed, *((task, recipe.evaluation.split) for task in stream.watch)]:
+        if not getattr(task, split):
+            found.add("wrong", "records", task.name, f"no {split} samples", "choose another split or more data")
+    count = sum(len(task.train) + len(task.test) for task in (*stream.tasks, *stream.watch))
+    more = f", and {len(stream.watch)} that are only asked" if stream.watch else ""
+    found.add("fine", "records", recipe.stream, f"{count:,} samples can be read, tasks: {len(stream.tasks)}{more}")
     if stream.skipped:
         first = stream.skipped[0]
         told = f"{len(stream.skipped)} left out, the first: {first['file']}: record {first['record']}: {first['error']}"

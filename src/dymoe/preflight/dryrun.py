@@ -25,12 +25,12 @@ STEPS = 2  # the first warms up: kernels are chosen, memory is taken
 
 @dataclass(frozen=True)
 class Measured:
-    """What one stage took.
+    """What one stage took, or asking a task that is only asked (`evaluation.watch`).
 
     Attributes:
         task: its name.
-        step_seconds: of one optimizer step, warmed up.
-        tokens_per_second: of training, padding and image tokens among them.
+        step_seconds: of one optimizer step, warmed up; None of a task that is only asked.
+        tokens_per_second: of training, padding and image tokens among them; None likewise.
         answers_per_second: of evaluation.
         peak_bytes: of the GPU, else of the process.
         estimated_bytes: the same by `dymoe.preflight.memory`, None where it says nothing.
@@ -41,8 +41,8 @@ class Measured:
     """
 
     task: str
-    step_seconds: float
-    tokens_per_second: float
+    step_seconds: float | None
+    tokens_per_second: float | None
     answers_per_second: float
     peak_bytes: int
     estimated_bytes: float | None
@@ -71,6 +71,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
         raise DymoeError(f"a dry run measures training; {recipe.method} trains nothing")
     shape = shape_of(meta_model(config_of(recipe.model, recipe.model_options)))
     lvlm = random_lvlm(recipe.model, recipe.training.dtype, recipe.model_options)
+    pictures = sum(sum(sizes[task.name]) for task in stream.tasks)
     watch = _Watch(f"dry run of {recipe.method}", len(stream.tasks))
     with tempfile.TemporaryDirectory(prefix="dymoe-dry-") as place:
         small = replace(
@@ -87,7 +88,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
             evaluation=replace(recipe.evaluation, limit=None, split="test", zero_shot=False),
             output=str(Path(place) / "run"),
         )
-        run(small, display=display or watch, made=Made(stream, lvlm, max(sum(map(sum, sizes.values())), 1)))
+        run(small, display=display or watch, made=Made(stream, lvlm, max(pictures, 1)))
         seen = display if isinstance(display, _Watch) else watch
         lengths = [_tokens(lvlm, task, recipe, rows) for task in stream.tasks]
     return [
@@ -100,7 +101,14 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
             estimate=memory(recipe, shape, number, longest).peak,
         )
         for number, (task, (tokens, longest)) in enumerate(zip(stream.tasks, lengths, strict=True), start=1)
-    ]
+    ] + [_only_asked(recipe, task.name, seen, sizes[task.name][1]) for task in stream.watch]
+
+
+def _only_asked(recipe: Recipe, task: str, seen: "_Watch", questions: int) -> Measured:
+    """What asking a task took that is only asked, and what asking all its questions once would."""
+    asked, batch = seen.asked[task], recipe.evaluation.batch_size
+    hours = questions * asked / batch / 3600
+    return Measured(task, None, None, batch / asked, seen.peaks[task], None, None, None, hours, None)
 
 
 def _measured(
@@ -173,7 +181,7 @@ class _Watch(Display):
         super().evaluating(task, done, samples)
         now = time.perf_counter()
         self.asked[task], self._at = now - self._at, now
-        self.peaks[self._task] = peak()
+        self.peaks[self._task] = self.peaks[task] = peak()
 
 
 def reset_peak() -> None:
@@ -209,19 +217,25 @@ def paper_times(recipe: Recipe) -> Mapping[str, Any]:
 def some_stream(recipe: Recipe, train: int, test: int) -> tuple["Stream", dict[str, tuple[int, int]]]:
     """A stream with so many samples per task, and the true numbers of samples (training, test) of each task.
 
-    They are made where the stream says how (`dymoe.tasks.base`), else its own, repeated as often as needed.
+    They are made where the stream says how (`dymoe.tasks.base`), else its own, repeated as often as needed; so
+    are those of tasks that are only asked.
     """
     from dymoe.learning.inspection import load
     from dymoe.tasks.base import hook
 
+    def only_asked(tasks: "Sequence[Task]") -> "tuple[Task, ...]":
+        sizes.update({task.name: (0, len(task.test)) for task in tasks})
+        return tuple(replace(task, test=_repeated(task.test, test)) for task in tasks)
+
     if stand_in := hook(recipe.stream, "stand_in"):
-        return stand_in(recipe.task_names(), train, test)  # type: ignore[no-any-return]
+        made, sizes = stand_in(recipe.task_names(), train, test)
+        return replace(made, watch=only_asked(recipe.load_watch()[0])), sizes
     stream = load(recipe)
     sizes = {task.name: (len(task.train), len(task.test)) for task in stream.tasks}
     tasks = tuple(
         replace(task, train=_repeated(task.train, train), test=_repeated(task.test, test)) for task in stream.tasks
     )
-    return replace(stream, tasks=tasks, skipped=()), sizes
+    return replace(stream, tasks=tasks, watch=only_asked(stream.watch), skipped=()), sizes
 
 
 def _repeated(samples: "Sequence[Sample]", count: int) -> "list[Sample]":

@@ -22,6 +22,7 @@ from dymoe.learning.formats import read_results
 from dymoe.numbers import number
 from dymoe.report.layout import render
 from dymoe.report.samples import Comparison, compare
+from dymoe.report.watch import watch_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,6 +101,7 @@ def page_of(methods: Sequence[Method]) -> str:
         "Forgetting": [
             forgetting.losses(methods),
             metrics(methods),
+            general_ability(methods),
             forgetting.side_by_side(methods),
             forgetting.over_stages(methods),
             forgetting.matrices(methods),
@@ -173,6 +175,19 @@ def analysis_figures(methods: Sequence[Method], name: str) -> list[Figure]:
     if figures:
         figures[0] = replace(figures[0], note=note, command=command)
     return [replace(figure, made=[one.made for one in have]) for figure in figures]
+
+
+def general_ability(methods: Sequence[Method]) -> Tables | None:
+    """What was asked and never learned; None where there is nothing of it."""
+    table = watch_table(methods)
+    if table is None:
+        return None
+    caption = (
+        "Tasks that were asked before the first task and after every stage, and never learned: accuracy in percent "
+        "with 95 % intervals over questions and seeds. Change: percentage points from the first to the last column, "
+        "paired question by question."
+    )
+    return Tables("watch", "General ability", [table], caption)
 
 
 def metrics(methods: Sequence[Method]) -> Tables:

@@ -53,6 +53,7 @@ def card(shared: Shared) -> str:
         "## Accuracy in percent",
         "A row per stage, a column per task. " + _rule(results),
         _matrix(results),
+        *_watch(results),
         *_numbers(results),
         "## Load a stage",
         _loading(shared),
@@ -141,6 +142,20 @@ def _matrix(results: Mapping[str, Any]) -> str:
         [(name, *(f"{value:.2f}" for value in row), *[""] * (len(tasks) - len(row))) for name, row in rows],
         numbers=1,
     )
+
+
+def _watch(results: Mapping[str, Any]) -> list[str]:
+    """Accuracy on what was only asked, before the first stage and after every one."""
+    watch = results.get("watch") or {}
+    learned = ["all at once"] if results.get("joint") is not None else results["tasks"]
+    rows = [
+        (escape(name), *(f"{row['accuracy'][place]:.2f}" for row in watch.values()))
+        for place, name in enumerate(("before", *learned))
+        if all(place < len(row["accuracy"]) for row in watch.values())
+    ]
+    if not watch:
+        return []
+    return ["Of tasks that were only asked, never learned:", _table(("after", *map(escape, watch)), rows, numbers=1)]
 
 
 def _numbers(results: Mapping[str, Any]) -> list[str]:

@@ -236,12 +236,20 @@ def first_stages(results: dict[str, Any], count: int, where: str) -> dict[str, A
         cut["answers"] = {
             task: {**row, "scores": row["scores"][: count - tasks.index(task)]} for task, row in asked.items()
         }
+    if "watch" in results:
+        cut["watch"] = {task: _first_rows(row, count + 1) for task, row in results["watch"].items()}
     for key in ("samples", "training"):
         cut[key] = {task: row for task, row in results.get(key, {}).items() if task in learned}
     # How many parameters there were earlier stands in the stages alone.
     cut.pop("stored_parameters", None)
     cut.pop("trainable_parameters", None)
     return cut
+
+
+def _first_rows(asked: dict[str, Any], count: int) -> dict[str, Any]:
+    """The first rows of a task that was only asked; the first of all is from before the first stage."""
+    rows = {key: asked[key][:count] for key in ("accuracy", "lenient", "scores")}
+    return {**asked, **rows, "measures": {name: values[:count] for name, values in asked["measures"].items()}}
 
 
 def _clean(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ COPIED = (
     "lenient_joint",
     "zero_shot",
     "answers",
+    "watch",
     "metrics",
     "forgetting",
     "format_drift",

@@ -26,6 +26,7 @@ STREAMS = {
     "pocket-coin": "dymoe.tasks.pocket.stream",
     "pocket-classes": "dymoe.tasks.pocket.classes",
     "pocket-domains": "dymoe.tasks.pocket.domains",
+    "pocket-general": "dymoe.tasks.pocket.general",
     "coin": "dymoe.tasks.coin.stream",
 }
 FROM_FILES = ("coin",)
@@ -102,13 +103,15 @@ class Stream:
 
     `skipped` lists the records that were left out because they cannot be used (keys "file", "record" counted from 0,
     "id", "error", "task", "split"; file and record are None where samples come from no file of the user's); `notes` are
-    what else is to be said of the data, a line each.
+    what else is to be said of the data, a line each; `watch` holds tasks that are asked beside the others and never
+    learned.
     """
 
     name: str
     tasks: tuple[Task, ...]
     skipped: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    watch: tuple[Task, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

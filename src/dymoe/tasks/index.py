@@ -22,7 +22,7 @@ from dymoe.tasks.lazy import Records, View, image_size
 from dymoe.tasks.llava import Names, Record, parse, record_id
 from dymoe.tasks.recordfile import read_records
 
-FORMAT = 3  # of the index; another number makes all of them anew
+FORMAT = 4  # of the index; another number makes all of them anew
 HEAD = 1 << 20  # bytes of a file that its identity covers
 CHUNK = 1000  # records written together
 MOST_HELD_OUT = 1000  # of the training records, for validation
@@ -310,30 +310,30 @@ def verify(read: Reference, rule: str, test: bool) -> Reference:
 
 
 def splits(
-    train: Index, test: Index, view: View, share: float, validation: Index | None = None, asked: Any = None
+    train: Index | None, test: Index, view: View, share: float, validation: Index | None = None, asked: Any = None
 ) -> dict[str, Records]:
     """The samples of a task's files: training, validation and test.
 
     Args:
-        train: index of the training file.
+        train: index of the training file; None for a task that is only asked, which has no training samples then.
         test: index of the test file.
-        view: how the training file's rows become samples.
+        view: how rows become samples; each file is its own rows' source.
         share: of the training records that are held out for validation, where there is no file of them.
         validation: index of the validation file.
         asked: the rows of the test file that are asked, all of them when None.
     """
-    asked = range(test.kept) if asked is None else asked
-    if validation is None:
-        rows, held = split(_held(train.table), share, MOST_HELD_OUT)
-        rest = Records(train.table, held, replace(view, first_turn=True), train.digest)
-    else:
-        rows, every = range(train.kept), range(validation.kept)
-        rest = Records(validation.table, every, replace(view, source=validation.path), validation.digest)
-    return {
-        "train": Records(train.table, rows, view, train.digest),
-        "validation": rest,
-        "test": Records(test.table, asked, replace(view, source=test.path), test.digest),
-    }
+
+    def every(index: Index) -> Records:
+        return Records(index.table, range(index.kept), replace(view, source=index.path), index.digest)
+
+    tested = every(test) if asked is None else replace(every(test), rows=asked)
+    learned = rest = tested[:0]
+    if train is not None:
+        whole = every(train)
+        rows, held = (whole.rows, []) if validation is not None else split(_held(train.table), share, MOST_HELD_OUT)
+        learned = replace(whole, rows=rows)
+        rest = replace(whole, rows=held, view=replace(whole.view, first_turn=True))
+    return {"train": learned, "validation": rest if validation is None else every(validation), "test": tested}
 
 
 def split(hashes: Any, share: float, most: int) -> tuple[Any, Any]:

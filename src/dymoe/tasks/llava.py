@@ -178,11 +178,16 @@ def _turns(value: Mapping[str, Any]) -> tuple[str, list[Turn], list[Any]]:
         raise DymoeError("it has neither 'conversations' nor 'text' nor 'messages'; one of them must hold the question")
     if not isinstance(value["text"], str):
         raise DymoeError(f"'text': expected a text, found {type(value['text']).__name__}")
-    answer, box = value.get("answer"), value.get("answer_bbox")
+    answer, box = _right(value), value.get("answer_bbox")
     if box is None and answer is None:
         raise DymoeError("it has neither 'answer' nor 'answer_bbox'; one of them must hold what is right")
     said = answer if box is None or (read_box(answer) and not _agree(answer, box)) else box_text(box)
     return "text", [(value["text"], said)], []
+
+
+def _right(value: Mapping[str, Any]) -> Any:
+    """What a record says is right: its answer, in POPE's files its label."""
+    return value.get("label") if value.get("answer") is None else value["answer"]
 
 
 def _picture(value: Mapping[str, Any], shown: list[Any]) -> tuple[str | None, bytes | None]:

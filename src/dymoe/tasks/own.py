@@ -35,7 +35,7 @@ from dymoe.yamls import read_yaml
 class _TaskKeys(TypedDict):
     """One task of the file; docs/coin.md says what each key is."""
 
-    train: str
+    train: NotRequired[str]
     test: str
     validation: NotRequired[str]
     images: NotRequired[str]
@@ -57,7 +57,7 @@ class TaskFiles:
 
     Attributes:
         name: of the task.
-        train: file of training records.
+        train: file of training records; none for a task that is only asked.
         test: file of test records.
         validation: file of validation records; none carves them out of the training records.
         images: image root.
@@ -66,7 +66,7 @@ class TaskFiles:
     """
 
     name: str
-    train: Path
+    train: Path | None
     test: Path
     validation: Path | None
     images: Path
@@ -90,11 +90,11 @@ def read(path: Path) -> tuple[str, tuple[TaskFiles, ...]]:
     tasks = []
     for name, given in zip(names, checked["tasks"].values(), strict=True):
         _refuse_unknown(path, f"tasks.{name}.", given, _TaskKeys)
-        validation = given.get("validation")
+        train, validation = given.get("train"), given.get("validation")
         tasks.append(
             TaskFiles(
                 name,
-                folder / expand(given["train"]),
+                None if train is None else folder / expand(train),
                 folder / expand(given["test"]),
                 None if validation is None else folder / expand(validation),
                 folder / expand(given.get("images", checked.get("images", "."))),
@@ -160,11 +160,10 @@ def _load(task: TaskFiles, source: Source) -> tuple[Task, dict[str, Index]]:
         )
         return usable(index(plan), source.on_bad)
 
-    files = {"train": one(task.train, False), "test": one(task.test, True)}
-    if task.validation is not None:
-        files["validation"] = one(task.validation, True)
-    view = View(task.train, task.images, source.outside_links)
-    samples = splits(**files, view=view, share=source.validation_share)
+    given = {"train": task.train, "test": task.test, "validation": task.validation}
+    files = {name: one(path, name != "train") for name, path in given.items() if path is not None}
+    view = View(task.test, task.images, source.outside_links)
+    samples = splits(files.get("train"), files["test"], view, source.validation_share, files.get("validation"))
     return Task(task.name, **samples, scorer=task.scorer, max_new_tokens=task.max_new_tokens), files
 
 

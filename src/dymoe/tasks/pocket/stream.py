@@ -1,16 +1,17 @@
 """The shipped pocket streams: what a task's files are, and the one way to load them.
 
 A stream is a module with `TASKS` and `load_task` (see `dymoe.tasks.base`): this one is pocket-coin, eight small tasks
-that mirror CoIN's eight; `classes` and `domains` are the two others.
+that mirror CoIN's eight; `classes` and `domains` are two others, `general` is one that is only asked.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dymoe.errors import DymoeError
 from dymoe.tasks import instructions as templates
 from dymoe.tasks import records
-from dymoe.tasks.base import Task
+from dymoe.tasks.base import Sample, Task
 
 DATA = Path(__file__).parent / "data"
 
@@ -58,19 +59,35 @@ def load_files(name: str, rule: Rule, instructions: str, seed: int, folder: Path
         DymoeError: a file is missing or unreadable, a record cannot be used, or a split is empty.
     """
     template = rule.instruction or name
-    found: dict[str, list[records.Sample]] = {}
-    for part, splits in (("train", ("train", "validation")), ("test", ("test",))):
-        path = folder / f"{name}-{part}.parquet"
-        by_split = records.samples(
-            path,
-            records.read_table(path),
-            rule.scorer,
-            lambda text, sample_id: templates.apply(template, text, instructions, sample_id, seed),
-        )
-        for split in splits:
-            if not by_split.get(split):
-                raise DymoeError(f"{path}: no record has split {split!r}; the task would be empty")
-        if extra := sorted(set(by_split) - set(splits)):
-            raise DymoeError(f"{path}: split {extra[0]!r} does not belong here, only {' and '.join(splits)}")
-        found.update(by_split)
+
+    def question(text: str, sample_id: str) -> str:
+        return templates.apply(template, text, instructions, sample_id, seed)
+
+    found = {
+        **read_splits(folder / f"{name}-train.parquet", ("train", "validation"), rule, question),
+        **read_splits(folder / f"{name}-test.parquet", ("test",), rule, question),
+    }
     return Task(name, found["train"], found["validation"], found["test"], rule.scorer, rule.max_new_tokens)
+
+
+def read_splits(
+    path: Path, splits: Sequence[str], rule: Rule, question: Callable[[str, str], str] = lambda text, _: text
+) -> dict[str, list[Sample]]:
+    """The samples of a parquet file by split, every record checked.
+
+    Args:
+        path: the file.
+        splits: that it must hold, and no other.
+        rule: how the task is answered.
+        question: makes a sample's question from (question, id); adds the instruction.
+
+    Raises:
+        DymoeError: it is missing or unreadable, a record cannot be used, a split is empty or does not belong here.
+    """
+    found = records.samples(path, records.read_table(path), rule.scorer, question)
+    for split in splits:
+        if not found.get(split):
+            raise DymoeError(f"{path}: no record has split {split!r}; the task would be empty")
+    if extra := sorted(set(found) - set(splits)):
+        raise DymoeError(f"{path}: split {extra[0]!r} does not belong here, only {' and '.join(splits)}")
+    return found

@@ -11,7 +11,7 @@ is wrong. A reference that cannot be read raises `DymoeError`. An answer that th
 strict rule does not is format drift: the model still knows, but says it in another task's form.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -27,13 +27,16 @@ from dymoe.tasks.scoring import (
     coin_open_answer,
     coin_scienceqa,
     coin_textvqa,
+    containment,
     exact_match,
     iou,
     letter,
     open_answer,
+    pope,
     processed_match,
     sefe_scienceqa,
     soft_accuracy,
+    token_f1,
 )
 from dymoe.tasks.scoring.policy import QUESTIONS, Policy
 from dymoe.tasks.scoring.text import Scorer
@@ -43,6 +46,9 @@ _RULES: dict[str, ModuleType] = {
     "soft_accuracy": soft_accuracy,
     "exact_match": exact_match,
     "iou": iou,
+    "token_f1": token_f1,
+    "containment": containment,
+    "pope": pope,
     "coin/scienceqa": coin_scienceqa,
     "coin/textvqa": coin_textvqa,
     "coin/imagenet": coin_imagenet,
@@ -79,6 +85,7 @@ class Rule:
         policy: what the rule divides by (`POLICY` of the module).
         skipped: whether the rule passes over a prediction, which is then wrong.
         remarks: (references by id, their file) -> what is to be said of them.
+        measures: (predictions, references) -> what there is to tell of all answers beside their mean score, by name.
     """
 
     name: str
@@ -89,6 +96,7 @@ class Rule:
     policy: Policy = QUESTIONS
     skipped: Callable[[str], bool] = lambda prediction: False
     remarks: Callable[[Mapping[str, Mapping[str, Any]], str], list[str]] = lambda references, origin: []
+    measures: Callable[[Sequence[str], Sequence[Mapping[str, Any]]], dict[str, float]] = lambda said, references: {}
 
 
 def names() -> tuple[str, ...]:
@@ -107,7 +115,7 @@ def rule(name: str) -> Rule:
         raise DymoeError(unknown("scoring rule", name, (*_RULES, *plugins.names("dymoe.scorers"))))
     parts = {part: getattr(found, part) for part in ("strict", "lenient", "readable") if hasattr(found, part)}
     if len(parts) == 3:
-        more = {"right": "right", "policy": "POLICY", "skipped": "skipped", "remarks": "remarks"}
+        more = {"right": "right", "policy": "POLICY"} | {name: name for name in ("skipped", "remarks", "measures")}
         parts |= {field: getattr(found, part) for field, part in more.items() if hasattr(found, part)}
         return Rule(name, **parts)
     if not callable(found):
