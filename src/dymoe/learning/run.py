@@ -7,7 +7,7 @@ decided by looking at the disk (`dymoe.learning.distributed`).
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from dymoe.files import atomic_json, atomic_write, read_bytes
 from dymoe.learning import conditions, inspection
 from dymoe.learning.checkpoints import last_checkpoint, remove_checkpoints
 from dymoe.learning.conditions import Description, State
-from dymoe.learning.distributed import Processes, join
+from dymoe.learning.distributed import join
 from dymoe.learning.folder import RunFolder, StageFolder, verify
 from dymoe.learning.learner import Learner, Made, quiet
 from dymoe.learning.progress import Display, silent
@@ -51,8 +51,34 @@ def run(
     processes = join()
     if processes.wrapped and made is not None:
         raise DymoeError("a dry run works in one process; start it without a launcher")
+    method = recipe.build_method()
+    title, console = f"{recipe.method} on {recipe.stream}", None if processes.main else silent()
     with _threads(recipe.training.threads), quiet():
-        return _run(recipe, resume, display, made, accept, processes)
+        ahead = Display(title, 0, console)
+        stream = checked(inspection.load(recipe, ahead.inspecting) if made is None else made.stream, recipe)
+        rounds = method.rounds(stream.tasks)
+        with (
+            closing(RunFolder(Path(recipe.output), resume, processes.main)) as folder,
+            display or Display(title, len(rounds), console) as shown,
+        ):
+            stages = [
+                folder.stage(index, name, [task.name for task in tasks])
+                for index, (name, tasks) in enumerate(rounds, start=1)
+            ]
+            if processes.main:
+                start = _Start(recipe, stream, rounds, folder, stages)
+                description = start.begin(processes.count, made is None, accept)
+                for note in (*stream.notes, *start.tidy()):
+                    shown.note(note)
+            revision = processes.from_main(lambda: description["base"].get("commit"))
+            if processes.from_main(lambda: any(stage.done is None for stage in stages or [folder.zero_shot])):
+                learner = Learner(recipe, method, stream, folder, stages, shown, processes, made, revision)
+                learner.learn(rounds)
+            shown.finish()
+            if processes.main:
+                write_results(folder, recipe, stream.names, stages)
+            processes.wait()
+    return folder.path
 
 
 @contextmanager
@@ -67,46 +93,6 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _run(
-    recipe: Recipe,
-    resume: bool,
-    display: Display | None,
-    made: Made | None,
-    accept: Sequence[str],
-    processes: Processes,
-) -> Path:
-    """As `run`, in a process that is prepared for it."""
-    method = recipe.build_method()
-    ahead = Display(f"{recipe.method} on {recipe.stream}", 0, None if processes.main else silent())
-    stream = checked(inspection.load(recipe, ahead.inspecting) if made is None else made.stream, recipe)
-    rounds = method.rounds(stream.tasks)
-    folder = RunFolder(Path(recipe.output), resume, processes.main)
-    try:
-        stages = [
-            folder.stage(index, name, [task.name for task in tasks])
-            for index, (name, tasks) in enumerate(rounds, start=1)
-        ]
-        shown_as = (f"{recipe.method} on {recipe.stream}", len(rounds))
-        with display or Display(*shown_as, None if processes.main else silent()) as shown:
-            if processes.main:
-                start = _Start(recipe, stream, rounds, folder, stages)
-                description = start.begin(processes.count, made is None, accept)
-                for note in (*stream.notes, *start.tidy()):
-                    shown.note(note)
-            revision = processes.from_main(lambda: description["base"].get("commit"))
-            asked = stages or [folder.zero_shot]
-            if processes.from_main(lambda: any(stage.done is None for stage in asked)):
-                learner = Learner(recipe, method, stream, folder, stages, shown, processes, made, revision)
-                learner.learn(rounds)
-            shown.finish()
-        if processes.main:
-            write_results(folder, recipe, stream.names, stages)
-        processes.wait()
-    finally:
-        folder.close()
-    return folder.path
 
 
 @dataclass
