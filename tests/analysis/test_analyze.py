@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from dymoe import analysis
+from dymoe.analysis.routing_drift import correlation_line
 from dymoe.cli import main
-from dymoe.cli.analyze import correlation_line
 from dymoe.files import atomic_json
 from dymoe.learning.groups import hashes, save_group, train_group
 from dymoe.models import load

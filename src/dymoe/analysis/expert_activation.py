@@ -183,6 +183,23 @@ def pruned_share(frame: pd.DataFrame, share: float) -> pd.DataFrame:
 # ---------------------------------------------------------------- the figure
 
 
+def tables(frame: pd.DataFrame, run: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """How many experts there are and are dead after each stage, and what pruning would remove."""
+    rows = []
+    for stage in sorted(frame["stage"].unique()):
+        part = frame[frame["stage"] == stage]
+        experts = len(part.drop_duplicates(["layer", "projection", "group", "expert"]))
+        rows.append({"stage": str(stage), "experts": str(experts), "dead": str(len(dead(frame, stage)))})
+    yield "Experts over all layers; dead: below 0.1 % of the weight on every task", rows
+    rows = []
+    for name, share in (("1/8", 1 / 8), ("1/4", 1 / 4)):
+        for entry in pruned_share(frame, share).to_dict("records"):
+            weight = f"{entry['weight']:.1%} of {entry['group_weight']:.1%}"
+            removed = f"{entry['experts']} of {entry['of']}"
+            rows.append({"pruned": name, "group": entry["group"], "experts removed": removed, "weight lost": weight})
+    yield "What pruning would remove after each task", rows
+
+
 def figures(have: Sequence[Analysed]) -> list[Figure]:
     """Each group's weight in each layer as circles, dead experts as crosses; one plot a method and stage."""
     stages = sorted({int(stage) for one in have for stage in one.frame["stage"]})

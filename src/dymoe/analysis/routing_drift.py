@@ -3,7 +3,7 @@
 Torch and the model are loaded where the frame is computed; the figures are drawn from frames without either.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,6 +228,32 @@ def correlation(pairs: pd.DataFrame) -> dict[str, float | int | None]:
         found["pearson"] = float(pairs["drift"].corr(pairs["forgetting"]))
         found["spearman"] = float(pairs["drift"].rank().corr(pairs["forgetting"].rank()))
     return found
+
+
+def correlation_line(found: Mapping[str, Any]) -> str:
+    """The correlation of drift with forgetting in one line."""
+    if found["pearson"] is None:
+        return f"Drift and forgetting: earlier tasks too few, or too alike, to correlate ({found['tasks']})"
+    return (
+        f"Drift and forgetting over {found['tasks']} earlier tasks: Pearson {found['pearson']:.2f}, "
+        f"Spearman {found['spearman']:.2f}"
+    )
+
+
+def tables(frame: pd.DataFrame, run: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """For each task at the last stage: drift by part, changed top experts, forgetting; below, how these go together."""
+    last, pairs = frame[frame["stage"] == frame["stage"].max()], drift_and_forgetting(run, frame)
+    parts = {kind: drift_by_task(last[last["part"] == kind]).set_index("task")["drift"] for kind in PARTS}
+    lost = pairs.set_index("task")["forgetting"]
+    rows = []
+    for entry in drift_by_task(last).to_dict("records"):
+        task = entry["task"]
+        by_part = {kind: f"{values[task]:.1%}" if task in values else "–" for kind, values in parts.items()}
+        forgotten = f"{lost[task]:.1f}" if task in lost else "–"
+        whole = {"drift": f"{entry['drift']:.1%}", **by_part, "changed top expert": f"{entry['changed']:.1%}"}
+        rows.append({"task": task, **whole, "forgetting": forgotten})
+    yield "Routing drift", rows
+    yield correlation_line(correlation(pairs)), []
 
 
 # ---------------------------------------------------------------- figures from the stages' routing.json

@@ -334,6 +334,16 @@ class Overlay(Figure):
     pictures: dict[str, str] = field(default_factory=dict)
 
 
+def tables(frame: pd.DataFrame, run: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """By which groups the tokens of each sample are served."""
+    rows = []
+    for (task, sample, stage), part in frame.groupby(["task", "sample", "stage"], sort=False):
+        shares = part["group"].value_counts(normalize=True)
+        served = ", ".join(f"{group or 'none'} {share:.0%}" for group, share in shares.items())
+        rows.append({"task": task, "sample": sample, "stage": str(stage), "tokens served by": served})
+    yield f"Layer {frame['layer'].iloc[0]}, all projections", rows
+
+
 def figures(have: Sequence[Analysed]) -> list[Figure]:
     """Samples before and after, coloured by serving group or by token type.
 

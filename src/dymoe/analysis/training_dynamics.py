@@ -1,6 +1,6 @@
 """How routing changed while a run learned: token types, loss terms and entropy, from what its trainer wrote down."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -50,6 +50,29 @@ def dynamics(run: str | Path) -> pd.DataFrame:
                 place = {"task": task, "stage": stage, "step": line["step"], "layer": layer, "projection": projection}
                 rows.append({**place, **dict(zip(line["values"], values, strict=True))})
     return pd.DataFrame(rows, columns=[*COLUMNS["dynamics"]])
+
+
+def tables(frame: pd.DataFrame, run: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Token types, weight on the new group, entropy and specialization at the first and last logged step of each task.
+
+    Raises:
+        DymoeError: nothing was logged.
+    """
+    if frame.empty:
+        raise DymoeError(
+            f"{run}: no dynamics were logged; the run's gate has no scores, its training.dynamics_every is 0, or it is "
+            "older than this log"
+        )
+    rows = []
+    for (stage, task), part in frame.groupby(["stage", "task"], sort=False):
+        for step in sorted({part["step"].min(), part["step"].max()}):
+            now = part[part["step"] == step]
+            shares = {name: f"{now[f'share_{name}'].mean():.1%}" for name in ("new", "ambiguous", "old")}
+            rest = {"entropy": f"{now['entropy'].mean():.2f}", "specialization": f"{now['specialization'].mean():.3f}"}
+            weight = f"{now['new_group_weight'].mean():.1%}"
+            row = {"stage": str(stage), "task": task, "step": str(step), **shares, "new group's weight": weight}
+            rows.append({**row, **rest})
+    yield "Routing at the first and last logged step of each task, mean over layers", rows
 
 
 def figures(have: Sequence[Analysed]) -> list[Figure]:
