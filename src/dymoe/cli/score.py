@@ -39,13 +39,13 @@ def main(argv: Sequence[str]) -> int:
     read = (scores.predictions, *scores.references)
     if output.resolve() in [Path(source.path).resolve() for source in read]:
         raise DymoeError(f"score: --output {output}: is one of the files to be read; name another")
-    say(*told(scores))
+    say(*lines(scores))
     atomic_json(output, scores.as_dict())
     say(f"Scores: {output}")
     return 0
 
 
-def told(scores: Any) -> list[str]:
+def lines(scores: Any) -> list[str]:
     """The scores in a few lines."""
     counts = scores.counts
     return [

@@ -55,7 +55,7 @@ class Processes:
 
     @property
     def name(self) -> str:
-        """For messages, counted from 0 as the launchers do."""
+        """What messages call this process, counted from 0 as the launchers do."""
         return f"process {self.rank} of {self.count}"
 
     def wait(self) -> None:

@@ -115,7 +115,7 @@ class Display(Bars):
             self.note(f"looking at {samples}: {done}/{count}")
 
     def finish(self) -> None:
-        """All stages are done."""
+        """Show all stages as done, and no task at work."""
         if self._bars is not None and self._all is not None and self._now is not None:
             self._bars.update(self._all, completed=self.stages)
             self._bars.update(self._now, visible=False)

@@ -53,5 +53,5 @@ class Checkup:
         self.findings.append(Finding(level, what, where, found, mend))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """All of it as JSON can hold it, with how many findings are wrong."""
         return {**asdict(self), "wrong": self.wrong}

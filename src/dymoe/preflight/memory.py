@@ -320,7 +320,7 @@ def operations(shape: Shape, stored: int, tokens: float, checkpointing: bool) ->
     return 2.0 * tokens * (passes * (shape.linear_parameters + stored) + stored)
 
 
-def told(memory: Memory) -> Mapping[str, float]:
+def gigabytes(memory: Memory) -> Mapping[str, float]:
     """The parts of a budget in GB (10^9 bytes), in order."""
     names = ("weights", "groups", "packed", "gradients", "optimizer", "activations")
     parts = {name: getattr(memory, name) / 1e9 for name in names}
@@ -329,9 +329,9 @@ def told(memory: Memory) -> Mapping[str, float]:
 
 def table(rows: Sequence[tuple[str, Memory]]) -> str:
     """Budgets as a Markdown table; docs/memory.md holds one."""
-    head = ["", "parameters that train", *told(rows[0][1])]
+    head = ["", "parameters that train", *gigabytes(rows[0][1])]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for label, row in rows:
-        cells = [label, f"{row.trainable:,}", *(f"{value:.1f}" for value in told(row).values())]
+        cells = [label, f"{row.trainable:,}", *(f"{value:.1f}" for value in gigabytes(row).values())]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

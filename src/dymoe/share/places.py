@@ -94,7 +94,7 @@ class HubSource:
         from huggingface_hub import HfApi
 
         self.where = self.repository
-        with told(self.repository):
+        with hub_errors(self.repository):
             info = HfApi().model_info(self.repository, files_metadata=True)
         self.commit = info.sha
         self.sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -117,7 +117,7 @@ class HubSource:
 
         if name not in self.sizes:
             raise DymoeError(f"{self.where}: {name}: is missing")
-        with told(self.repository):
+        with hub_errors(self.repository):
             return Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=folder))
 
 
@@ -144,7 +144,7 @@ def upload(folder: Path, repository: str, private: bool, message: str) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
-    with told(repository):
+    with hub_errors(repository):
         api.create_repo(repository, private=private or None, exist_ok=True)
         info: Any = api.model_info(repository)
     there = {file.rfilename for file in info.siblings or ()}
@@ -157,14 +157,14 @@ def upload(folder: Path, repository: str, private: bool, message: str) -> str:
     old = sorted(name for name in there - set(added) if name.startswith("groups/"))
     operations: list[Any] = [CommitOperationAdd(name, path) for name, path in added.items()]
     operations += [CommitOperationDelete(name) for name in old]
-    with told(repository):
+    with hub_errors(repository):
         # Not upload_folder, which may make several commits; and none on top of what another push sent meanwhile.
         commit = api.create_commit(repository, operations, commit_message=message, parent_commit=info.sha)
     return str(commit.commit_url)
 
 
 @contextmanager
-def told(repository: str) -> Iterator[None]:
+def hub_errors(repository: str) -> Iterator[None]:
     """Turn whatever the Hub's client raises into one line; its errors have no base in common.
 
     Raises:
