@@ -53,11 +53,6 @@ class Processes:
         """Whether the model is not the same object after training as before: the step is spread somehow."""
         return self.strategy != "one"
 
-    @property
-    def name(self) -> str:
-        """What messages call this process, counted from 0 as the launchers do."""
-        return f"process {self.rank} of {self.count}"
-
     def wait(self) -> None:
         """Wait until every process is here."""
         self.gather(None)
