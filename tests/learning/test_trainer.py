@@ -257,3 +257,26 @@ def test_zero_shot_is_asked_once_before_anything_is_learned(tiny_folder, tmp_pat
     assert len(results["zero_shot"]) == 2
     assert (folder / "zero-shot" / "predictions" / "VQAv2.jsonl").is_file()
     assert not (folder / "zero-shot" / "routing.json").exists()
+
+
+def test_a_run_leaves_the_process_as_it_was(tiny_folder, tmp_path):
+    """Threads, warnings and what libraries say of themselves are changed for the run alone."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    def state():
+        levels = logging.getLogger("accelerate").level, transformers_logging.get_verbosity()
+        return torch.get_num_threads(), levels, transformers_logging.is_progress_bar_enabled(), list(warnings.filters)
+
+    words = ["--method", "zero-shot", "--settings", "{}", "--tasks", "[ImageNet]"]
+    recipe = load_recipe(write_recipe(tmp_path / "run.yaml", tiny_folder), words)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        before = state()
+        run(recipe)
+        assert state() == before
+    finally:
+        torch.set_num_threads(threads)
