@@ -48,9 +48,9 @@ def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["x", "--port", "70000"], "play: --port: expected 1 to 65535, got 70000"),
+        (["x", "--port", "70000"], "play: --port: expected a whole number from 1 to 65535, got '70000'"),
         (["x", "--prot", "1"], "play: --prot: unknown option; did you mean --port?"),
-        (["--port", "7000"], "play: no run folder given; at least one is needed"),
+        (["--port", "7000"], "play: expected RUN (one or more), got 0 words"),
         (["nowhere"], "nowhere"),
     ],
 )
