@@ -49,7 +49,7 @@ def read_turns(key: str, value: Any) -> tuple[list[Turn], list[Any]]:
         for turn, speakers in ((value[number], ASKING), (value[number + 1], ANSWERING)):
             if _speaker(turn) not in speakers:
                 raise DymoeError(f"{key!r}: expected {right}, found {brief(_speaker(turn))} where {speakers[0]} speaks")
-        question, answer = (_said(key, value[place], pictures) for place in (number, number + 1))
+        question, answer = (_content(key, value[index], pictures) for index in (number, number + 1))
         if not isinstance(question, str):
             raise DymoeError(f"{key!r}: question {number // 2 + 1}: expected a text, found {type(question).__name__}")
         pairs.append((question, answer))
@@ -61,13 +61,13 @@ def _speaker(turn: Mapping[str, Any]) -> Any:
     return speaker.lower() if isinstance(speaker, str) else speaker
 
 
-def _said(key: str, turn: Mapping[str, Any], pictures: list[Any]) -> Any:
+def _content(key: str, turn: Mapping[str, Any], pictures: list[Any]) -> Any:
     """What a turn says, of parts with an image token for each picture, whose source goes into `pictures`."""
-    said = turn.get("value") if turn.get("value") is not None else turn.get("content")
-    if not isinstance(said, list) or not any(isinstance(part, Mapping) for part in said):
-        return said
+    content = turn.get("value") if turn.get("value") is not None else turn.get("content")
+    if not isinstance(content, list) or not any(isinstance(part, Mapping) for part in content):
+        return content
     texts = []
-    for part in said:
+    for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
@@ -94,11 +94,11 @@ def without_tokens(questions: Sequence[str], pictures: int) -> list[str]:
     Raises:
         DymoeError: tokens and pictures do not agree, a token stands where it cannot, or is another tool's.
     """
-    for place, question in enumerate(questions, start=1):
-        found = _FOREIGN.search(question) or (_PERHAPS.search(question) if pictures else None)
-        if found:
+    for number, question in enumerate(questions, start=1):
+        foreign = _FOREIGN.search(question) or (_PERHAPS.search(question) if pictures else None)
+        if foreign:
             raise DymoeError(
-                f"question {place} holds {brief(found[0])}; the picture belongs under 'image' or 'images', and is "
+                f"question {number} holds {brief(foreign[0])}; the picture belongs under 'image' or 'images', and is "
                 f"{IMAGE_TOKEN} in the text or left out there"
             )
     tokens = [question.count(IMAGE_TOKEN) for question in questions]

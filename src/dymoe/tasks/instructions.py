@@ -78,9 +78,9 @@ def kinds(task: str, question: str) -> set[str]:
         raise DymoeError(unknown("task", task, _templates()))
     last = question.rpartition("\n")[2].strip().removesuffix(".")
     first = question.partition(": ")[0]
-    found = set()
+    types = set()
     for kind, choice in _templates()[task].items():
         sentences = [choice] if isinstance(choice, str) else choice
         if last in sentences or first in sentences:
-            found.add(kind)
-    return found
+            types.add(kind)
+    return types

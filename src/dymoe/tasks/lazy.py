@@ -279,10 +279,10 @@ class Joined(Sequence[Sample]):
 
 def joined(parts: Iterable[Sequence[Sample]]) -> Sequence[Sample]:
     """The samples of all parts in order: a new list, or a view where a part stays on disk."""
-    kept = [part for part in parts if len(part)]
-    if not any(isinstance(part, Records | Joined) for part in kept):
-        return [sample for part in kept for sample in part]
-    return kept[0] if len(kept) == 1 else Joined(tuple(kept))
+    filled = [part for part in parts if len(part)]
+    if not any(isinstance(part, Records | Joined) for part in filled):
+        return [sample for part in filled for sample in part]
+    return filled[0] if len(filled) == 1 else Joined(tuple(filled))
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

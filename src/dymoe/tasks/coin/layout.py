@@ -130,12 +130,12 @@ def _file(folder: Path, what: str, names: Sequence[str]) -> Path:
 def task_folders(folder: Path) -> dict[str, Path]:
     """Task -> its folder below `folder`, whatever the case and dashes of its name (``OCR-VQA``)."""
     plain = {re.sub("[^a-z0-9]", "", task.lower()): task for task in TASKS}
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for path in _folders(folder):
         task = plain.get(re.sub("[^a-z0-9]", "", path.name.lower()))
-        if task is not None and (task not in found or path.name == task) and next(_training_files(path), None):
-            found[task] = path
-    return found
+        if task is not None and (task not in folders or path.name == task) and next(_training_files(path), None):
+            folders[task] = path
+    return folders
 
 
 def _training_files(folder: Path) -> Iterator[Path]:
@@ -172,8 +172,8 @@ def find(source: Source, kind: str, tasks: Sequence[str]) -> Layout:
 
 def instruction_folders(root: Path) -> list[Path]:
     """The folders in a tree that hold a folder with training files for at least one task."""
-    places = [root] + [path for name in BELOW for path in _folders(root / name)]
-    return [path for path in dict.fromkeys(places) if task_folders(path)]
+    candidates = [root] + [path for name in BELOW for path in _folders(root / name)]
+    return [path for path in dict.fromkeys(candidates) if task_folders(path)]
 
 
 def _candidates(root: Path, source: Source) -> list[Path]:
@@ -183,8 +183,8 @@ def _candidates(root: Path, source: Source) -> list[Path]:
         folders = instruction_folders(root)
         return [path for path in folders if source.variant in ("auto", known.get(path.name))]
     name = expand(source.instructions_folder)
-    places = [name] if name.is_absolute() else [root / below / name for below in BELOW]
-    folders = [place for place in places if task_folders(place)][:1]
+    paths = [name] if name.is_absolute() else [root / below / name for below in BELOW]
+    folders = [path for path in paths if task_folders(path)][:1]
     if not folders:
         there = ", ".join(str(path) for path in instruction_folders(root)) or "none"
         raise DymoeError(f"data.instructions_folder: {name}: holds no task's training files; found: {there}")
@@ -194,11 +194,11 @@ def _candidates(root: Path, source: Source) -> list[Path]:
 def _instructions(root: Path, source: Source, kind: str, tasks: Sequence[str]) -> tuple[Path, bool]:
     """The instruction folder, and whether its original text is to be replaced."""
     kinds = {folder: kinds_of(folder, tasks) for folder in _candidates(root, source)}
-    for wanted, replaced in ((kind, False), ("original", True)):
-        fits = [folder for folder in kinds if wanted in kinds[folder]]
+    for type_, replaced in ((kind, False), ("original", True)):
+        fits = [folder for folder in kinds if type_ in kinds[folder]]
         if len(fits) > 1:
             raise DymoeError(
-                f"{root}: several folders hold {wanted} instructions: {', '.join(map(str, fits))}; "
+                f"{root}: several folders hold {type_} instructions: {', '.join(map(str, fits))}; "
                 "choose one with data.instructions_folder or data.variant"
             )
         if fits and (not replaced or source.templates):
@@ -218,8 +218,8 @@ def _unpacked(root: Path, names: Sequence[str]) -> str:
     """The end of a message: an archive with one of these names that nobody has unpacked."""
     for folder in (root / below for below in BELOW):
         for name in names:
-            if "; unpack" in (told := what_is_there(folder / name)):
-                return told
+            if "; unpack" in (hint := what_is_there(folder / name)):
+                return hint
     return ""
 
 
@@ -234,7 +234,7 @@ def kinds_of(folder: Path, tasks: Sequence[str]) -> tuple[str, ...]:
     a folder with an unknown name whose sentences are unknown or contradict each other counts as original.
     """
     possible = set(instructions.TYPES)
-    said = False
+    known = False
     for task, path in task_folders(folder).items():
         if task not in tasks:
             continue
@@ -243,9 +243,9 @@ def kinds_of(folder: Path, tasks: Sequence[str]) -> tuple[str, ...]:
         for question in _peek(file):
             kinds = instructions.kinds(task, question)
             possible &= kinds or possible
-            said = said or bool(kinds)
+            known = known or bool(kinds)
     by_name = {row["name"]: row["type"] for row in published()["folders"]}.get(folder.name, "original")
-    if not said or not possible or by_name in possible:
+    if not known or not possible or by_name in possible:
         return (by_name,)
     return tuple(kind for kind in instructions.TYPES if kind in possible)
 
@@ -257,11 +257,11 @@ def _peek(path: Path) -> Iterator[str]:
             text = file.read(PEEK_BYTES).decode("utf-8-sig", errors="ignore")
     except OSError:
         return
-    decoder, place = json.JSONDecoder(), text.find("[") + 1
+    decoder, position = json.JSONDecoder(), text.find("[") + 1
     for _ in range(PEEK_RECORDS):
-        place += len(text[place:]) - len(text[place:].lstrip(" \t\r\n,"))
+        position += len(text[position:]) - len(text[position:].lstrip(" \t\r\n,"))
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, position = decoder.raw_decode(text, position)
             yield parse(value, test=False).question
         except DymoeError:
             continue
@@ -277,11 +277,11 @@ def _images(root: Path, source: Source) -> Path:
             raise DymoeError(f"data.images: no such folder {images}")
         return images
     known = set(published()["image_folders"])
-    places = [root / below / name for below in BELOW for name in ("cl_dataset", "images", "")]
-    for place in dict.fromkeys(places):
+    paths = [root / below / name for below in BELOW for name in ("cl_dataset", "images", "")]
+    for candidate in dict.fromkeys(paths):
         # A task's instruction folder may have the same name as its image folder: then it holds training files.
-        if any(path.name in known and not any(_training_files(path)) for path in _folders(place)):
-            return place
+        if any(path.name in known and not any(_training_files(path)) for path in _folders(candidate)):
+            return candidate
     raise DymoeError(
         f"{root}: no image root found (cl_dataset with {', '.join(sorted(known))}); say where it is with data.images"
         f"{_unpacked(root, ('cl_dataset', 'images')) or _there(root)}"

@@ -88,8 +88,8 @@ def load(names: Sequence[str], instructions: str, seed: int, source: Source) -> 
     for task, both in zip(tasks, files, strict=True):
         if uncounted := both.test.kept - len(task.test):
             message = f"{uncounted} questions are not of the balanced set, which alone counts"
-            whole = {"file": str(both.test.path), "record": None, "id": None, "error": message}
-            skipped.append({**whole, "task": task.name, "split": "test"})
+            entry = {"file": str(both.test.path), "record": None, "id": None, "error": message}
+            skipped.append({**entry, "task": task.name, "split": "test"})
     return Stream("coin", tuple(tasks), tuple(skipped))
 
 

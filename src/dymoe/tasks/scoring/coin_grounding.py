@@ -26,10 +26,10 @@ def strict(prediction: str, reference: Mapping[str, Any]) -> float:
         DymoeError: the reference's box or size cannot be read.
     """
     truth, side = iou.read_published(reference), iou.read_long_side(reference)
-    said = parse(prediction)
-    if said is None:
+    box = parse(prediction)
+    if box is None:
         return 0.0
-    return float(_overlap([value * side for value in said], [value * side for value in truth]) > iou.THRESHOLD)
+    return float(_overlap([value * side for value in box], [value * side for value in truth]) > iou.THRESHOLD)
 
 
 def lenient(prediction: str, reference: Mapping[str, Any]) -> float:

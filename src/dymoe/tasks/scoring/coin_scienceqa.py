@@ -46,8 +46,8 @@ def rules(parse: Callable[[str], str | None]) -> tuple[Scorer, Scorer, _Reads]:
 
     def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
         count = len(letter.read_choice(reference)[1]) or len(letter.LETTERS)
-        said = parse(prediction)
-        return said is not None and said in list(letter.LETTERS[:count])
+        answer = parse(prediction)
+        return answer is not None and answer in list(letter.LETTERS[:count])
 
     return strict, lenient, readable
 
@@ -63,11 +63,11 @@ def leading(prediction: str) -> str | None:
 
 def parse(prediction: str) -> str | None:
     """The answer that CoIN's code reads out of a prediction, None when it finds nothing."""
-    found = leading(prediction)
-    if found is None:
+    answer = leading(prediction)
+    if answer is None:
         lone = _LONE.search(prediction)
-        found = None if lone is None else lone[1].upper()
-    return found
+        answer = None if lone is None else lone[1].upper()
+    return answer
 
 
 strict, lenient, readable = rules(parse)

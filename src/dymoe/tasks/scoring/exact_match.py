@@ -35,10 +35,10 @@ def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
     """
     if strict(prediction, reference):
         return 1.0
-    answer, said = process_answer(read_answer(reference)), process_answer(prediction)
-    if answer in _OPPOSITE and contains_words(said, _OPPOSITE[answer]):
+    answer, text = process_answer(read_answer(reference)), process_answer(prediction)
+    if answer in _OPPOSITE and contains_words(text, _OPPOSITE[answer]):
         return 0.0
-    return float(contains_words(said, answer))
+    return float(contains_words(text, answer))
 
 
 def readable(prediction: str, reference: Mapping[str, Any]) -> bool:

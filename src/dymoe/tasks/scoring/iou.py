@@ -34,8 +34,8 @@ def strict(prediction: str, reference: Mapping[str, Any]) -> float:
         DymoeError: the reference's box or size cannot be read.
     """
     truth = read_box(reference)
-    found = _BOX.fullmatch(prediction.strip())
-    return float(found is not None and iou(_floats(found.groups()), truth) > THRESHOLD)
+    match = _BOX.fullmatch(prediction.strip())
+    return float(match is not None and iou(_floats(match.groups()), truth) > THRESHOLD)
 
 
 def lenient(prediction: str, reference: Mapping[str, Any]) -> float:

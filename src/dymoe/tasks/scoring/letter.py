@@ -32,8 +32,8 @@ def strict(prediction: str, reference: Mapping[str, Any]) -> float:
         DymoeError: the reference's letter or choices cannot be read.
     """
     answer, choices = read_choice(reference)
-    found = _said(prediction)
-    return float(found is not None and _valid(found, choices) == answer)
+    letter = _letter(prediction)
+    return float(letter is not None and _valid(letter, choices) == answer)
 
 
 def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
@@ -48,9 +48,9 @@ def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
     if strict(prediction, reference):
         return 1.0
     text = prediction.strip()
-    if _said(text) is not None:
+    if _letter(text) is not None:
         return 0.0
-    named = {found.upper() for found in _NAMED.findall(text)}
+    named = {letter.upper() for letter in _NAMED.findall(text)}
     if not named:
         named = {"".join(groups) for groups in _STANDING.findall(text)}
     if not named:
@@ -60,8 +60,8 @@ def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
 
 def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
     """Whether the strict rule finds a letter in the prediction that one of the choices has."""
-    found = _said(prediction)
-    return found is not None and _valid(found, read_choice(reference)[1]) is not None
+    letter = _letter(prediction)
+    return letter is not None and _valid(letter, read_choice(reference)[1]) is not None
 
 
 def right(reference: Mapping[str, Any]) -> str:
@@ -73,23 +73,23 @@ def right(reference: Mapping[str, Any]) -> str:
     return read_choice(reference)[0]
 
 
-def _said(prediction: str) -> str | None:
+def _letter(prediction: str) -> str | None:
     text = prediction.strip()
-    found = _ALONE.fullmatch(text) or _LEADING.fullmatch(text)
-    return None if found is None else found[1]
+    match = _ALONE.fullmatch(text) or _LEADING.fullmatch(text)
+    return None if match is None else match[1]
 
 
-def _by_text(said: str, choices: list[str]) -> set[str]:
+def _by_text(text: str, choices: list[str]) -> set[str]:
     hits = {
         LETTERS[index]: process_answer(choice)
         for index, choice in enumerate(choices)
-        if contains_words(said, process_answer(choice))
+        if contains_words(text, process_answer(choice))
     }
     # "on land" in "fish on land" is one hit, not two: a choice inside a longer named choice does not count.
     return {
         letter
-        for letter, text in hits.items()
-        if not any(other != text and contains_words(other, text) for other in hits.values())
+        for letter, choice_text in hits.items()
+        if not any(other != choice_text and contains_words(other, choice_text) for other in hits.values())
     }
 
 

@@ -35,13 +35,13 @@ class Source:
 class Prediction:
     """One answer of a model: the line it stands on, counted from 1, the question's id and the text.
 
-    `own` says that it stands in the form of a run's own answers.
+    `of_run` says that it stands in the form of a run's own answers.
     """
 
     line: int
     id: str
     text: str
-    own: bool = False
+    of_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,25 @@ def read_predictions(path: str | Path) -> tuple[list[Prediction], Source]:
     Raises:
         DymoeError: names the file and the first line that is no JSON object with a `question_id` and a `text`.
     """
-    found = []
+    predictions = []
     for number, record in numbered(Path(path)):
         where = f"{path}: line {number}"
         if not isinstance(record, dict):
             raise DymoeError(f"{where}: must be a JSON object with question_id and text, not {brief(record)}")
-        own = {"id", "prediction"} <= record.keys() and "question_id" not in record
-        if not own and "prompt" not in record and record.keys() & {"answer", "answer_bbox"} and "text" in record:
+        of_run = {"id", "prediction"} <= record.keys() and "question_id" not in record
+        if not of_run and "prompt" not in record and record.keys() & {"answer", "answer_bbox"} and "text" in record:
             raise DymoeError(f"{where}: is a test record, whose 'text' is the question; were the two files exchanged?")
         identity = _identity(record, where)
-        text = as_text(record.get("prediction" if own else "text"))
+        text = as_text(record.get("prediction" if of_run else "text"))
         if not isinstance(text, str):
             raise DymoeError(
                 f"{where} (question_id {identity!r}): 'text' must be a text, not {brief(record.get('text'))}"
             )
-        found.append(Prediction(number, identity, text, own))
-    return found, _source(path, len(found))
+        predictions.append(Prediction(number, identity, text, of_run))
+    return predictions, _source(path, len(predictions))
 
 
-def name_predictions(said: Sequence[Prediction], right: References, path: str) -> list[Prediction]:
+def name_predictions(predictions: Sequence[Prediction], right: References, path: str) -> list[Prediction]:
     """The predictions by the names of their questions, where several questions have one id.
 
     A run's own answers have these names (``7``, ``7#2``, see `dymoe.tasks.llava.Names`); in a file of another tool the
@@ -87,17 +87,17 @@ def name_predictions(said: Sequence[Prediction], right: References, path: str) -
     Raises:
         DymoeError: they are not as many, so nobody knows which answers are missing.
     """
-    asked = Counter(record["question_id"] for record in right.records.values())
-    counts = Counter(each.id for each in said)
+    questions = Counter(record["question_id"] for record in right.records.values())
+    counts = Counter(each.id for each in predictions)
     names, named = Names(), []
-    for each in said:
-        if asked[each.id] < 2 or each.own or f"{each.id}#2" in counts:
+    for each in predictions:
+        if questions[each.id] < 2 or each.of_run or f"{each.id}#2" in counts:
             named.append(each)
             continue
-        if counts[each.id] != asked[each.id]:
+        if counts[each.id] != questions[each.id]:
             raise DymoeError(
                 f"{path}: line {each.line}: question_id {each.id!r} is there {counts[each.id]} times, in "
-                f"{right.origin} {asked[each.id]} times; which answer belongs to which question is not known"
+                f"{right.origin} {questions[each.id]} times; which answer belongs to which question is not known"
             )
         named.append(replace(each, id=names.name(each.id)))
     return named
@@ -126,15 +126,15 @@ def read_references(path: str | Path, task: str, annotations: str | Path | None 
         records[names.name(identity)] = {**record, "question_id": identity}
     if not records:
         raise DymoeError(f"{path}: it holds no records")
-    found = References(records, str(path), (_source(path, len(records)),))
+    references = References(records, str(path), (_source(path, len(records)),))
     if annotations is None:
-        return replace(found, remarks=files.remarks_without(task, records.values(), str(path)))
+        return replace(references, remarks=files.remarks_without(task, records.values(), str(path)))
     folder = Path(annotations)
     if not folder.is_dir():
         raise DymoeError(f"{folder}: no such folder; give the image root (cl_dataset) or the task's folder in it")
     if task == "ScienceQA":
-        return _with_problems(found, folder)
-    return _extended(found, task, folder) if task in files.FILES else found
+        return _with_problems(references, folder)
+    return _extended(references, task, folder) if task in files.FILES else references
 
 
 def _with_problems(references: References, folder: Path) -> References:

@@ -102,8 +102,8 @@ def rule_name(rule: str, task: str, variant: str = "coin") -> tuple[str, str]:
         raise DymoeError(unknown("task", task, coin.TASKS))
     if rule == "corrected" and variant != "coin":
         raise DymoeError(f"variant {variant!r}: the corrected rule has no variants; it goes with rule 'coin'")
-    own = f"{variant}/{spelled.lower()}"  # a variant has rules of its own for some tasks alone
-    return own if rule == "coin" and own in names() else f"{rule}/{spelled.lower()}", spelled
+    variant_rule = f"{variant}/{spelled.lower()}"  # a variant has rules of its own for some tasks alone
+    return variant_rule if rule == "coin" and variant_rule in names() else f"{rule}/{spelled.lower()}", spelled
 
 
 def score_files(
@@ -170,7 +170,7 @@ def _score(rule: Rule, task: str, predictions: Sequence[Prediction], source: Sou
         "unknown": match.unknown,
         "unreadable": [identity for identity, text, right in texts if not rule.readable(text, right)],
     }
-    whole, none = strict.count(1), strict.count(0)
+    full, none = strict.count(1), strict.count(0)
     return Scores(
         task=task,
         rule=rule.name,
@@ -180,8 +180,8 @@ def _score(rule: Rule, task: str, predictions: Sequence[Prediction], source: Sou
         denominator=denominator,
         denominator_is=policy.what,
         counts=Counts(
-            right=whole,
-            partial=len(answers) - whole - none,
+            right=full,
+            partial=len(answers) - full - none,
             wrong=none + denominator - len(answers),
             **{key: len(value) for key, value in ids.items()},
         ),

@@ -23,11 +23,11 @@ _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 def parse(prediction: str) -> str | None:
     """The answer that SEFE's code reads out of a prediction, None when it finds nothing."""
-    found = leading(prediction)
-    if found is None:
-        told = _SENTENCE.findall(prediction)
-        found = str(told[0]) if len(told) == 1 else None
-    return found
+    answer = leading(prediction)
+    if answer is None:
+        letters = _SENTENCE.findall(prediction)
+        answer = str(letters[0]) if len(letters) == 1 else None
+    return answer
 
 
 strict, lenient, readable = rules(parse)

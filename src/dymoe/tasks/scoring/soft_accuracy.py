@@ -37,11 +37,11 @@ def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
     Raises:
         DymoeError: the reference does not hold ten answers.
     """
-    answers, said = _processed(reference), process_answer(prediction)
-    best = _accuracy(said, answers)
-    both = contains_words(said, "yes") and contains_words(said, "no")
+    answers, text = _processed(reference), process_answer(prediction)
+    best = _accuracy(text, answers)
+    both = contains_words(text, "yes") and contains_words(text, "no")
     for answer in set(answers):
-        if not (both and answer in ("yes", "no")) and contains_words(said, answer):
+        if not (both and answer in ("yes", "no")) and contains_words(text, answer):
             best = max(best, _accuracy(answer, answers))
     return best
 
@@ -51,8 +51,8 @@ def readable(prediction: str, reference: Mapping[str, Any]) -> bool:
     return bool(process_answer(prediction))
 
 
-def _accuracy(said: str, answers: list[str]) -> float:
-    matches = answers.count(said)
+def _accuracy(text: str, answers: list[str]) -> float:
+    matches = answers.count(text)
     # Leaving out one of the matching people leaves matches - 1, leaving out any other leaves all of them.
     total = matches * min(1.0, (matches - 1) / 3) + (PEOPLE - matches) * min(1.0, matches / 3)
     return max(0.0, total) / PEOPLE if matches else 0.0

@@ -37,9 +37,9 @@ _WITH_APOSTROPHE = (
     "you'd've you'll you're you've"
 )
 _CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word
+    word[:index] + word[index + 1 :]: word
     for word in _WITH_APOSTROPHE.split()
-    for place, letter in enumerate(word)
+    for index, letter in enumerate(word)
     if letter == "'"
 }
 _COMMA_IN_NUMBER = re.compile(r"[0-9],[0-9]")
@@ -58,8 +58,8 @@ def process_answer(answer: str) -> str:
 
 def same_answer(first: str, second: str) -> bool:
     """Whether two answers are the same once processed; one that vanishes ("a", "...") is compared as it stands."""
-    said, wanted = process_answer(first), process_answer(second)
-    return said == wanted if wanted else first.strip().lower() == second.strip().lower()
+    one, other = process_answer(first), process_answer(second)
+    return one == other if other else first.strip().lower() == second.strip().lower()
 
 
 def _punctuation(text: str) -> str:
@@ -78,8 +78,8 @@ def _words(text: str) -> str:
 
 def as_text(value: Any) -> Any:
     """A number as the text that is learned in its place; anything else as it is."""
-    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST
-    return str(value) if whole or (isinstance(value, float) and math.isfinite(value)) else value
+    integer = isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST
+    return str(value) if integer or (isinstance(value, float) and math.isfinite(value)) else value
 
 
 def contains_words(text: str, phrase: str, longest: int = 24) -> bool:
@@ -87,7 +87,7 @@ def contains_words(text: str, phrase: str, longest: int = 24) -> bool:
 
     A long text that happens to name the answer among everything else is no answer.
     """
-    words, wanted = text.split(), phrase.split()
-    if not wanted or len(words) > longest:
+    words, sequence = text.split(), phrase.split()
+    if not sequence or len(words) > longest:
         return False
-    return any(words[start : start + len(wanted)] == wanted for start in range(len(words)))
+    return any(words[start : start + len(sequence)] == sequence for start in range(len(words)))
