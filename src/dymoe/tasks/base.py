@@ -66,9 +66,9 @@ class Sample:
     def label(self) -> str:
         """What messages call it: its id, and where it is known its file, record number and picture's path."""
         name = getattr(self.picture, "name", None)
-        told = [] if self.source is None else [f"{self.source[0]}: record {self.source[1]}"]
-        told += [] if name is None else [f"image {brief(name)}"]
-        return f"sample {brief(self.id)} ({', '.join(told)})" if told else f"sample {brief(self.id)}"
+        parts = [] if self.source is None else [f"{self.source[0]}: record {self.source[1]}"]
+        parts += [] if name is None else [f"image {brief(name)}"]
+        return f"sample {brief(self.id)} ({', '.join(parts)})" if parts else f"sample {brief(self.id)}"
 
     @property
     def image(self) -> bytes | None:

@@ -73,23 +73,23 @@ def parse(value: Any, test: bool) -> Record:
     if test and len(turns) > 1:
         raise DymoeError(f"{form!r}: {len(turns)} questions; a test record must have one, so that it is scored")
     questions = [question for question, _ in turns]
-    for place, question in enumerate(questions, start=1):
+    for number, question in enumerate(questions, start=1):
         if not question.replace(IMAGE_TOKEN, "").strip():
-            raise DymoeError(f"{form!r}: {'' if form == 'text' else f'question {place}: '}it is empty")
+            raise DymoeError(f"{form!r}: {'' if form == 'text' else f'question {number}: '}it is empty")
     answers = [answer_text(answer, "'answer'" if form == "text" else f"{form!r}: an answer") for _, answer in turns]
-    given = value.get("answer")
-    if test and form != "text" and isinstance(given, str) and not _agree(given, answers[0]):
-        raise DymoeError(f"'answer' {brief(given)} is another than that of {form!r}, {brief(answers[0])}; keep one")
+    separate = value.get("answer")
+    if test and form != "text" and isinstance(separate, str) and not _agree(separate, answers[0]):
+        raise DymoeError(f"'answer' {brief(separate)} is another than that of {form!r}, {brief(answers[0])}; keep one")
     image, data = _picture(value, shown)
     questions = without_tokens(questions, int(image is not None or data is not None))
     fields = reference_fields(value, answers[0])
     later = tuple(zip(questions[1:], answers[1:], strict=True))
     record = Record(record_id(value, test), image, data, questions[0], answers[0], later, fields)
-    for told in (record.id, record.image or "", *questions, *answers):
+    for text in (record.id, record.image or "", *questions, *answers):
         try:
-            told.encode()
+            text.encode()
         except UnicodeEncodeError:
-            raise DymoeError(f"{brief(told)} holds half of a surrogate pair, which is no text") from None
+            raise DymoeError(f"{brief(text)} holds half of a surrogate pair, which is no text") from None
     return record
 
 
@@ -131,11 +131,11 @@ def record_id(value: Mapping[str, Any], test: bool) -> str:
         DymoeError: it has neither.
     """
     for key in ("question_id", "id") if test else ("id", "question_id"):
-        found = value.get(key)
-        if isinstance(found, float) and found.is_integer() and abs(found) <= _LARGEST_ID:
-            found = int(found)
-        if isinstance(found, int | str) and not isinstance(found, bool) and str(found).strip():
-            return str(found)
+        name = value.get(key)
+        if isinstance(name, float) and name.is_integer() and abs(name) <= _LARGEST_ID:
+            name = int(name)
+        if isinstance(name, int | str) and not isinstance(name, bool) and str(name).strip():
+            return str(name)
     raise DymoeError("neither 'id' nor 'question_id' is a text or a whole number")
 
 
@@ -197,8 +197,8 @@ def _picture(value: Mapping[str, Any], shown: list[Any]) -> tuple[str | None, by
         value: the record.
         shown: the pictures that stand in its conversation.
     """
-    given = {key: value[key] for key in PICTURES if value.get(key) is not None}
-    lists = {key: item if isinstance(item, list) else [item] for key, item in given.items()}
+    values = {key: value[key] for key in PICTURES if value.get(key) is not None}
+    lists = {key: item if isinstance(item, list) else [item] for key, item in values.items()}
     if shown:
         lists["messages"] = shown
     read = {key: [_source(key, item) for item in items] for key, items in lists.items()}
@@ -239,10 +239,10 @@ def reference_fields(value: Mapping[str, Any], answer: Any) -> dict[str, Any]:
     """
     fields = {key: item for key, item in value.items() if key not in _APART}
     for key in _LISTS:
-        for place, item in enumerate(fields[key] if isinstance(fields.get(key), list) else ()):
+        for number, item in enumerate(fields[key] if isinstance(fields.get(key), list) else ()):
             text = item.get("answer") if isinstance(item, Mapping) else item
             if text is None or (isinstance(text, str) and not text.strip()):
-                raise DymoeError(f"{key!r}: text {place + 1} is missing; it must not be empty")
+                raise DymoeError(f"{key!r}: text {number + 1} is missing; it must not be empty")
     right = read_box(fields.get("answer")) or read_box(answer) or read_box(fields.get("answer_bbox"))
     for key in ("answer_bbox", "bbox"):
         box = read_box(fields.get(key))

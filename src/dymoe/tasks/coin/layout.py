@@ -61,12 +61,12 @@ class Layout:
         Raises:
             DymoeError: there is none; the message says which there are.
         """
-        found = task_folders(self.instructions).get(task)
-        if found is None:
+        path = task_folders(self.instructions).get(task)
+        if path is None:
             folder = self.instructions / task
             reason = "it holds no training file" if folder.is_dir() else f"no such folder{what_is_there(folder)}"
             raise DymoeError(f"{folder}: no folder for task {task!r}: {reason}")
-        return found
+        return path
 
     def train_file(self, task: str, name: str | None = None) -> Path:
         """A task's training file, `name` if it is given.

@@ -110,17 +110,17 @@ def rule(name: str) -> Rule:
     Raises:
         DymoeError: no such rule; the message names the nearest one.
     """
-    found = _RULES.get(name) or _RULES.get(str(name).lower()) or plugins.find(str(name), "dymoe.scorers")
-    if found is None:
+    entry = _RULES.get(name) or _RULES.get(str(name).lower()) or plugins.find(str(name), "dymoe.scorers")
+    if entry is None:
         raise DymoeError(unknown("scoring rule", name, (*_RULES, *plugins.names("dymoe.scorers"))))
-    parts = {part: getattr(found, part) for part in ("strict", "lenient", "readable") if hasattr(found, part)}
-    if len(parts) == 3:
+    functions = {part: getattr(entry, part) for part in ("strict", "lenient", "readable") if hasattr(entry, part)}
+    if len(functions) == 3:
         more = {"right": "right", "policy": "POLICY"} | {name: name for name in ("skipped", "remarks", "measures")}
-        parts |= {field: getattr(found, part) for field, part in more.items() if hasattr(found, part)}
-        return Rule(name, **parts)
-    if not callable(found):
+        functions |= {field: getattr(entry, part) for field, part in more.items() if hasattr(entry, part)}
+        return Rule(name, **functions)
+    if not callable(entry):
         raise DymoeError(f"{name}: a scoring rule must be a function or have strict, lenient and readable")
-    checked = _within(name, found)
+    checked = _within(name, entry)
     return Rule(name, checked, checked, exact_match.readable)
 
 
