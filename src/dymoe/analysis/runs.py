@@ -21,7 +21,7 @@ from dymoe.analysis.storage import stored
 from dymoe.errors import DymoeError
 from dymoe.evaluation.metrics import ROUNDING, AccuracyMatrix, drift
 from dymoe.files import read_json
-from dymoe.learning.formats import KEY, RoutingWeights, read_results, run_results
+from dymoe.learning.formats import KEY, Routing, read_results, run_results
 from dymoe.messages import brief, shorten
 from dymoe.numbers import Stat
 from dymoe.sweep.records import title
@@ -289,7 +289,7 @@ def stage_folders(path: Path) -> Iterator[tuple[int, str, Path]]:
 
 
 def _routing(file: Path) -> pd.DataFrame:
-    data = read_json(file, RoutingWeights)
+    data = read_json(file, Routing)
     for task, row in data["tasks"].items():
         if len(row["weight"]) != len(data["groups"]):
             count = len(data["groups"])

@@ -225,8 +225,8 @@ class Score(TypedDict):
 class Row(TypedDict):
     """A task's row of routing.json: mean routing weight of every group, over all layers and by layer."""
 
-    weight: list[float]
-    by_layer: dict[str, list[float]]
+    weight: list[Annotated[float, Range(-1e-6)]]
+    by_layer: NotRequired[dict[str, list[float]]]
 
 
 class Routing(TypedDict):
@@ -263,19 +263,6 @@ class DataDescription(TypedDict):
     """The data of a run."""
 
     fingerprint: str
-
-
-class Weights(TypedDict):
-    """Mean routing weight of each group on one task's tokens."""
-
-    weight: list[Annotated[float, Range(-1e-6)]]
-
-
-class RoutingWeights(TypedDict):
-    """routing.json of a stage: weights by task, in the order of the groups."""
-
-    groups: list[str]
-    tasks: dict[str, Weights]
 
 
 class ShownSample(TypedDict):
