@@ -78,12 +78,9 @@ class Greedy:
                 input_ids = torch.cat([input_ids, tokens[:, None]], 1)
                 cache: Any = key_value_cache(model, carried.values(), needed=generation_config.use_cache)
                 if 2 * left <= len(running) and _may_shrink(carried):
-                    kept = running.nonzero().squeeze(1)
-                    cache.batch_select_indices(kept)
-                    carried = {name: _rows(value, kept, input_ids.shape) for name, value in carried.items()}
-                    input_ids, places, running = input_ids[kept], places[kept], running[kept]
-                    if self._trace is not None:
-                        self._trace.keep_samples(kept)
+                    rows = running.nonzero().squeeze(1)
+                    carried = self._shrink(cache, carried, rows, input_ids.shape)
+                    input_ids, places, running = input_ids[rows], places[rows], running[rows]
                 if self._trace is not None:
                     self._trace.finished = ~running
                 outputs = model(**_next(model, input_ids, carried, cached=cache is not None), return_dict=True)
@@ -95,6 +92,13 @@ class Greedy:
                 "the model's scores for the next token are not finite; its groups or its weights are broken"
             )
         return written[:, : step + 1]
+
+    def _shrink(self, cache: Any, carried: dict[str, Any], rows: torch.Tensor, shape: torch.Size) -> dict[str, Any]:
+        """Go on with these rows of the batch alone: in the cache, in the trace and in what is carried on."""
+        cache.batch_select_indices(rows)
+        if self._trace is not None:
+            self._trace.keep_samples(rows)
+        return {name: _rows(value, rows, shape) for name, value in carried.items()}
 
 
 def _may_shrink(carried: dict[str, Any]) -> bool:
