@@ -1,5 +1,6 @@
 """The routing sections: their numbers against plain recomputation, notes where an analysis is lacking, bad files."""
 
+import html
 import statistics
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,16 @@ def test_activation_sums_experts_and_marks_dead_ones(tmp_path: Path) -> None:
         assert rows[("dymoe, stage 3: textvqa",)][layer] == number(weight) + (" ✕1" if layer == 1 else "")
     assert figure.place(figure.chosen) == "0 2"  # the last stage first
     assert [figure.place(plot.key) for plot in figure.panels] == ["0 0", "0 1", "0 2"]
+
+
+def test_a_groups_name_stands_in_the_activation_as_it_is(tmp_path: Path) -> None:
+    tasks = ("a & b", "<i>c</i>")
+    run = make_run(tmp_path / "dymoe", "dymoe", 0, tasks)
+    analysis.store(run, "activation", activation_frame(7, tasks), {})
+    (figure,) = analysis_figures(methods_of(run), "activation")
+    axis = figure.panels[-1].spec["layout"]["yaxis"]
+    assert [html.unescape(text) for text in axis["ticktext"]] == list(tasks)
+    assert not any("<" in text for text in axis["ticktext"])
 
 
 def test_the_overlay_names_group_and_type_of_every_token(tmp_path: Path) -> None:

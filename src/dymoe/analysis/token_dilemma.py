@@ -215,26 +215,17 @@ def _difference(values: pd.Series, scale: float) -> str:
 def markdown(frame: pd.DataFrame, title: str, command: str) -> str:
     """The table over strategies with the conclusion, as Markdown."""
     lines = [f"# {title or 'Dilemma'}", "", f"`{command}`", "", conclusion(frame), ""]
-    lines += ["| pair | tokens that reach the new experts | seeds | new task | old task before | old task after |"]
-    lines[-1] += " forgetting | drift |"
-    lines.append("|" + "---|" * 8)
+    head = "pair | tokens that reach the new experts | seeds | new task | old task before | old task after"
+    lines += [f"| {head} | forgetting | drift |", "|" + "---|" * 8]
     for row in by_strategy(frame).to_dict("records"):
-        cells = [_spread(row, name, 1) for name in ("new_task_accuracy", "old_task_before", "old_task_after")]
-        cells += [_spread(row, "forgetting", 1), _spread(row, "drift", 100)]
+        stats = [number(_stat(row, name, 100 if name == "drift" else 1)).replace("−", "-") for name in MEASURES]
         pair = row["pair"].replace("|", "\\|")
-        lines.append(f"| {pair} | {row['strategy']} | {row['seeds']} | {' | '.join(cells)} |")
+        lines.append(f"| {pair} | {row['strategy']} | {row['seeds']} | {' | '.join(stats)} |")
     lines += [
         "",
         "Accuracies in percent, forgetting in points, drift in percent; mean ± standard deviation over seeds.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _spread(row: dict[str, Any], name: str, scale: float) -> str:
-    mean, deviation = row[name] * scale, row[f"{name}_std"] * scale
-    if mean != mean:  # NaN
-        return "–"
-    return f"{mean:.1f}" if deviation != deviation else f"{mean:.1f} ± {deviation:.1f}"
 
 
 def headline(table: pd.DataFrame) -> str:
