@@ -22,7 +22,7 @@ from dymoe.tasks.lazy import Records, View, image_size
 from dymoe.tasks.llava import Names, Record, parse, record_id
 from dymoe.tasks.recordfile import read_records
 
-FORMAT = 4  # of the index; another number makes all of them anew
+FORMAT = 5  # of the index; another number makes all of them anew
 HEAD = 1 << 20  # bytes of a file that its identity covers
 CHUNK = 1000  # records written together
 MOST_HELD_OUT = 1000  # of the training records, for validation
@@ -99,7 +99,7 @@ class Index:
         path: the file.
         table: the Arrow file of the records that can be used.
         records: how many the file has.
-        kept: how many of them can be used.
+        usable: how many of them can be used.
         with_image: how many of these have a picture.
         repeated_ids: how many ids stand in the file more than once; the later ones got ``#2``, ``#3`` behind.
         without_instruction: how many questions end in no instruction of CoIN's templates.
@@ -111,7 +111,7 @@ class Index:
     path: Path
     table: Path
     records: int
-    kept: int
+    usable: int
     with_image: int
     repeated_ids: int
     without_instruction: int
@@ -233,7 +233,7 @@ class _Reading:
                 self._bad.append({**row, "error": str(error), "image": wrong_image})
                 continue
             self._ids[record.id] += 1
-            self._counts["kept"] += 1
+            self._counts["usable"] += 1
             self._counts["with_image"] += record.has_image
             self._counts["repeated_ids"] += self._ids[record.id] == 2
             self._counts["without_instruction"] += instructions.strip(record.question) == record.question
@@ -245,7 +245,7 @@ class _Reading:
 
     def summary(self) -> str:
         """What `Index` holds beside path and table, as JSON."""
-        names = ("records", "kept", "with_image", "repeated_ids", "without_instruction")
+        names = ("records", "usable", "with_image", "repeated_ids", "without_instruction")
         counts = {name: self._counts[name] for name in names}
         return json.dumps({**counts, "digest": self._digest.hexdigest(), "bad": self._bad})
 
@@ -310,7 +310,7 @@ def verify(read: Reference, rule: str, test: bool) -> Reference:
 
 
 def splits(
-    train: Index | None, test: Index, view: View, share: float, validation: Index | None = None, asked: Any = None
+    train: Index | None, test: Index, view: View, share: float, validation: Index | None = None, rows: Any = None
 ) -> dict[str, Records]:
     """The samples of a task's files: training, validation and test.
 
@@ -320,19 +320,20 @@ def splits(
         view: how rows become samples; each file is its own rows' source.
         share: of the training records that are held out for validation, where there is no file of them.
         validation: index of the validation file.
-        asked: the rows of the test file that are asked, all of them when None.
+        rows: the rows of the test file that are asked, all of them when None.
     """
 
     def every(index: Index) -> Records:
-        return Records(index.table, range(index.kept), replace(view, source=index.path), index.digest)
+        return Records(index.table, range(index.usable), replace(view, source=index.path), index.digest)
 
-    tested = every(test) if asked is None else replace(every(test), rows=asked)
+    tested = every(test) if rows is None else replace(every(test), rows=rows)
     learned = rest = tested[:0]
     if train is not None:
-        whole = every(train)
-        rows, held = (whole.rows, []) if validation is not None else split(_held(train.table), share, MOST_HELD_OUT)
-        learned = replace(whole, rows=rows)
-        rest = replace(whole, rows=held, view=replace(whole.view, first_turn=True))
+        learned = every(train)
+        if validation is None:
+            train_rows, validation_rows = split(_hashes(train.table), share, MOST_HELD_OUT)
+            rest = replace(learned, rows=validation_rows, view=replace(learned.view, first_turn=True))
+            learned = replace(learned, rows=train_rows)
     return {"train": learned, "validation": rest if validation is None else every(validation), "test": tested}
 
 
@@ -352,22 +353,22 @@ def split(hashes: Any, share: float, most: int) -> tuple[Any, Any]:
     """
     import numpy as np
 
-    held = np.asarray(hashes, dtype=np.int64)
-    every = np.arange(len(held), dtype=np.int64)
-    possible = every[held >= 0]
-    count = min(most, len(possible), max(1, round(share * len(held)))) if share > 0 else 0
-    if count == 0 or len(held) < 2:
+    hashes = np.asarray(hashes, dtype=np.int64)
+    every = np.arange(len(hashes), dtype=np.int64)
+    possible = every[hashes >= 0]
+    count = min(most, len(possible), max(1, round(share * len(hashes)))) if share > 0 else 0
+    if count == 0 or len(hashes) < 2:
         return every, every[:0]
-    order = possible[np.argsort(held[possible], kind="stable")]
+    order = possible[np.argsort(hashes[possible], kind="stable")]
     chosen = order[:count]
-    if count < len(order) and held[order[count]] == held[chosen[-1]]:
-        chosen = chosen[held[chosen] != held[chosen[-1]]]  # the last id would lie on both sides
-    mask = np.zeros(len(held), dtype=bool)
+    if count < len(order) and hashes[order[count]] == hashes[chosen[-1]]:
+        chosen = chosen[hashes[chosen] != hashes[chosen[-1]]]  # the last id would lie on both sides
+    mask = np.zeros(len(hashes), dtype=bool)
     mask[chosen] = True
     return every[~mask], np.sort(chosen)
 
 
-def _held(table: Path) -> Any:
+def _hashes(table: Path) -> Any:
     from dymoe.tasks.arrow import open_table
 
     return open_table(str(table)).data.column("held").to_numpy()
@@ -377,7 +378,7 @@ def scorable(table: Path) -> Any:
     """The rows that count in a score, int64, rising."""
     import numpy as np
 
-    return np.flatnonzero(_held(table) >= 0)
+    return np.flatnonzero(_hashes(table) >= 0)
 
 
 def listed(task: str, indexes: Mapping[str, Index]) -> list[Mapping[str, Any]]:
@@ -408,8 +409,8 @@ def usable(entry: Index, on_bad: str) -> Index:
             f"{entry.path}: record {first['record']}{name}: {first['error']}{rest}; "
             "data.on_bad: skip leaves such records out and lists them"
         )
-    if not entry.kept and first is not None:
+    if not entry.usable and first is not None:
         raise DymoeError(f"{entry.path}: no record can be used; record {first['record']}: {first['error']}")
-    if not entry.kept:
+    if not entry.usable:
         raise DymoeError(f"{entry.path}: it holds no records")
     return entry

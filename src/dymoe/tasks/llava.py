@@ -181,8 +181,8 @@ def _turns(value: Mapping[str, Any]) -> tuple[str, list[Turn], list[Any]]:
     answer, box = _right(value), value.get("answer_bbox")
     if box is None and answer is None:
         raise DymoeError("it has neither 'answer' nor 'answer_bbox'; one of them must hold what is right")
-    said = answer if box is None or (read_box(answer) and not _agree(answer, box)) else box_text(box)
-    return "text", [(value["text"], said)], []
+    text = answer if box is None or (read_box(answer) and not _agree(answer, box)) else box_text(box)
+    return "text", [(value["text"], text)], []
 
 
 def _right(value: Mapping[str, Any]) -> Any:

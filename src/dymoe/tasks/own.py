@@ -88,18 +88,18 @@ def read(path: Path) -> tuple[str, tuple[TaskFiles, ...]]:
     _refuse_unknown(path, "", checked, _Keys)
     folder = expand(path).parent
     tasks = []
-    for name, given in zip(names, checked["tasks"].values(), strict=True):
-        _refuse_unknown(path, f"tasks.{name}.", given, _TaskKeys)
-        train, validation = given.get("train"), given.get("validation")
+    for name, keys in zip(names, checked["tasks"].values(), strict=True):
+        _refuse_unknown(path, f"tasks.{name}.", keys, _TaskKeys)
+        train, validation = keys.get("train"), keys.get("validation")
         tasks.append(
             TaskFiles(
                 name,
                 None if train is None else folder / expand(train),
-                folder / expand(given["test"]),
+                folder / expand(keys["test"]),
                 None if validation is None else folder / expand(validation),
-                folder / expand(given.get("images", checked.get("images", "."))),
-                given.get("scorer", "exact_match"),
-                given.get("max_new_tokens", 32),
+                folder / expand(keys.get("images", checked.get("images", "."))),
+                keys.get("scorer", "exact_match"),
+                keys.get("max_new_tokens", 32),
             )
         )
     return checked.get("name", path.stem), tuple(tasks)
@@ -131,7 +131,7 @@ def load(path: Path, names: Sequence[str], instructions: str, source: Source) ->
         raise DymoeError(f"instructions: {instructions!r} is CoIN's; the text of {path} is taken as it is (original)")
     name, tasks = read(path)
     by_name = {task.name: task for task in tasks}
-    chosen = [by_name[wanted] for wanted in names]
+    chosen = [by_name[task_name] for task_name in names]
     for task in chosen:
         try:
             scoring.scorer(task.scorer)
@@ -141,7 +141,7 @@ def load(path: Path, names: Sequence[str], instructions: str, source: Source) ->
     return Stream(
         name,
         tuple(task for task, _ in loaded),
-        tuple(row for task, found in loaded for row in listed(task.name, found)),
+        tuple(row for task, files in loaded for row in listed(task.name, files)),
     )
 
 
@@ -160,8 +160,8 @@ def _load(task: TaskFiles, source: Source) -> tuple[Task, dict[str, Index]]:
         )
         return usable(index(plan), source.on_bad)
 
-    given = {"train": task.train, "test": task.test, "validation": task.validation}
-    files = {name: one(path, name != "train") for name, path in given.items() if path is not None}
+    paths = {"train": task.train, "test": task.test, "validation": task.validation}
+    files = {name: one(path, name != "train") for name, path in paths.items() if path is not None}
     view = View(task.test, task.images, source.outside_links)
     samples = splits(files.get("train"), files["test"], view, source.validation_share, files.get("validation"))
     return Task(task.name, **samples, scorer=task.scorer, max_new_tokens=task.max_new_tokens), files
@@ -182,8 +182,8 @@ def _answer_as(rule: str) -> Callable[[Record], Record]:
     right = scoring.rule(rule).right
 
     def rewrite(record: Record) -> Record:
-        given = record.fields.get("answer")
-        if not isinstance(given, int | float) or str(given) != record.answer:
+        answer = record.fields.get("answer")
+        if not isinstance(answer, int | float) or str(answer) != record.answer:
             return record  # a conversation's answer is what it says
         try:
             return replace(record, answer=right(record.fields))

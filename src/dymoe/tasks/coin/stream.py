@@ -86,7 +86,7 @@ def load(names: Sequence[str], instructions: str, seed: int, source: Source) -> 
     tasks = [_task(layout, each, instructions, seed, source) for each in files]
     skipped = [row for both in files for row in listed(both.task, {"train": both.train, "test": both.test})]
     for task, both in zip(tasks, files, strict=True):
-        if uncounted := both.test.kept - len(task.test):
+        if uncounted := both.test.usable - len(task.test):
             message = f"{uncounted} questions are not of the balanced set, which alone counts"
             entry = {"file": str(both.test.path), "record": None, "id": None, "error": message}
             skipped.append({**entry, "task": task.name, "split": "test"})
@@ -99,14 +99,14 @@ def _task(layout: Layout, files: TaskIndexes, kind: str, seed: int, source: Sour
         usable(each, source.on_bad)
         if template is not None and each.without_instruction:
             raise DymoeError(
-                f"{each.path}: {each.without_instruction} of {each.kept} questions carry no known instruction, so "
+                f"{each.path}: {each.without_instruction} of {each.usable} questions carry no known instruction, so "
                 "data.templates cannot replace it"
             )
     view = View(files.train.path, layout.images, source.outside_links, template=template)
     limits = TASKS[files.task]
     return Task(
         files.task,
-        **splits(files.train, files.test, view, source.validation_share, asked=scorable(files.test.table)),
+        **splits(files.train, files.test, view, source.validation_share, rows=scorable(files.test.table)),
         scorer=f"{source.scoring}/{files.task.lower()}",
         max_new_tokens=limits.coin if source.generation == "coin" else limits.short,
     )

@@ -19,5 +19,5 @@ def load_task(name: str, instructions: str = "original", seed: int = 0, folder: 
         DymoeError: as `read_splits`.
     """
     rule = TASKS[name]
-    found = read_splits(folder / f"{name}-test.parquet", ("validation", "test"), rule)
-    return Task(name, (), found["validation"], found["test"], rule.scorer, rule.max_new_tokens)
+    samples = read_splits(folder / f"{name}-test.parquet", ("validation", "test"), rule)
+    return Task(name, (), samples["validation"], samples["test"], rule.scorer, rule.max_new_tokens)

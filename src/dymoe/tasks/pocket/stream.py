@@ -63,11 +63,11 @@ def load_files(name: str, rule: Rule, instructions: str, seed: int, folder: Path
     def question(text: str, sample_id: str) -> str:
         return templates.apply(template, text, instructions, sample_id, seed)
 
-    found = {
+    samples = {
         **read_splits(folder / f"{name}-train.parquet", ("train", "validation"), rule, question),
         **read_splits(folder / f"{name}-test.parquet", ("test",), rule, question),
     }
-    return Task(name, found["train"], found["validation"], found["test"], rule.scorer, rule.max_new_tokens)
+    return Task(name, samples["train"], samples["validation"], samples["test"], rule.scorer, rule.max_new_tokens)
 
 
 def read_splits(
@@ -84,10 +84,10 @@ def read_splits(
     Raises:
         DymoeError: it is missing or unreadable, a record cannot be used, a split is empty or does not belong here.
     """
-    found = records.samples(path, records.read_table(path), rule.scorer, question)
+    samples = records.samples(path, records.read_table(path), rule.scorer, question)
     for split in splits:
-        if not found.get(split):
+        if not samples.get(split):
             raise DymoeError(f"{path}: no record has split {split!r}; the task would be empty")
-    if extra := sorted(set(found) - set(splits)):
+    if extra := sorted(set(samples) - set(splits)):
         raise DymoeError(f"{path}: split {extra[0]!r} does not belong here, only {' and '.join(splits)}")
-    return found
+    return samples

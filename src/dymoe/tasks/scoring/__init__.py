@@ -96,7 +96,9 @@ class Rule:
     policy: Policy = QUESTIONS
     skipped: Callable[[str], bool] = lambda prediction: False
     remarks: Callable[[Mapping[str, Mapping[str, Any]], str], list[str]] = lambda references, origin: []
-    measures: Callable[[Sequence[str], Sequence[Mapping[str, Any]]], dict[str, float]] = lambda said, references: {}
+    measures: Callable[[Sequence[str], Sequence[Mapping[str, Any]]], dict[str, float]] = (
+        lambda predictions, references: {}
+    )
 
 
 def names() -> tuple[str, ...]:

@@ -24,7 +24,7 @@ def strict(prediction: str, reference: Mapping[str, Any]) -> float:
     Raises:
         DymoeError: it is neither.
     """
-    return float(_said(prediction) == right(reference))
+    return float(_answer(prediction) == right(reference))
 
 
 def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
@@ -55,18 +55,18 @@ def right(reference: Mapping[str, Any]) -> str:
 
 def measures(predictions: Sequence[str], references: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Precision, recall and F1 of yes, and how often yes was said, in percent; 0 where the script divides by zero."""
-    said = [_said(prediction) == "yes" for prediction in predictions]
+    positive = [_answer(prediction) == "yes" for prediction in predictions]
     true = [right(reference) == "yes" for reference in references]
-    hits = sum(map(bool.__and__, said, true))
+    hits = sum(map(bool.__and__, positive, true))
     return {
-        "precision": 100 * hits / max(sum(said), 1),
+        "precision": 100 * hits / max(sum(positive), 1),
         "recall": 100 * hits / max(sum(true), 1),
-        "F1": 100 * 2 * hits / max(sum(said) + sum(true), 1),
-        "yes ratio": 100 * sum(said) / max(len(said), 1),
+        "F1": 100 * 2 * hits / max(sum(positive) + sum(true), 1),
+        "yes ratio": 100 * sum(positive) / max(len(positive), 1),
     }
 
 
-def _said(prediction: str) -> str:
+def _answer(prediction: str) -> str:
     words = prediction.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 

@@ -22,8 +22,8 @@ def strict(prediction: str, reference: Mapping[str, Any]) -> float:
     Raises:
         DymoeError: the reference has no answer.
     """
-    said, wanted = _words(prediction), _words(read_answer(reference))
-    return 2 * (said & wanted).total() / max(said.total() + wanted.total(), 1)
+    words, right = _words(prediction), _words(read_answer(reference))
+    return 2 * (words & right).total() / max(words.total() + right.total(), 1)
 
 
 def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
@@ -32,8 +32,8 @@ def lenient(prediction: str, reference: Mapping[str, Any]) -> float:
     Raises:
         DymoeError: the reference has no answer.
     """
-    said, wanted = _words(prediction), _words(read_answer(reference))
-    recall = (said & wanted).total() / max(wanted.total(), 1) if said.total() <= LONGEST else 0.0
+    words, right = _words(prediction), _words(read_answer(reference))
+    recall = (words & right).total() / max(right.total(), 1) if words.total() <= LONGEST else 0.0
     return max(strict(prediction, reference), recall)
 
 
