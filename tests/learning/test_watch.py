@@ -18,6 +18,7 @@ from dymoe.preflight.doctor import check
 from dymoe.preflight.dryrun import dry_run
 from dymoe.tasks import load_stream
 from dymoe.tasks.scoring import scorer
+from tests.learning.many import forked
 from tests.learning.own_data import jpeg
 from tests.learning.tiny import write_recipe
 
@@ -111,6 +112,20 @@ def test_the_loss_is_that_of_the_right_answers_tokens(watched: Path, tiny_folder
                 total -= float(logits[0, position - 1, labels[0, position]])
                 tokens += 1
     assert read(watched)["watch"]["Captions"]["measures"]["loss"][0] == pytest.approx(total / tokens, rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a process that may use CUDA must not be forked")
+def test_processes_share_the_questions(watched: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    streams = load_recipe(watched.with_suffix(".yaml")).evaluation.watch
+    training, evaluation = {"batch_size": 2, "steps_per_task": 1}, {"watch": streams}
+    recipe = write_recipe(
+        tmp_path / "run.yaml", tiny_folder, tasks=["ImageNet"], training=training, evaluation=evaluation
+    )
+    assert forked(2, main, ["run", str(recipe)]) == [0, 0]
+    for task, row in read(tmp_path / "run")["watch"].items():
+        alone = read(watched)["watch"][task]  # the base model's answers, whatever was learned then
+        assert row["scores"][0] == alone["scores"][0]
+        assert row["measures"]["loss"][0] == pytest.approx(alone["measures"]["loss"][0], rel=1e-5)
 
 
 def test_popes_measures_are_those_of_its_answers(watched: Path) -> None:
