@@ -75,9 +75,19 @@ def test_imports_go_down():
 # A name says what a value is; these say only what happened to it. Names of functions, classes, arguments and variables.
 REFUSED = ("found", "kept", "told", "made", "held", "asked", "said", "seen", "given", "taken", "own", "place", "places")
 REFUSED += ("whole", "wanted")
-# Rooms whose names are still to be chosen; it only shrinks.
-UNNAMED = ("adapter/", "analysis/", "cli/", "evaluation/", "learning/", "methods/", "play/", "preflight/", "report/")
-UNNAMED += ("routing.py", "share/")
+# Rooms and files whose names are still to be chosen; it only shrinks.
+UNNAMED = (
+    "adapter/",
+    "analysis/",
+    "cli/",
+    "learning/",
+    "methods/base.py",
+    "play/",
+    "preflight/",
+    "report/",
+    "routing.py",
+    "share/",
+)
 
 
 def names(path: Path) -> Iterator[tuple[int, str]]:

@@ -177,7 +177,7 @@ def test_a_task_with_one_answer_has_no_wrong_options():
 
 def test_only_the_stages_own_samples_are_rewritten():
     made, earlier = task("GQA"), task("TextVQA")
-    stage = Stage(2, made.name, (made,), Path("memory"), seen=(earlier,))
+    stage = Stage(2, made.name, (made,), Path("memory"), earlier_tasks=(earlier,))
     samples = [*made.train, *earlier.train[:7]]
     result = AnswerStyles(share=1.0).training_samples(samples, stage)
     assert all(new is old for new, old in zip(result[60:], earlier.train, strict=False))

@@ -200,4 +200,4 @@ def test_the_list_shows_companions_apart(capsys):
 
 def test_a_stage_can_be_made_without_companions():
     assert not isinstance(load_recipe("recipes/pocket/dymoe.yaml").build_method(), Composed)
-    assert Stage(1, "a", (), Path("m")).seen == ()
+    assert Stage(1, "a", (), Path("m")).earlier_tasks == ()

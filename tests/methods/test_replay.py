@@ -88,7 +88,7 @@ def test_a_stage_replays_what_the_one_before_kept(policy, tasks, tmp_path):
         assert trained[: len(own)] == own
         assert [sample.id for sample in trained[len(own) :]] == [name for _, name in state["slots"]]
         assert len(state["slots"]) == 8
-        known = {sample.id: sample for earlier in stage.seen for sample in earlier.train}
+        known = {sample.id: sample for earlier in stage.earlier_tasks for sample in earlier.train}
         assert all(sample is known[sample.id] for sample in trained[len(own) :])
 
 

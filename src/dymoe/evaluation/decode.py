@@ -57,8 +57,8 @@ class Greedy:
         steps = stopping_criteria.max_length - input_ids.shape[1]
         pad, ends = generation_config._pad_token_tensor, generation_config._eos_token_tensor
         written = pad.repeat(input_ids.shape[0], steps)
-        places = torch.arange(input_ids.shape[0], device=input_ids.device)  # in the batch, of the rows at work
-        running = torch.ones_like(places, dtype=torch.bool)
+        batch_rows = torch.arange(input_ids.shape[0], device=input_ids.device)  # in the batch, of the rows at work
+        running = torch.ones_like(batch_rows, dtype=torch.bool)
         finite = running.all()
         try:
             outputs = model._prefill(input_ids, generation_config, carried)
@@ -68,7 +68,7 @@ class Greedy:
                 chosen = scores.argmax(-1)
                 finite &= (scores.gather(1, chosen[:, None])[:, 0].isfinite() | ~running).all()
                 tokens = torch.where(running, chosen, pad)
-                written[places, step] = tokens
+                written[batch_rows, step] = tokens
                 if self._streamer is not None:
                     self._streamer.put(tokens.cpu())
                 running = running & ~torch.isin(tokens, ends)
@@ -80,7 +80,7 @@ class Greedy:
                 if 2 * left <= len(running) and _may_shrink(carried):
                     rows = running.nonzero().squeeze(1)
                     carried = self._shrink(cache, carried, rows, input_ids.shape)
-                    input_ids, places, running = input_ids[rows], places[rows], running[rows]
+                    input_ids, batch_rows, running = input_ids[rows], batch_rows[rows], running[rows]
                 if self._trace is not None:
                     self._trace.finished = ~running
                 outputs = model(**_next(model, input_ids, carried, cached=cache is not None), return_dict=True)
@@ -121,13 +121,13 @@ def _next(model: Any, input_ids: torch.Tensor, carried: dict[str, Any], cached: 
     return inputs
 
 
-def _rows(value: Any, kept: torch.Tensor, shape: torch.Size) -> Any:
-    """The rows `kept` of what is carried on, known by its two dimensions of `shape` (batch, tokens).
+def _rows(value: Any, index: torch.Tensor, shape: torch.Size) -> Any:
+    """The rows `index` of what is carried on, known by its two dimensions of `shape` (batch, tokens).
 
     What has none is the prompt's (the pictures were read with it) or the same for all.
     """
     if isinstance(value, torch.Tensor):
         for dimension in range(value.dim() - 1):
             if value.shape[dimension : dimension + 2] == shape:
-                return value.index_select(dimension, kept)
+                return value.index_select(dimension, index)
     return value

@@ -104,11 +104,11 @@ def generate(
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.eval()
-    own = batches(collator.lengths(samples), batch_size, part)
-    collator.see([samples[place] for rows in own for place in rows])
+    index_batches = batches(collator.lengths(samples), batch_size, part)
+    collator.see([samples[index] for indices in index_batches for index in indices])
     answers: dict[int, str] = {}
-    for rows in own:
-        batch = to_device(collator.prompts([samples[place] for place in rows]), model.device)
+    for indices in index_batches:
+        batch = to_device(collator.prompts([samples[index] for index in indices]), model.device)
         with torch.inference_mode(), autocast(model.device.type, dtype):
             tokens = model.generate(
                 **batch,
@@ -120,12 +120,12 @@ def generate(
                 pad_token_id=pad,
             )
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for row, text in zip(rows, texts, strict=True):
-            answers[row] = text.strip()
+        for index, text in zip(indices, texts, strict=True):
+            answers[index] = text.strip()
         if progress is not None:
             progress(min(len(samples), len(answers) * part[1]))
-    every = {place: answer for own in gather(answers) for place, answer in own.items()}
-    return [every[place] for place in range(len(samples))]
+    every = {index: answer for part_answers in gather(answers) for index, answer in part_answers.items()}
+    return [every[index] for index in range(len(samples))]
 
 
 def batches(lengths: Sequence[int], batch_size: int, part: tuple[int, int] = (0, 1)) -> list[list[int]]:
@@ -140,7 +140,7 @@ def batches(lengths: Sequence[int], batch_size: int, part: tuple[int, int] = (0,
         part: (number from 0, of how many): this part's batches alone, dealt in turn.
     """
     number, count = part
-    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)][number::count]
 
 

@@ -79,7 +79,7 @@ class Answers:
     @property
     def staged(self) -> bool:
         """Whether there is a row for every stage, so that MFT, MAA and BWT exist."""
-        return all(len(self.scores[task]) == len(self.tasks) - place for place, task in enumerate(self.tasks))
+        return all(len(self.scores[task]) == len(self.tasks) - index for index, task in enumerate(self.tasks))
 
     @classmethod
     def of(cls, results: Mapping[str, Any], where: str) -> "Answers":
@@ -88,12 +88,12 @@ class Answers:
         Raises:
             DymoeError: they hold none, as results do that an earlier version wrote; `where` names them.
         """
-        held = results.get("answers")
-        if not held:
+        entries = results.get("answers")
+        if not entries:
             raise DymoeError(f"{where}: holds no scores of single questions (key answers), which an interval needs")
-        tasks = tuple(task for task in results["tasks"] if task in held)
-        scores = {task: held[task]["scores"] for task in tasks}
-        return cls(tasks, scores, {task: held[task]["questions"] for task in tasks}, results.get("seed", 0))
+        tasks = tuple(task for task in results["tasks"] if task in entries)
+        scores = {task: entries[task]["scores"] for task in tasks}
+        return cls(tasks, scores, {task: entries[task]["questions"] for task in tasks}, results.get("seed", 0))
 
 
 def answers(stages: Sequence[Mapping[str, tuple[Sequence[str], Sequence[float]]]]) -> dict[str, dict[str, Any]]:
@@ -105,13 +105,13 @@ def answers(stages: Sequence[Mapping[str, tuple[Sequence[str], Sequence[float]]]
     Returns:
         Task -> ``questions`` (see `digest`) and ``scores``, a row for every stage that asked the task.
     """
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for stage in stages:
         for task, (ids, scores) in stage.items():
-            entry = found.setdefault(task, {"questions": digest(ids), "scores": []})
+            entry = entries.setdefault(task, {"questions": digest(ids), "scores": []})
             # A right answer as 1 rather than 1.0: a run's scores are some thousand numbers.
             entry["scores"].append([int(score) if score in (0, 1) else round(score, 4) for score in scores])
-    return found
+    return entries
 
 
 def digest(ids: Sequence[str]) -> str:
@@ -121,20 +121,20 @@ def digest(ids: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(ids).encode()).hexdigest()[:16]
 
 
-def stage_weights(metric: str, tasks: int, place: int) -> list[float]:
-    """How a metric weighs the stages of the task at `place` (from 0), its own stage first.
+def stage_weights(metric: str, tasks: int, index: int) -> list[float]:
+    """How a metric weighs the stages of the task at `index` (from 0), its own stage first.
 
     The metric in percent is 100 times the sum over tasks and stages of weight times mean score (see `AccuracyMatrix`,
     whose formulas these are).
     """
-    stages = tasks - place
+    stages = tasks - index
     last, first = [0.0] * (stages - 1) + [1.0], [1.0] + [0.0] * (stages - 1)
     if metric == "MFN":
         return [weight / tasks for weight in last]
     if metric == "MFT":
         return [weight / tasks for weight in first]
     if metric == "MAA":
-        return [1 / (tasks * (place + stage + 1)) for stage in range(stages)]
+        return [1 / (tasks * (index + stage + 1)) for stage in range(stages)]
     divisor = tasks if metric == "BWT" else max(tasks - 1, 1)
     return [(end - start) / divisor for end, start in zip(last, first, strict=True)]
 
@@ -157,7 +157,7 @@ def metrics(runs: Sequence[Answers], draws: int = DRAWS) -> dict[str, Interval]:
     _same(runs)
     names = metric_names(runs)
     per_task = [_shares(runs, task, names) for task in runs[0].tasks]
-    bounds = [_bounds(names, len(per_task), place) for place in range(len(per_task))]
+    bounds = [_bounds(names, len(per_task), index) for index in range(len(per_task))]
     return dict(zip(names, _intervals(per_task, bounds, draws), strict=True))
 
 
@@ -229,15 +229,15 @@ def _shares(runs: Sequence[Answers], task: str, names: Sequence[str]) -> "NDArra
     shares = []
     for run in runs:
         rows = np.asarray(run.scores[task], dtype=float)
-        place, tasks = run.tasks.index(task), len(run.tasks)
-        weights = [stage_weights(name, tasks, place) if run.staged else [1 / tasks] for name in names]
+        index, tasks = run.tasks.index(task), len(run.tasks)
+        weights = [stage_weights(name, tasks, index) if run.staged else [1 / tasks] for name in names]
         shares.append(np.asarray(weights) @ rows[-len(weights[0]) :])
     return np.stack(shares, axis=1)
 
 
-def _bounds(names: Sequence[str], tasks: int, place: int) -> list[tuple[float, float]]:
+def _bounds(names: Sequence[str], tasks: int, index: int) -> list[tuple[float, float]]:
     """The lowest and the highest share that a question can have in each metric."""
-    rows = [stage_weights(name, tasks, place) for name in names]
+    rows = [stage_weights(name, tasks, index) for name in names]
     return [(sum(min(weight, 0.0) for weight in row), sum(max(weight, 0.0) for weight in row)) for row in rows]
 
 

@@ -180,13 +180,13 @@ def routing_drift(routing: Sequence[Mapping[str, Any]]) -> dict[str, list[float]
     Args:
         routing: routing.json of the stages in order; without groups where a method routes nothing.
     """
-    found: dict[str, list[float | None]] = {}
+    by_task: dict[str, list[float | None]] = {}
     for stage in routing:
         for task, row in stage.get("tasks", {}).items():
-            found.setdefault(task, []).append(drift(task, stage["groups"], row["weight"]))
+            by_task.setdefault(task, []).append(drift(task, stage["groups"], row["weight"]))
     return {
         task: [round(value, 4) for value in values if value is not None]
-        for task, values in found.items()
+        for task, values in by_task.items()
         if None not in values
     }
 
@@ -249,8 +249,8 @@ def accuracies(
         zero_shot: the same of the base model before it learns; empty where it was not asked.
     """
     known: dict[str, Any] = {"zero_shot": [zero_shot[task]["strict"] for task in tasks]} if zero_shot else {}
-    asked = stages if learned else [zero_shot]
-    known["samples"] = {task: cell["samples"] for row in asked for task, cell in row.items()}
+    rows = stages if learned else [zero_shot]
+    known["samples"] = {task: cell["samples"] for row in rows for task, cell in row.items()}
     strict, lenient = ([[cell[rule] for cell in row.values()] for row in stages] for rule in ("strict", "lenient"))
     if learned and all(len(names) == 1 for names in learned):
         return {**known, **(of_matrix(strict, lenient, tasks) if strict else _NO_MATRIX)}

@@ -51,11 +51,11 @@ def stream(
         answers = thread.submit(generate, lvlm, collator, [sample], max_new_tokens, 1, dtype, streamer=streamer)
         answers.add_done_callback(lambda _: streamer.end())  # also where generation failed before it began
         try:
-            said = ""
+            answer = ""
             for text in streamer:
-                said += text
+                answer += text
                 if text.strip():
-                    yield said.strip()
+                    yield answer.strip()
             yield answers.result()[0]
         finally:
             streamer.stopped = True

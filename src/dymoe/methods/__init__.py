@@ -98,17 +98,17 @@ def _outside(name: str, known: Mapping[str, type[T]], group: str, kind: type[T])
     """The class of this name: a known one, else of a file or an installed package, else None."""
     if name in known:
         return known[name]
-    found = plugins.find(name, group)
-    if found is not None and not (
-        isinstance(found, type) and issubclass(found, kind) and dataclasses.is_dataclass(found) and found.name  # type: ignore[attr-defined]
+    cls = plugins.find(name, group)
+    if cls is not None and not (
+        isinstance(cls, type) and issubclass(cls, kind) and dataclasses.is_dataclass(cls) and cls.name  # type: ignore[attr-defined]
     ):
         raise DymoeError(f"{name}: must be a dataclass with a name that inherits from dymoe.methods.{kind.__name__}")
-    return found
+    return cls
 
 
 def _summaries(known: Mapping[str, Any], group: str, kind: type) -> dict[str, str]:
-    found = {name: _outside(name, known, group, kind) for name in (*known, *plugins.names(group))}
-    return {name: each.summary for name, each in found.items()}
+    classes = {name: _outside(name, known, group, kind) for name in (*known, *plugins.names(group))}
+    return {name: each.summary for name, each in classes.items()}
 
 
 def create(name: str, /, **settings: Any) -> Method:

@@ -37,7 +37,7 @@ class Stage:
         tasks: the tasks learned in this stage, one for every continual method.
         memory: folder of this stage for the method's own files; it exists only once the method makes it.
         earlier: the `memory` folders of the stages before, in order.
-        seen: the tasks that earlier stages learned, in order; what replay draws from.
+        earlier_tasks: the tasks that earlier stages learned, in order; what replay draws from.
         seed: of this stage, the same when a run goes on after a kill.
     """
 
@@ -46,7 +46,7 @@ class Stage:
     tasks: tuple[Task, ...]
     memory: Path
     earlier: tuple[Path, ...] = ()
-    seen: tuple[Task, ...] = ()
+    earlier_tasks: tuple[Task, ...] = ()
     seed: int = 0
 
 
@@ -179,7 +179,7 @@ class Method:
     def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Hook after a stage has trained, before its group is frozen, saved and evaluated."""
 
-    def held(self, trainable: int, inputs: Sequence[int]) -> int:
+    def state_size(self, trainable: int, inputs: Sequence[int]) -> int:
         """How many numbers in float32 the method holds besides the groups, from the second task on (for budgets).
 
         Args:

@@ -96,8 +96,8 @@ class CMoE(Method):
     def __post_init__(self) -> None:
         """Refuse empty banks, shares outside [0, 1] and sizes below 1."""
         super().__post_init__()
-        whole = ("experts", "rank", "top_k", "locator_hidden", "locator_latent", "locator_epochs", "locator_batch")
-        for key in whole:
+        counts = ("experts", "rank", "top_k", "locator_hidden", "locator_latent", "locator_epochs", "locator_batch")
+        for key in counts:
             require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
         for key in ("probe_steps", "probe_experts"):
             value = getattr(self, key)
@@ -160,8 +160,8 @@ class CMoE(Method):
         chosen = draw(samples, count, stage.seed, ordered=False)
         if self.measure == "same" or count < 2:
             return chosen, chosen
-        held = min(count - 1, max(1, round(self.held_share * count)))
-        return chosen[held:], chosen[:held]
+        size = min(count - 1, max(1, round(self.held_share * count)))
+        return chosen[size:], chosen[:size]
 
     def probed(self, model: Any, group: str, stage: Stage, data: StageData) -> None:
         """Count how often the probe's experts and the old ones are used, decide, write the decision."""
@@ -228,7 +228,7 @@ class CMoE(Method):
                 self.locator_batch,
                 stage.seed,
             )
-            report_locator(stage, self._chosen(model, selector, (*stage.seen, *stage.tasks), data))
+            report_locator(stage, self._chosen(model, selector, (*stage.earlier_tasks, *stage.tasks), data))
 
     def _growth(self, model: Any, stage: Stage) -> dict[str, Any]:
         """Layers that got experts and parameters added, beside those that expanding every layer now would add."""
@@ -236,8 +236,10 @@ class CMoE(Method):
         layers = model.base_model.layers()
         added = everywhere = 0
         for layer in layers:
-            held = [getattr(layer, kind)[group] for kind in layer.adapter_layer_names if group in getattr(layer, kind)]
-            added += sum(tensor.numel() for tensor in held)
+            tensors = [
+                getattr(layer, kind)[group] for kind in layer.adapter_layer_names if group in getattr(layer, kind)
+            ]
+            added += sum(tensor.numel() for tensor in tensors)
             older = sum(layer.experts_of(name) for name in layer.group_configs if name != group)
             everywhere += self.experts * self.rank * (layer.in_features + layer.out_features)
             everywhere += (older + self.experts) * layer.in_features
@@ -253,7 +255,7 @@ class CMoE(Method):
             samples = list(task.validation[: self.locator_report])
             if samples and task.name in groups:
                 features = selector.take_features(model, data.batches(samples), data.autocast)
-                chosen[task.name] = [groups[place] for place in selector.locate(features, groups).tolist()]
+                chosen[task.name] = [groups[position] for position in selector.locate(features, groups).tolist()]
         return chosen
 
 
@@ -280,11 +282,11 @@ class Activations:
 
     def frequencies(self) -> dict[str, dict[str, list[float]]]:
         """By layer and group: the share of tokens that used each expert, in [0, 1]."""
-        found: dict[str, dict[str, list[float]]] = {}
+        by_layer: dict[str, dict[str, list[float]]] = {}
         for name, counts in self._counts.items():
             shares = iter((counts.double() / max(self._tokens[name], 1)).tolist())
-            found[name] = {group: [next(shares) for _ in range(size)] for group, size in self._groups[name]}
-        return found
+            by_layer[name] = {group: [next(shares) for _ in range(size)] for group, size in self._groups[name]}
+        return by_layer
 
 
 def copy_expert(layer: DyMoELayer, group: str, expert: int, into: str) -> None:

@@ -58,7 +58,7 @@ class EWC(LoRA):
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
         self._rest = 0.0
 
-    def held(self, trainable: int, inputs: Sequence[int]) -> int:
+    def state_size(self, trainable: int, inputs: Sequence[int]) -> int:
         """The anchor and the Fisher matrix."""
         return 2 * trainable
 
@@ -67,10 +67,10 @@ class EWC(LoRA):
         parameters = trainable(model)
         self._held, self._rest = {}, 0.0
         for memory in self._counted(stage.earlier):
-            for name, kept in _read(memory).items():
+            for name, pair in _read(memory).items():
                 if name not in parameters:
                     continue
-                weight, anchor = (tensor.to(parameters[name].device) for tensor in kept)
+                weight, anchor = (tensor.to(parameters[name].device) for tensor in pair)
                 if name in self._held:
                     weight, anchor, rest = joined(self._held[name], (weight, anchor))
                     self._rest += rest
@@ -91,13 +91,13 @@ class EWC(LoRA):
 
     def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Keep the task's anchor and Fisher matrix (in mode ``online`` the running one)."""
-        found = fisher(model, self._chosen(data.samples, stage.seed), data)
+        diagonal = fisher(model, self._chosen(data.samples, stage.seed), data)
         anchors = trainable(model)
         if self.mode == "online" and stage.earlier:
             before = _read(stage.earlier[-1])
-            for name in found.keys() & before.keys():
-                found[name] += self.gamma * before[name][0].to(found[name].device)
-        named = {f"fisher.{name}": tensor for name, tensor in found.items()}
+            for name in diagonal.keys() & before.keys():
+                diagonal[name] += self.gamma * before[name][0].to(diagonal[name].device)
+        named = {f"fisher.{name}": tensor for name, tensor in diagonal.items()}
         named.update({f"anchor.{name}": anchor.detach().float() for name, anchor in anchors.items()})
         save_tensors(stage.memory / FILE, named)
 

@@ -125,20 +125,24 @@ class InputStatistics:
         """
         from safetensors import SafetensorError, safe_open
 
-        found = cls()
+        loaded = cls()
         try:
             with safe_open(path, framework="pt") as file:
                 about: Mapping[str, str] = file.metadata() or {}
-                found.tokens = int(about["tokens"])
-                found.sources = json.loads(about["sources"])
-                kinds = {"covariance": found.covariances, "used": found.used, "importance": found.importance}
+                loaded.tokens = int(about["tokens"])
+                loaded.sources = json.loads(about["sources"])
+                kinds = {
+                    "covariance": loaded.covariances,
+                    "used": loaded.used,
+                    "importance": loaded.importance,
+                }
                 for key in file.keys():  # noqa: SIM118 - not a dictionary
                     kind, name = key.split(":", 1)
                     kinds[kind][name] = file.get_tensor(key)
-            found.covariances = {name: _symmetric(value) for name, value in found.covariances.items()}
+            loaded.covariances = {name: _symmetric(value) for name, value in loaded.covariances.items()}
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise DymoeError(f"{path}: the earlier tasks' inputs cannot be read ({error})") from error
-        return found
+        return loaded
 
 
 class _Watch:
@@ -173,8 +177,8 @@ class _Watch:
 
             with torch.autocast(x.device.type, enabled=False):
                 product = flat.mT @ flat
-            held = self.statistics.covariances
-            held[layer.name] = product if layer.name not in held else held[layer.name].add_(product)
+            sums = self.statistics.covariances
+            sums[layer.name] = product if layer.name not in sums else sums[layer.name].add_(product)
 
     def see_routing(self, routing: LayerRouting) -> None:
         if routing.layer not in self.counts or self.lengths is None:
@@ -183,16 +187,16 @@ class _Watch:
         flat = (weights.flatten(0, -2) if routing.mask is None else weights[routing.mask]).double()
         lengths = self.lengths.double()
         statistics = self.statistics
-        for held, value in ((statistics.used, flat.sum(0)), (statistics.importance, lengths @ flat)):
-            held[routing.layer] = held.get(routing.layer, 0) + value
+        for sums, value in ((statistics.used, flat.sum(0)), (statistics.importance, lengths @ flat)):
+            sums[routing.layer] = sums.get(routing.layer, 0) + value
 
     def finish(self) -> None:
         """Turn the sums into means."""
         statistics = self.statistics
         statistics.tokens = max(self.counts.values(), default=0)
-        for held in (statistics.covariances, statistics.used, statistics.importance):
-            for name in held:
-                held[name] = held[name] / max(self.counts[name], 1)
+        for by_layer in (statistics.covariances, statistics.used, statistics.importance):
+            for name in by_layer:
+                by_layer[name] = by_layer[name] / max(self.counts[name], 1)
 
 
 def _triangle(matrix: Tensor) -> Tensor:

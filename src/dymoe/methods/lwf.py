@@ -44,7 +44,7 @@ class LwF(LoRA):
         self._teacher: dict[str, Tensor] = {}
         self._data: StageData | None = None
 
-    def held(self, trainable: int, inputs: Sequence[int]) -> int:
+    def state_size(self, trainable: int, inputs: Sequence[int]) -> int:
         """The teacher."""
         return trainable
 

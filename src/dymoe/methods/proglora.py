@@ -57,16 +57,16 @@ class ProgLoRA(Method):
         """The stage's own samples, then those recalled: drawn without repetition, evenly from the tasks seen."""
         from dymoe.tasks.lazy import joined
 
-        own = super().training_samples(stage)
-        count = round(self.recall * len(own))
-        if count == 0 or not stage.seen:
-            return own
+        fresh = super().training_samples(stage)
+        count = round(self.recall * len(fresh))
+        if count == 0 or not stage.earlier_tasks:
+            return fresh
         draw = random.Random(stage.seed)
-        pools = [draw.sample(range(len(task.train)), len(task.train)) for task in stage.seen]
-        places = [
-            (task, place)
+        pools = [draw.sample(range(len(task.train)), len(task.train)) for task in stage.earlier_tasks]
+        picks = [
+            (task, index)
             for row in zip_longest(*pools)
-            for task, place in zip(stage.seen, row, strict=True)
-            if place is not None
+            for task, index in zip(stage.earlier_tasks, row, strict=True)
+            if index is not None
         ]
-        return joined([own, [task.train[place] for task, place in places[:count]]])
+        return joined([fresh, [task.train[index] for task, index in picks[:count]]])

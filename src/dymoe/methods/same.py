@@ -107,7 +107,7 @@ class SAME(MoELoRA):
         self._start: dict[str, Tensor] = {}
         self._frozen: dict[str, Tensor] = {}
 
-    def held(self, trainable: int, inputs: Sequence[int]) -> int:
+    def state_size(self, trainable: int, inputs: Sequence[int]) -> int:
         """Each input's inverse; U is not counted, since its directions are known from the data alone."""
         return sum(width**2 for width in inputs) if self.curvature else 0
 
@@ -121,13 +121,13 @@ class SAME(MoELoRA):
         if not stage.earlier:
             return
         known = InputStatistics.load(stage.earlier[-1] / FOLDER / FILE)
-        made: dict[str, Guard] = {}
+        guards: dict[str, Guard] = {}
         for layer in layers_of(model, GROUP):
             source = known.source_of(layer.name)
-            if source not in made:
+            if source not in guards:
                 covariance = known.covariances[source].to(layer.dymoe_A[GROUP].device)
-                made[source] = self._guard(covariance)
-            self._guards[layer.name] = made[source]
+                guards[source] = self._guard(covariance)
+            self._guards[layer.name] = guards[source]
             if self.router == "hold":
                 self._start[layer.name] = layer.dymoe_router[GROUP].detach().clone()
         if self.freeze:
@@ -146,12 +146,12 @@ class SAME(MoELoRA):
     def _guard(self, covariance: Tensor) -> Guard:
         """The decomposition of one covariance, as far as the settings need it."""
         values, vectors = decompose(covariance)
-        kept = leading(values, self.energy, self.energy_of, self.components)
-        scale = running_scale(values[:kept], self.window) if self.router == "scale" else None
+        rank = leading(values, self.energy, self.energy_of, self.components)
+        scale = running_scale(values[:rank], self.window) if self.router == "scale" else None
         inverse = None
         if self.curvature:
-            inverse = damped_inverse(values, vectors, self.mu, kept if self.truncate else None)
-        return Guard(vectors[:, :kept].contiguous(), scale, inverse)
+            inverse = damped_inverse(values, vectors, self.mu, rank if self.truncate else None)
+        return Guard(vectors[:, :rank].contiguous(), scale, inverse)
 
     def before_step(self, model: Any) -> None:
         """Shape the gradients of router rows and experts."""
@@ -178,12 +178,12 @@ class SAME(MoELoRA):
         """Measure the task's inputs with the trained model, join them to the earlier ones and keep the result."""
         self._hold(model)
         self._guards, self._start, self._frozen = {}, {}, {}
-        found = InputStatistics()
-        with found.observing(model, GROUP, importance=self.freeze):
+        statistics = InputStatistics()
+        with statistics.observing(model, GROUP, importance=self.freeze):
             observe(model, data, draw(data.samples, self.samples, stage.seed))
         if stage.earlier:
-            found = InputStatistics.load(stage.earlier[-1] / FOLDER / FILE).joined(found, self.decay)
-        found.save(stage.memory / FOLDER)
+            statistics = InputStatistics.load(stage.earlier[-1] / FOLDER / FILE).joined(statistics, self.decay)
+        statistics.save(stage.memory / FOLDER)
         # What the stage before left is still needed if this one is repeated; what lies further back is not.
         for folder in stage.earlier[:-1]:
             shutil.rmtree(folder / FOLDER, ignore_errors=True)

@@ -63,9 +63,9 @@ class SEFE(IncLoRA):
         earlier = [load_tensors(memory / FILE) for memory in stage.earlier]
         self._keys = {}
         for lora in training_lora(model):
-            kept = [keys[lora.layer] for keys in earlier if lora.layer in keys]
-            if kept:
-                joined = torch.cat(kept)
+            lists = [keys[lora.layer] for keys in earlier if lora.layer in keys]
+            if lists:
+                joined = torch.cat(lists)
                 joined = torch.unique(joined) if self.overlap == "once" else joined
                 self._keys[lora.layer] = joined.to(lora.a.device)
 

@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 def keys(cls: type, prefix: str = "") -> list[str]:
     """All dotted keys of the dataclass `cls`, nested dataclasses opened."""
-    found: list[str] = []
+    result: list[str] = []
     for name, kind in _fields(cls).items():
         nested = dataclasses.is_dataclass(kind)
-        found += keys(typing.cast(type, kind), f"{prefix}{name}.") if nested else [prefix + name]
-    return found
+        result += keys(typing.cast(type, kind), f"{prefix}{name}.") if nested else [prefix + name]
+    return result
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, prefix: str = "") -> T:
@@ -108,6 +108,6 @@ def describe(cls: type) -> list[tuple[str, str, str]]:
     """Dotted key, type and default of everything that the dataclass `cls` holds, as words for a help text."""
     rows = []
     for key, kind, default in _arguments(cls):
-        told = "none" if default is None else "" if default in ("", [], {}) else str(default)
-        rows.append((key, type_name(kind), told))
+        shown = "none" if default is None else "" if default in ("", [], {}) else str(default)
+        rows.append((key, type_name(kind), shown))
     return rows

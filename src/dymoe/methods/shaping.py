@@ -33,9 +33,9 @@ def leading(values: Tensor, energy: float, energy_of: str, components: int | Non
     sums = weights.cumsum(0)
     total = float(sums[-1])
     # A hair less than the share, since the sum of all may fall short of the total by rounding.
-    kept = int((sums < energy * total * (1 - 1e-9)).sum()) + 1 if total > 0 else 0
-    kept = min(kept, int((values > 0).sum()))
-    return kept if components is None else min(kept, components)
+    count = int((sums < energy * total * (1 - 1e-9)).sum()) + 1 if total > 0 else 0
+    count = min(count, int((values > 0).sum()))
+    return count if components is None else min(count, components)
 
 
 def running_scale(values: Tensor, window: int) -> Tensor:
@@ -58,14 +58,14 @@ def outside(gradient: Tensor, basis: Tensor, scale: Tensor | None = None) -> Ten
     return gradient - (inside if scale is None else inside * (1 - scale)) @ basis.mT
 
 
-def damped_inverse(values: Tensor, vectors: Tensor, mu: float, kept: int | None = None) -> Tensor:
-    """(C + mu I)^-1, with C's eigenvalues after the first `kept` taken as 0.
+def damped_inverse(values: Tensor, vectors: Tensor, mu: float, rank: int | None = None) -> Tensor:
+    """(C + mu I)^-1, with C's eigenvalues after the first `rank` taken as 0.
 
     That is V_k (S_k + mu I)^-1 V_k^T + (I - V_k V_k^T) / mu.
     """
     used = values.clone()
-    if kept is not None:
-        used[kept:] = 0
+    if rank is not None:
+        used[rank:] = 0
     return (vectors / (used + mu)) @ vectors.mT
 
 

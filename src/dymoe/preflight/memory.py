@@ -287,7 +287,7 @@ def memory(recipe: "Recipe", shape: Shape, stage: int, tokens: int | None = None
     stored = sum(map(sum, sizes))
     trainable = sum(sizes[-1]) if sizes else 0
     inputs = distinct_inputs(shape, groups.configs[-1].target_modules) if groups.configs else ()
-    held = method.held(trainable, inputs) if stage > 1 else 0
+    held = method.state_size(trainable, inputs) if stage > 1 else 0
     size = BYTES[training.dtype]
     cosine = bool(groups.configs) and groups.configs[-1].gate == "cosine"
     rows = OWN + (size if size != OWN else 0)  # unit router rows, in float32 and in the compute dtype

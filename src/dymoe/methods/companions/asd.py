@@ -28,7 +28,7 @@ BOX_INSTRUCTIONS = {
     BRIEF: "Say in one sentence which box [x0,y0,x1,y1] holds what is named here",
     DETAILED: "Explain in a few sentences how to find the box [x0,y0,x1,y1] of what is named here and give it last",
 }
-SEEN = ("From what the picture shows", "Judging by what can be seen here", "As a look at the picture tells")
+GROUNDS = ("From what the picture shows", "Judging by what can be seen here", "As a look at the picture tells")
 READ = ("From what the question says", "Judging by the question alone", "As the question itself tells")
 UNSEEN = ("Since the picture does not show enough", "With so little to be seen here", "As nobody could tell from it")
 
@@ -69,16 +69,16 @@ class AnswerStyles(Companion):
         """
         result = list(samples)
         for task in stage.tasks:
-            own = {(sample.id, sample.question) for sample in task.train}
-            places = [place for place, sample in enumerate(samples) if (sample.id, sample.question) in own]
+            task_samples = {(sample.id, sample.question) for sample in task.train}
+            indices = [index for index, sample in enumerate(samples) if (sample.id, sample.question) in task_samples]
             rng = random.Random(f"asd/{self.seed}/{task.name}")
-            drawn = rng.sample(places, round(self.share * len(places)))
+            drawn = rng.sample(indices, round(self.share * len(indices)))
             if not drawn:
                 continue
             writer = _Writer(task, rng)
-            for number, place in enumerate(drawn):
+            for number, index in enumerate(drawn):
                 style = writer.styles[number * len(writer.styles) // len(drawn)]
-                result[place] = writer.rewrite(samples[place], style)
+                result[index] = writer.rewrite(samples[index], style)
         return result
 
 
@@ -145,8 +145,8 @@ class _Writer:
             return None
         self.asked += 1
         answer = "yes" if self.asked % 2 else "no"
-        said = sample.answer if answer == "yes" else self.rng.choice(wrong)
-        return f'{question}\nIs "{said}" the right answer?', answer, {"answer": answer}
+        claim = sample.answer if answer == "yes" else self.rng.choice(wrong)
+        return f'{question}\nIs "{claim}" the right answer?', answer, {"answer": answer}
 
     def _wrong(self, sample: Sample, question: str) -> list[str]:
         """Wrong answers: the task's answers to the most alike questions that have three of them."""
@@ -156,13 +156,13 @@ class _Writer:
             other = "no" if process_answer(sample.answer) == "yes" else "yes"
             return [other.capitalize() if sample.answer[0].isupper() else other]
         right = {process_answer(answer) for answer in (sample.answer, *sample.reference.get("answers", ()))}
-        found: list[str] = []
+        candidates: list[str] = []
         for key in _likeness(question, sample.answer):
             answers = self._pool().get(key, {})
-            found = [text for plain, text in answers.items() if plain not in right]
-            if len(found) >= 3:
+            candidates = [text for plain, text in answers.items() if plain not in right]
+            if len(candidates) >= 3:
                 break
-        return found
+        return candidates
 
     def _pool(self) -> dict[tuple[str, ...], dict[str, str]]:
         """The task's different answers by likeness of their questions, compared as answers are scored."""
@@ -179,7 +179,7 @@ class _Writer:
     def _explanation(self, sample: Sample, question: str, style: str) -> str:
         """One sentence, or some that begin with the question; the answer comes last."""
         answer = _plain(sample).removesuffix(".")
-        leads = READ if sample.image is None else UNSEEN if answer == "unanswerable" else SEEN
+        leads = READ if sample.image is None else UNSEEN if answer == "unanswerable" else GROUNDS
         lead = self.rng.choice(leads)
         if style == BRIEF:
             return f"{lead}, the answer is {answer}."

@@ -66,14 +66,14 @@ class Composed(Method):
         """The method's group."""
         return self.method.group(stage)
 
-    def held(self, trainable: int, inputs: Sequence[int]) -> int:
+    def state_size(self, trainable: int, inputs: Sequence[int]) -> int:
         """What the method holds."""
-        return self.method.held(trainable, inputs)
+        return self.method.state_size(trainable, inputs)
 
     def brings(self, hook: str) -> bool:
         """Whether the method or a companion has a hook of its own."""
-        own = (getattr(type(one), hook) is not getattr(Companion, hook) for one in self.companions)
-        return self.method.brings(hook) or any(own)
+        overrides = (getattr(type(one), hook) is not getattr(Companion, hook) for one in self.companions)
+        return self.method.brings(hook) or any(overrides)
 
     def config(self, stage: Stage) -> DyMoEConfig:
         """The method's config as the companions change it."""

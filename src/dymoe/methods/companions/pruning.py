@@ -58,11 +58,11 @@ class Pruning(Companion):
             return
         samples = [sample for task in stage.tasks for sample in draw(task.train, self.limit, f"pruning/{task.name}")]
         measured = activation(model, group, data, samples)
-        kept = {name: keep(values.tolist(), self.share) for name, values in measured.items()}
-        shrink(model, group, kept)
+        survivors = {name: keep(values.tolist(), self.share) for name, values in measured.items()}
+        shrink(model, group, survivors)
         adjust(model.peft_config[group], self.share)
         layers = {
-            name: {"experts": len(values), "kept": kept[name], "activation": values.tolist()}
+            name: {"experts": len(values), "kept": survivors[name], "activation": values.tolist()}
             for name, values in measured.items()
         }
         atomic_json(stage.memory / FILE, {"group": group, "share": self.share, "layers": layers})
@@ -75,7 +75,7 @@ def dropped(experts: int, share: float) -> int:
 
 def keep(values: Sequence[float], share: float) -> list[int]:
     """Places of the experts to keep, ascending; of equally activated experts the first ones go."""
-    order = sorted(range(len(values)), key=lambda place: (values[place], place))
+    order = sorted(range(len(values)), key=lambda expert: (values[expert], expert))
     return sorted(order[dropped(len(values), share) :])
 
 
@@ -85,11 +85,11 @@ def activation(model: Any, group: str, data: StageData, samples: Sequence[Sample
     The other groups are active too. The group still trains, so no selector that chooses a task has a say.
     """
     tuner = model.base_model
-    held = {layer.name: layer for layer in tuner.layers() if layer.experts_of(group)}
+    layers = {layer.name: layer for layer in tuner.layers() if layer.experts_of(group)}
     sums = _Sums(tuner.trace, group)
-    with tuner.trace.aside(), _watching(held, sums, norms=model.peft_config[group].gate == "uniform"):
+    with tuner.trace.aside(), _watching(layers, sums, norms=model.peft_config[group].gate == "uniform"):
         observe_prompts(model, data, samples)
-    return {name: sums.mean(name) for name in held}
+    return {name: sums.mean(name) for name in layers}
 
 
 class _Sums:
@@ -104,8 +104,8 @@ class _Sums:
     def __call__(self, routing: LayerRouting) -> None:
         """Add the group's columns of one layer's routing weights."""
         if self.group in routing.groups:
-            place = routing.groups.index(self.group)
-            columns = routing.weights.split(list(routing.sizes), dim=-1)[place]
+            position = routing.groups.index(self.group)
+            columns = routing.weights.split(list(routing.sizes), dim=-1)[position]
             if columns.shape[-1]:
                 self.add(routing.layer, columns)
 
@@ -155,7 +155,7 @@ def output_norms(layer: Any, group: str, x: Tensor) -> Tensor:
     return layer.group_configs[group].scaling * squares.clamp(min=0).sqrt()
 
 
-def shrink(model: Any, group: str, kept: Mapping[str, Sequence[int]]) -> None:
+def shrink(model: Any, group: str, survivors: Mapping[str, Sequence[int]]) -> None:
     """Keep only these experts of the group, by layer: A, B and the router rows that score them.
 
     A linear router keeps its rows for the groups before; routers of later groups must not exist yet.
@@ -164,17 +164,17 @@ def shrink(model: Any, group: str, kept: Mapping[str, Sequence[int]]) -> None:
     from torch import nn
 
     for layer in model.base_model.layers():
-        if layer.name not in kept:
+        if layer.name not in survivors:
             continue
         experts = layer.experts_of(group)
-        index = torch.tensor(list(kept[layer.name]), device=layer.dymoe_A[group].device)
-        for held in (layer.dymoe_A, layer.dymoe_B, layer.dymoe_router):
-            if group not in held:
+        index = torch.tensor(list(survivors[layer.name]), device=layer.dymoe_A[group].device)
+        for parameters in (layer.dymoe_A, layer.dymoe_B, layer.dymoe_router):
+            if group not in parameters:
                 continue
-            old = held[group]
+            old = parameters[group]
             older = torch.arange(old.shape[0] - experts, device=index.device)
             rows = torch.cat([older, old.shape[0] - experts + index])
-            held[group] = nn.Parameter(old.detach()[rows].clone(), requires_grad=old.requires_grad)
+            parameters[group] = nn.Parameter(old.detach()[rows].clone(), requires_grad=old.requires_grad)
         layer.groups_changed()
 
 

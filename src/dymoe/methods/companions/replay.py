@@ -58,12 +58,12 @@ class Replay(Companion):
         """
         from dymoe.tasks.lazy import joined
 
-        kept = _resolve(self._earlier(stage)["slots"], stage.seen)
-        if not kept or self.share is None:
-            return joined([samples, kept])
-        wanted = round(len(samples) * self.share / (1 - self.share))
-        rounds, rest = divmod(wanted, len(kept))
-        return joined([samples, kept * rounds, draw(kept, rest, f"share/{self.seed}/{stage.index}")])
+        replayed = _resolve(self._earlier(stage)["slots"], stage.earlier_tasks)
+        if not replayed or self.share is None:
+            return joined([samples, replayed])
+        count = round(len(samples) * self.share / (1 - self.share))
+        rounds, rest = divmod(count, len(replayed))
+        return joined([samples, replayed * rounds, draw(replayed, rest, f"share/{self.seed}/{stage.index}")])
 
     def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Let the stage's tasks into the buffer and write its ids to ``replay.json``."""
@@ -84,11 +84,11 @@ class Replay(Companion):
         return {"slots": state["slots"], "tasks": state["tasks"]}
 
 
-def _resolve(slots: Sequence[Sequence[str]], seen: Sequence[Task]) -> list[Sample]:
+def _resolve(slots: Sequence[Sequence[str]], tasks: Sequence[Task]) -> list[Sample]:
     """The samples that the slots name."""
-    wanted = {(task, sample) for task, sample in slots}
+    names = {(task, sample) for task, sample in slots}
     known = {
-        (task.name, sample.id): sample for task in seen for sample in task.train if (task.name, sample.id) in wanted
+        (task.name, sample.id): sample for task in tasks for sample in task.train if (task.name, sample.id) in names
     }
     missing = next((slot for slot in slots if tuple(slot) not in known), None)
     if missing is not None:
@@ -97,29 +97,29 @@ def _resolve(slots: Sequence[Sequence[str]], seen: Sequence[Task]) -> list[Sampl
 
 
 def _reservoir(
-    slots: list[list[str]], seen: dict[str, int], task: str, ids: Sequence[str], size: int, seed: int
+    slots: list[list[str]], counts: dict[str, int], task: str, ids: Sequence[str], size: int, seed: int
 ) -> list[list[str]]:
-    """Algorithm R, continued after the samples `seen`: sample n replaces a slot with chance size / n."""
-    slots, count = list(slots), sum(seen.values())
+    """Algorithm R, continued after as many samples as `counts` names: sample n replaces a slot with chance size / n."""
+    slots, count = list(slots), sum(counts.values())
     rng = random.Random(f"reservoir/{seed}/{count}")
     for sample in ids:
         count += 1
         if len(slots) < size:
             slots.append([task, sample])
-        elif (place := rng.randrange(count)) < size:
-            slots[place] = [task, sample]
+        elif (index := rng.randrange(count)) < size:
+            slots[index] = [task, sample]
     return slots
 
 
 def _balanced(
-    slots: list[list[str]], seen: dict[str, int], task: str, ids: Sequence[str], size: int, seed: int
+    slots: list[list[str]], counts: dict[str, int], task: str, ids: Sequence[str], size: int, seed: int
 ) -> list[list[str]]:
     """Equal parts of every task; the earlier tasks keep the first of what they had."""
-    parts = quotas([*seen.values(), len(ids)], size)
-    kept: list[list[str]] = []
-    for name, part in zip(seen, parts, strict=False):
-        kept += [slot for slot in slots if slot[0] == name][:part]
-    return kept + [[task, sample] for sample in draw(ids, parts[-1], f"balanced/{seed}/{task}", ordered=False)]
+    parts = quotas([*counts.values(), len(ids)], size)
+    result: list[list[str]] = []
+    for name, part in zip(counts, parts, strict=False):
+        result += [slot for slot in slots if slot[0] == name][:part]
+    return result + [[task, sample] for sample in draw(ids, parts[-1], f"balanced/{seed}/{task}", ordered=False)]
 
 
 def quotas(available: Sequence[int], size: int) -> list[int]:
@@ -129,10 +129,10 @@ def quotas(available: Sequence[int], size: int) -> list[int]:
     cannot fill goes to the others. A part never grows when a task is added, so a buffer need never fetch a sample back.
     """
     parts = [0] * len(available)
-    while size > 0 and (open_ := [place for place, part in enumerate(parts) if part < available[place]]):
-        level = min(min(available[place] - parts[place] for place in open_), max(1, size // len(open_)))
-        for place in open_:
+    while size > 0 and (open_ := [index for index, part in enumerate(parts) if part < available[index]]):
+        level = min(min(available[index] - parts[index] for index in open_), max(1, size // len(open_)))
+        for index in open_:
             take = min(level, size)
-            parts[place] += take
+            parts[index] += take
             size -= take
     return parts

@@ -93,15 +93,15 @@ class TaskRouter(Companion):
         names = [task for _, task in selector.classes(groups)]
         known, fresh = _earlier_features(stage.earlier), {}
         chosen = {}
-        for task in (*stage.seen, *stage.tasks):
+        for task in (*stage.earlier_tasks, *stage.tasks):
             if not task.validation:
                 continue
             if task.name not in known:
                 # The features are those of the frozen base, so later stages need not compute them again.
                 samples = draw(task.validation, self.check, f"task-router/{task.name}")
                 known[task.name] = fresh[task.name] = prompt_features(model, data, samples).cpu()
-            places = selector.nearest(known[task.name].to(selector.dymoe_means[group].device), groups)
-            chosen[task.name] = [names[place] for place in places.tolist()]
+            nearest = selector.nearest(known[task.name].to(selector.dymoe_means[group].device), groups)
+            chosen[task.name] = [names[index] for index in nearest.tolist()]
         if fresh:
             save_tensors(stage.memory / FEATURES, fresh)
         return chosen
@@ -109,11 +109,11 @@ class TaskRouter(Companion):
 
 def _earlier_features(folders: Sequence[Path]) -> dict[str, Tensor]:
     """Validation features of the tasks seen, as the stages before left them."""
-    found: dict[str, Tensor] = {}
+    by_task: dict[str, Tensor] = {}
     for folder in folders:
         if (folder / FEATURES).is_file():
-            found.update(load_tensors(folder / FEATURES))
-    return found
+            by_task.update(load_tensors(folder / FEATURES))
+    return by_task
 
 
 def prompt_features(model: Any, data: StageData, samples: Sequence[Sample]) -> Tensor:
