@@ -82,11 +82,8 @@ UNNAMED = (
     "cli/",
     "learning/",
     "methods/base.py",
-    "play/",
-    "preflight/",
     "report/",
     "routing.py",
-    "share/",
 )
 
 

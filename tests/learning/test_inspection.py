@@ -253,7 +253,7 @@ def test_the_doctor_finds_the_same_and_lists_all_of_it(tmp_path: Path, tiny_fold
     assert not [one for one in found.findings if one.level == "wrong" and one.what in ("pictures", "tokens")]
     # Without the model what needs none is checked all the same.
     found = check(replace(load_recipe(path), model=str(tmp_path / "nowhere")))
-    wrong = {finding.what: finding.found for finding in found.findings if finding.level == "wrong"}
+    wrong = {finding.what: finding.result for finding in found.findings if finding.level == "wrong"}
     assert set(wrong) == {"pictures", "model"}
     assert "special tokens, token lengths and max_new_tokens were not checked" in wrong["model"]
 
@@ -305,7 +305,7 @@ def test_a_processor_that_does_not_fit_is_the_models_fault(
         load(str(folder), "float32")
     found = [finding for finding in check(load_recipe(path)).findings if finding.level == "wrong"]
     assert [finding.what for finding in found] == ["model"]
-    assert told in found[0].found
+    assert told in found[0].result
 
 
 def test_what_is_mended_in_a_later_task_lets_a_run_go_on(

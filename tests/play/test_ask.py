@@ -54,7 +54,7 @@ def test_stage_0_is_the_base_model(runs, tiny_folder):
     )
     assert last(runs, 2, samples[0]) == learned
     with pytest.raises(DymoeError, match="before learning there are no experts"):
-        runs.route(ask.Asked("routed", 0, samples[0]), 0)
+        runs.route(ask.Exchange("routed", 0, samples[0]), 0)
 
 
 def test_the_answer_grows_and_can_be_given_up(runs):
@@ -97,7 +97,7 @@ def test_routing_is_that_of_the_stage(runs):
 def test_text_alone_is_asked_too(runs):
     assert isinstance([*runs.ask("plain", 1, "What is red?", None, 4)][-1].sample.answer, str)
     with pytest.raises(DymoeError, match="method lora routes nothing"):
-        runs.route(ask.Asked("plain", 1, runs.examples("plain")[0]), 0)
+        runs.route(ask.Exchange("plain", 1, runs.examples("plain")[0]), 0)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_a_good_tree_has_notes_alone(tmp_path: Path, tiny: Path, capsys: pytest.
     found = json.loads(capsys.readouterr().out)
     sizes = [row for row in found["findings"] if row["what"] == "size"]
     assert {row["level"] for row in sizes} == {"note"}
-    assert any("6 train records, 129,833 are published" in row["found"] for row in sizes)
+    assert any("6 train records, 129,833 are published" in row["result"] for row in sizes)
     assert [row["task"] for row in found["tasks"]] == ["ScienceQA", "ImageNet"]
     assert all(row["tokens_longest"] >= row["tokens_mean"] > 0 and row["hours"] > 0 for row in found["tasks"])
     assert found["fits"] == [{"recipe": str(recipe), "bytes": found["fits"][0]["bytes"], "fits": True}]
@@ -71,7 +71,7 @@ def test_what_is_wrong_is_found_and_named(tmp_path: Path, tiny: Path, capsys: py
     assert {("pictures", "ImageNet"), ("train in test", "ImageNet"), ("tokens", "ScienceQA")} <= wrong(found)
     assert {("size", "ImageNet"), ("size", "ScienceQA")} <= wrong(found)  # CoIN's numbers are wanted
     told = {finding.what: finding for finding in found.findings if finding.level == "wrong"}
-    assert "1 of" in told["pictures"].found
+    assert "1 of" in told["pictures"].result
     assert all(finding.mend for finding in told.values())
     assert main(["doctor", str(recipe)]) == 1
     assert " wrong, " in capsys.readouterr().out

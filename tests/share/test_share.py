@@ -29,9 +29,9 @@ from dymoe.learning.groups import load_group
 from dymoe.learning.recipe import load_recipe
 from dymoe.models import load
 from dymoe.share.card import Shared, card, escape
+from dymoe.share.locations import location_of
 from dymoe.share.manifest import MANIFEST, TEXT_BYTES, Group, file_of, parse
 from dymoe.share.paths import base_kind, without_paths
-from dymoe.share.places import place_of
 from dymoe.share.push import push
 from tests.faults.kill import Killed, run_child
 from tests.learning.hub_server import Hub
@@ -527,14 +527,14 @@ def test_a_word_is_a_folder_where_it_could_be_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for text in ("runs/shared", "./me/shared", "shared", "a/b/c", "file:me/shared", "file:///tmp/x", "~/x"):
-        assert isinstance(place_of(text), Path), text
-    assert place_of("file:me/shared") == Path("me/shared")
-    assert place_of("file:///tmp/x") == Path("/tmp/x")
-    assert place_of("me/shared") == "me/shared" == place_of("hub:me/shared")
-    assert place_of("hub:runs/shared") == "runs/shared"
+        assert isinstance(location_of(text), Path), text
+    assert location_of("file:me/shared") == Path("me/shared")
+    assert location_of("file:///tmp/x") == Path("/tmp/x")
+    assert location_of("me/shared") == "me/shared" == location_of("hub:me/shared")
+    assert location_of("hub:runs/shared") == "runs/shared"
     for text in ("", "file:", "hub:", "hub:a/b/c", "hub:../x"):
         with pytest.raises(DymoeError):
-            place_of(text)
+            location_of(text)
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,8 @@ def tables(found: "Checkup") -> Iterator[Any]:
     findings = sorted(found.findings, key=lambda finding: list(colours).index(finding.level))
     levels = [Text(finding.level, style=colours[finding.level]) for finding in findings]
     yield table(
-        ("", "what", "where", "found", "how to mend it"),
-        [(level, each.what, each.where, each.found, each.mend) for level, each in zip(levels, findings, strict=True)],
+        ("", "what", "where", "result", "how to mend it"),
+        [(level, each.what, each.where, each.result, each.mend) for level, each in zip(levels, findings, strict=True)],
         "What was checked",
     )
     if found.tasks:

@@ -22,7 +22,7 @@ PATIENCE = 60  # seconds that a question waits for the one before it, which may 
 
 
 @dataclass(frozen=True)
-class Asked:
+class Exchange:
     """A question that was put to one stage of a run, with its answer.
 
     Attributes:
@@ -51,8 +51,8 @@ class Runs:
         if not paths:
             raise DymoeError("play: no run folder given; at least one is needed")
         real = [path.resolve() for path in paths]
-        for path, place in zip(paths, real, strict=True):
-            if real.count(place) > 1:
+        for path, target in zip(paths, real, strict=True):
+            if real.count(target) > 1:
                 raise DymoeError(f"{path}: this run folder is given more than once; give each run once")
         from dymoe.analysis import open_run
 
@@ -91,10 +91,10 @@ class Runs:
     def examples(self, name: str) -> list[Sample]:
         """Questions that the run was asked, those of different tasks in turn."""
         learned = self[name]
-        found = [learned.samples(task, None)[:EXAMPLES] for task, _ in learned.tasks.values()]
-        return [rows[number] for number in range(EXAMPLES) for rows in found if number < len(rows)]
+        by_task = [learned.samples(task, None)[:EXAMPLES] for task, _ in learned.tasks.values()]
+        return [rows[number] for number in range(EXAMPLES) for rows in by_task if number < len(rows)]
 
-    def ask(self, name: str, stage: int, question: str, picture: bytes | None, longest: int) -> Iterator[Asked]:
+    def ask(self, name: str, stage: int, question: str, picture: bytes | None, longest: int) -> Iterator[Exchange]:
         """Put a question to one stage; the answer so far, the whole of it last.
 
         Args:
@@ -122,9 +122,9 @@ class Runs:
             closing(stream(learned.lvlm, learned.collator, sample, longest, dtype)) as answers,  # type: ignore[type-var]
         ):
             for answer in answers:
-                yield Asked(name, stage, Sample("question", picture, question, answer, {}))
+                yield Exchange(name, stage, Sample("question", picture, question, answer, {}))
 
-    def route(self, asked: Asked, layer: int) -> "pd.DataFrame":
+    def route(self, exchange: Exchange, layer: int) -> "pd.DataFrame":
         """Type and serving group of every token of question and answer (see `dymoe.analysis.token_routing`).
 
         Raises:
@@ -132,14 +132,14 @@ class Runs:
         """
         from dymoe.analysis import token_routing
 
-        learned = self[asked.run]
-        if asked.stage == 0:
+        learned = self[exchange.run]
+        if exchange.stage == 0:
             raise DymoeError("before learning there are no experts, so no token is routed")
         learned.require_routing()
-        with self._at(asked.run, asked.stage):
+        with self._at(exchange.run, exchange.stage):
             dtype = learned.recipe.training.dtype
             return token_routing(
-                learned.lvlm, learned.model, learned.collator, asked.sample, asked.sample.answer, layer, dtype
+                learned.lvlm, learned.model, learned.collator, exchange.sample, exchange.sample.answer, layer, dtype
             )
 
     @contextmanager

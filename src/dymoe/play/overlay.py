@@ -44,7 +44,7 @@ def draw(frame: "pd.DataFrame", picture: "Image | None", groups: Sequence[str]) 
         picture: as the model sees it, None for a question of text alone.
         groups: the active groups in order; the last is the newest.
     """
-    looks = {group: group_look(place, group) for place, group in enumerate(groups)}
+    looks = {group: group_look(index, group) for index, group in enumerate(groups)}
     blocks = [_block("Serving group", "group", frame, looks)]
     if len(groups) > 1 and frame["type"].ne("").any():  # to a single group every token is new
         looks = {kind: type_look(kind, f"new ({groups[-1]})" if kind == "new" else "") for kind in TYPES}

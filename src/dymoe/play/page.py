@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from dymoe import pictures
 from dymoe.errors import DymoeError
 from dymoe.play import overlay
-from dymoe.play.ask import LONGEST, Asked, Runs
+from dymoe.play.ask import LONGEST, Exchange, Runs
 from dymoe.play.guard import ONLY_UPLOADS, Uploads
 from dymoe.tasks.records import check_image
 
@@ -137,9 +137,9 @@ def _question(runs: Runs, uploads: Uploads) -> Question:
 
 def _answer(runs: Runs) -> Answer:
     """The right side, from top to bottom."""
-    places = [place for name in runs.names for place in runs.routed(name)]
-    layers = sorted({layer for layer, _ in places})
-    projections = list(dict.fromkeys(projection for _, projection in places))
+    sites = [site for name in runs.names for site in runs.routed(name)]
+    layers = sorted({layer for layer, _ in sites})
+    projections = list(dict.fromkeys(projection for _, projection in sites))
     text = gr.Textbox(label="Answer", lines=2, interactive=False, buttons=["copy"])
     expected = gr.Textbox(label="Expected answer", interactive=False)
     with gr.Row():
@@ -151,7 +151,7 @@ def _answer(runs: Runs) -> Answer:
 
 def _follow(runs: Runs, question: Question, answer: Answer) -> None:
     """What happens when a field changes or a button is pressed."""
-    asked = gr.State()
+    exchange = gr.State()
     question.run.change(
         lambda name: gr.Dropdown(runs.stages(name), value=len(runs.stages(name)) - 1),
         question.run,
@@ -161,12 +161,12 @@ def _follow(runs: Runs, question: Question, answer: Answer) -> None:
     # The expected answer is that of an example as it stands.
     gr.on([question.picture.input, question.text.input], None, None, answer.expected, js="() => ''")
     how: Any = {"concurrency_id": "model", "concurrency_limit": 1}
-    place = [answer.layer, answer.projection]
+    choices = [answer.layer, answer.projection]
     answering = gr.on(
         [question.ask.click, question.text.submit],
         _one_line(_asking(runs)),
-        [question.run, question.stage, question.text, question.picture, question.longest, *place],
-        [answer.text, answer.routing, asked],
+        [question.run, question.stage, question.text, question.picture, question.longest, *choices],
+        [answer.text, answer.routing, exchange],
         api_name="ask",
         **how,
     )
@@ -174,7 +174,7 @@ def _follow(runs: Runs, question: Question, answer: Answer) -> None:
     gr.on(
         [answer.layer.change, answer.projection.change],
         _one_line(lambda past, layer, projection: _routing(runs, past, layer, projection)),
-        [asked, *place],
+        [exchange, *choices],
         answer.routing,
         api_visibility="private",
         **how,
@@ -196,7 +196,7 @@ def _asking(runs: Runs) -> Callable[..., Iterator[tuple[Any, ...]]]:
     return ask
 
 
-def _routing(runs: Runs, past: Asked | None, layer: int, projection: str) -> Any:
+def _routing(runs: Runs, past: Exchange | None, layer: int, projection: str) -> Any:
     """The routing as HTML, or a line that says why there is none."""
     from dymoe.analysis.token_overlay import seen_picture
 
@@ -218,12 +218,12 @@ def _examples(runs: Runs, name: str, files: Path) -> list[list[str | None]]:
     """Picture, question and reference answer of the run's examples, the pictures as files."""
     rows: list[list[str | None]] = []
     for number, sample in enumerate(runs.examples(name)):
-        place = None
+        path = None
         if (data := sample.image) is not None:
             shown, kind = pictures.for_browser(data)
-            place = files / f"{number}.{kind.removeprefix('image/')}"
-            place.write_bytes(shown)
-        rows.append([None if place is None else str(place), sample.question, sample.answer])
+            path = files / f"{number}.{kind.removeprefix('image/')}"
+            path.write_bytes(shown)
+        rows.append([None if path is None else str(path), sample.question, sample.answer])
     return rows
 
 
@@ -247,7 +247,7 @@ def _one_line(work: Callable[..., Any]) -> Callable[..., Any]:
     if isgeneratorfunction(work):
 
         @wraps(work)
-        def told(*values: Any) -> Any:
+        def guard(*values: Any) -> Any:
             try:
                 yield from work(*values)
             except DymoeError as error:
@@ -255,13 +255,13 @@ def _one_line(work: Callable[..., Any]) -> Callable[..., Any]:
     else:
 
         @wraps(work)
-        def told(*values: Any) -> Any:
+        def guard(*values: Any) -> Any:
             try:
                 return work(*values)
             except DymoeError as error:
                 raise _shown(_line(error)) from None
 
-    return told
+    return guard
 
 
 def mount(page: gr.Blocks) -> Any:

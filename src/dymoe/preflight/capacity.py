@@ -40,33 +40,33 @@ def device() -> tuple[str, float]:
     return "CPU", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def check_room(found: Checkup, recipe: Recipe, path: str, shape: "Shape | None", longest: int) -> None:
+def check_room(checkup: Checkup, recipe: Recipe, path: str, shape: "Shape | None", longest: int) -> None:
     """Find whether the device's memory and the disk hold the run."""
     from dymoe.preflight.memory import memory
 
     name, size = device()
-    found.machine |= {"device": name, "bytes": size}
+    checkup.machine |= {"device": name, "bytes": size}
     if name == "CPU":
-        found.add("note", "device", name, "no GPU: the run would compute on the CPU")
+        checkup.add("note", "device", name, "no GPU: the run would compute on the CPU")
     if shape is None:
-        found.add("note", "memory", path, "not estimated: the model's shapes are not known here")
+        checkup.add("note", "memory", path, "not estimated: the model's shapes are not known here")
         return
     stages = len(recipe.task_names())
     budget = memory(recipe, shape, stages, longest or None)
-    told = f"{budget.peak / 1e9:.1f} GB at the last task of {stages}, {name} has {size / 1e9:.1f} GB"
+    comparison = f"{budget.peak / 1e9:.1f} GB at the last task of {stages}, {name} has {size / 1e9:.1f} GB"
     if budget.peak + SPARE > size:
         mend = "a smaller training.batch_size, training.gradient_checkpointing, model_options.load_in_4bit"
-        found.add("wrong", "memory", path, told, f"{mend} (docs/memory.md)")
+        checkup.add("wrong", "memory", path, comparison, f"{mend} (docs/memory.md)")
     else:
-        found.add("fine", "memory", path, told)
+        checkup.add("fine", "memory", path, comparison)
     # The groups of all stages, and two checkpoints of the group that trains with its optimizer state.
     needed = 4 * budget.stored + 2 * 12 * budget.trainable
-    place, free = free_space(recipe.output or ".")
-    told = f"{needed / 1e9:.1f} GB are written, {free / 1e9:.1f} GB are free"
+    volume, free = free_space(recipe.output or ".")
+    comparison = f"{needed / 1e9:.1f} GB are written, {free / 1e9:.1f} GB are free"
     if needed > free:
-        found.add("wrong", "disk", str(place), told, "make room, or give --output on another disk")
+        checkup.add("wrong", "disk", str(volume), comparison, "make room, or give --output on another disk")
     else:
-        found.add("fine", "disk", str(place), told)
+        checkup.add("fine", "disk", str(volume), comparison)
 
 
 def speed(dtype: str) -> float:
@@ -76,8 +76,8 @@ def speed(dtype: str) -> float:
     import torch
 
     gpu = torch.cuda.is_available()
-    side, place = (8192, "cuda") if gpu else (512, "cpu")
-    one = torch.ones(side, side, dtype=getattr(torch, dtype), device=place)
+    side, device_type = (8192, "cuda") if gpu else (512, "cpu")
+    one = torch.ones(side, side, dtype=getattr(torch, dtype), device=device_type)
     best = float("inf")
     for _ in range(3):
         started = time.perf_counter()
@@ -89,13 +89,13 @@ def speed(dtype: str) -> float:
 
 
 def check_time(
-    found: Checkup, recipe: Recipe, stream: "Stream", shape: "Shape | None", lengths: dict[str, tuple[float, int]]
+    checkup: Checkup, recipe: Recipe, stream: "Stream", shape: "Shape | None", lengths: dict[str, tuple[float, int]]
 ) -> None:
     """Find how long each task trains on this machine."""
     from dymoe.preflight.memory import memory, operations
 
     fast = speed(recipe.training.dtype)
-    found.machine["operations_per_second"] = fast
+    checkup.machine["operations_per_second"] = fast
     training = recipe.training
     for number, task in enumerate(stream.tasks, start=1):
         mean, longest = lengths.get(task.name, (0.0, 0))
@@ -105,18 +105,18 @@ def check_time(
             steps = training.steps_per_task
             # Not whole steps: the last one of an epoch takes the samples that are left.
             samples = min(len(task.train), training.limit or len(task.train)) * (training.epochs or 1.0)
-            seen = steps * training.samples_of_step() if steps is not None else samples
+            presentations = steps * training.samples_of_step() if steps is not None else samples
             stored = memory(recipe, shape, number).stored
-            work = operations(shape, stored, seen * mean, training.gradient_checkpointing)
+            work = operations(shape, stored, presentations * mean, training.gradient_checkpointing)
             row["hours"] = work / (EFFICIENCY * fast) / 3600
-        found.tasks.append(row)
-    hours = [row["hours"] for row in found.tasks if row["hours"] is not None]
+        checkup.tasks.append(row)
+    hours = [row["hours"] for row in checkup.tasks if row["hours"] is not None]
     if hours:
-        told = f"about {sum(hours):,.1f} hours of training on one such device"
-        found.add("note", "time", recipe.stream, told, "dymoe run RECIPE --dry-run measures it")
+        text = f"about {sum(hours):,.1f} hours of training on one such device"
+        checkup.add("note", "time", recipe.stream, text, "dymoe run RECIPE --dry-run measures it")
 
 
-def check_recipes(found: Checkup, beside: Path) -> None:
+def check_recipes(checkup: Checkup, beside: Path) -> None:
     """Find which recipes of a folder fit this machine."""
     from dymoe.preflight.memory import memory
     from dymoe.sweep.sweep import is_sweep
@@ -136,4 +136,4 @@ def check_recipes(found: Checkup, beside: Path) -> None:
             peak = memory(recipe, shapes[key], len(recipe.task_names())).peak
         except DymoeError:
             continue
-        found.fits.append({"recipe": str(file), "bytes": peak, "fits": peak + SPARE <= size})
+        checkup.fits.append({"recipe": str(file), "bytes": peak, "fits": peak + SPARE <= size})

@@ -48,67 +48,67 @@ def check(
         everything: look at every sample of the data, whatever the recipe's limits.
         progress: called while samples are looked at.
     """
-    found = Checkup()
-    _versions(found)
-    stream = _data(found, recipe)
-    lvlm = _model(found, recipe)
+    checkup = Checkup()
+    _versions(checkup)
+    stream = _data(checkup, recipe)
+    lvlm = _model(checkup, recipe)
     lengths: dict[str, tuple[float, int]] = {}
     if stream is not None and lvlm is not None:
-        _names(found, stream, lvlm)
+        _names(checkup, stream, lvlm)
     if stream is not None:
         inspected = inspect(stream, recipe, lvlm, progress, samples, everything)
-        _samples(found, recipe, inspected, lvlm is not None)
+        _samples(checkup, recipe, inspected, lvlm is not None)
         lengths = {each.task: each.tokens for each in inspected if each.split == "train"}
         for task in stream.tasks:
-            _twice(found, task)
+            _twice(checkup, task)
     shape = known_shape(recipe, lvlm)
-    check_room(found, recipe, path, shape, max((longest for _, longest in lengths.values()), default=0))
+    check_room(checkup, recipe, path, shape, max((longest for _, longest in lengths.values()), default=0))
     if stream is not None:
-        check_time(found, recipe, stream, shape, lengths)
+        check_time(checkup, recipe, stream, shape, lengths)
     if beside is not None:
-        check_recipes(found, beside)
-    return found
+        check_recipes(checkup, beside)
+    return checkup
 
 
-def _data(found: Checkup, recipe: Recipe) -> "Stream | None":
+def _data(checkup: Checkup, recipe: Recipe) -> "Stream | None":
     """Load the stream; and hear what it says of its files."""
     from dymoe.tasks.base import hook
 
     if findings := hook(recipe.stream, "findings"):
         for row in findings(recipe.task_names(), recipe.instructions, recipe.data):
-            found.add(*row)
+            checkup.add(*row)
     try:
         stream = recipe.load_stream()
     except DymoeError as error:
-        said = str(error)
-        if not any(finding.level == "wrong" and finding.found in said for finding in found.findings):
-            found.add("wrong", "records", recipe.stream, said, "mend or fetch what is named (docs/coin.md)")
+        message = str(error)
+        if not any(finding.level == "wrong" and finding.result in message for finding in checkup.findings):
+            checkup.add("wrong", "records", recipe.stream, message, "mend or fetch what is named (docs/coin.md)")
         return None
     needed = [(task, split) for task in stream.tasks for split in ("train", recipe.evaluation.split)]
     for task, split in [*needed, *((task, recipe.evaluation.split) for task in stream.watch)]:
         if not getattr(task, split):
-            found.add("wrong", "records", task.name, f"no {split} samples", "choose another split or more data")
+            checkup.add("wrong", "records", task.name, f"no {split} samples", "choose another split or more data")
     count = sum(len(task.train) + len(task.test) for task in (*stream.tasks, *stream.watch))
     more = f", and {len(stream.watch)} that are only asked" if stream.watch else ""
-    found.add("fine", "records", recipe.stream, f"{count:,} samples can be read, tasks: {len(stream.tasks)}{more}")
+    checkup.add("fine", "records", recipe.stream, f"{count:,} samples can be read, tasks: {len(stream.tasks)}{more}")
     if stream.skipped:
         first = stream.skipped[0]
-        told = f"{len(stream.skipped)} left out, the first: {first['file']}: record {first['record']}: {first['error']}"
-        found.add("note", "records", recipe.stream, told, "mend them, or leave data.on_bad: skip")
+        text = f"{len(stream.skipped)} left out, the first: {first['file']}: record {first['record']}: {first['error']}"
+        checkup.add("note", "records", recipe.stream, text, "mend them, or leave data.on_bad: skip")
     return stream
 
 
-def _twice(found: Checkup, task: "Task") -> None:
+def _twice(checkup: Checkup, task: "Task") -> None:
     """Samples that are trained on and asked."""
     same = overlap(task.train, task.test)
     if same:
         first, second = same[0]
-        told = f"{len(same)} training questions are asked in the test too, the first: {first!r} and {second!r}"
-        found.add("wrong", "train in test", task.name, told, "leave them out of the training file")
-    asked = {sample.id for sample in task.test}
-    shared = sum(sample.id in asked for sample in task.train)
+        text = f"{len(same)} training questions are asked in the test too, the first: {first!r} and {second!r}"
+        checkup.add("wrong", "train in test", task.name, text, "leave them out of the training file")
+    test_ids = {sample.id for sample in task.test}
+    shared = sum(sample.id in test_ids for sample in task.train)
     if shared:
-        found.add("note", "ids", task.name, f"{shared} ids stand in training and test; fine if they name two things")
+        checkup.add("note", "ids", task.name, f"{shared} ids stand in training and test; fine if they name two things")
 
 
 def overlap(train: Sequence["Sample"], test: Sequence["Sample"]) -> list[tuple[str, str]]:
@@ -116,95 +116,95 @@ def overlap(train: Sequence["Sample"], test: Sequence["Sample"]) -> list[tuple[s
 
     Pictures are told apart by their paths, or their bytes where a sample has no path; questions of all turns count.
     """
-    asked: dict[bytes, str] = {}
+    ids_by_question: dict[bytes, str] = {}
     for sample in test:
-        asked.setdefault(_key(sample, sample.question), sample.id)
-    found = []
+        ids_by_question.setdefault(_key(sample, sample.question), sample.id)
+    pairs = []
     for sample in train:
         for question in (sample.question, *(question for question, _ in sample.turns)):
-            other = asked.get(_key(sample, question))
+            other = ids_by_question.get(_key(sample, question))
             if other is not None:
-                found.append((sample.id, other))
-    return found
+                pairs.append((sample.id, other))
+    return pairs
 
 
 def _key(sample: "Sample", question: str) -> bytes:
     name = getattr(sample.picture, "name", None)
-    told = name.encode() if isinstance(name, str) else hashlib.sha256(sample.image or b"").digest()
-    return hashlib.sha256(told + b"\0" + question.encode()).digest()
+    picture = name.encode() if isinstance(name, str) else hashlib.sha256(sample.image or b"").digest()
+    return hashlib.sha256(picture + b"\0" + question.encode()).digest()
 
 
-def _model(found: Checkup, recipe: Recipe) -> "Lvlm | None":
+def _model(checkup: Checkup, recipe: Recipe) -> "Lvlm | None":
     """The model's shapes with its own processor; None where the folder is not there or they do not fit."""
     from dymoe.libraries import require_extra
     from dymoe.models.shapes import outline
 
-    asked = {
+    needs = {
         "model_options.load_in_4bit": recipe.model_options.load_in_4bit,
         "training.optimizer": recipe.training.optimizer == "paged-adamw",
     }
-    for key in (key for key, wanted in asked.items() if wanted):
+    for key in (key for key, needed in needs.items() if needed):
         try:
             require_extra("quantization", key)
         except DymoeError as error:
-            found.add("wrong", "packages", "bitsandbytes", str(error), "pip install dymoe[quantization]")
+            checkup.add("wrong", "packages", "bitsandbytes", str(error), "pip install dymoe[quantization]")
     try:
         folder = expand(recipe.model)
         if not folder.is_dir() and recipe.model_options.shape != "none":
             raise DymoeError("no such folder")
-        made = outline(recipe.model, recipe.model_options)
+        lvlm = outline(recipe.model, recipe.model_options)
     except DymoeError as error:
-        told = f"{error}; special tokens, token lengths and max_new_tokens were not checked"
+        text = f"{error}; special tokens, token lengths and max_new_tokens were not checked"
         there = expand(recipe.model).is_dir()
-        found.add("wrong", "model", recipe.model, told, "mend this folder's files" if there else ASSEMBLE)
+        checkup.add("wrong", "model", recipe.model, text, "mend this folder's files" if there else ASSEMBLE)
         return None
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        found.add("wrong", "model", recipe.model, "no safetensors in this folder", ASSEMBLE)
-    return made
+        checkup.add("wrong", "model", recipe.model, "no safetensors in this folder", ASSEMBLE)
+    return lvlm
 
 
-def _names(found: Checkup, stream: "Stream", lvlm: "Lvlm") -> None:
+def _names(checkup: Checkup, stream: "Stream", lvlm: "Lvlm") -> None:
     """Every task's name can name a group of this model."""
     try:
         safe_names(stream.names, "task", parts_of(lvlm.model))
     except DymoeError as error:
-        found.add("wrong", "names", stream.name, str(error), "give the task another name")
+        checkup.add("wrong", "names", stream.name, str(error), "give the task another name")
 
 
-def _samples(found: Checkup, recipe: Recipe, inspected: "Sequence[Inspection]", read: bool) -> None:
+def _samples(checkup: Checkup, recipe: Recipe, inspected: "Sequence[Inspection]", read: bool) -> None:
     """What the look at every sample that the run takes says, task by task.
 
     Args:
-        found: what is added to.
+        checkup: what is added to.
         recipe: what is done with samples that cannot be used, and the longest that is taken.
         inspected: of all splits.
         read: whether the texts were read by the model's processor.
     """
     skips = recipe.data.on_bad == "skip"
     for each in inspected:
-        found.unusable += [{"task": each.task, "split": each.split, **asdict(one)} for one in each.unusable]
+        checkup.unusable += [{"task": each.task, "split": each.split, **asdict(one)} for one in each.unusable]
         for what, kinds in CHECKS.items():
             bad = [one for one in each.unusable if one.kind in kinds]
             if not bad:
                 continue
-            told = f"{len(bad)} of {each.samples} {each.split} samples, the first: {bad[0]}"
+            text = f"{len(bad)} of {each.samples} {each.split} samples, the first: {bad[0]}"
             level: Level = "note" if skips and len(each.unusable) < each.samples else "wrong"
             if what == "answers":
-                told += f"; accuracy reaches {each.reachable:.1f} % at most"
+                text += f"; accuracy reaches {each.reachable:.1f} % at most"
                 level = "wrong" if each.hopeless else "note"
-            found.add(level, what, each.task, told, "they are left out" if skips else MENDS[what])
+            checkup.add(level, what, each.task, text, "they are left out" if skips else MENDS[what])
     for task in dict.fromkeys(each.task for each in inspected):
         splits = [each for each in inspected if each.task == task]
         looked = ", ".join(f"{each.samples} {each.split}" for each in splits)
         if not any(one.kind == "picture" for each in splits for one in each.unusable):
-            found.add("fine", "pictures", task, f"all can be read ({looked} samples looked at)")
+            checkup.add("fine", "pictures", task, f"all can be read ({looked} samples looked at)")
         mean, longest = splits[0].tokens
         if read and not any(one.kind == "text" for each in splits for one in each.unusable):
             limit = recipe.model_options.max_length
-            found.add("fine", "tokens", task, f"mean {mean:.0f}, longest {longest} of {limit} ({looked} samples)")
+            checkup.add("fine", "tokens", task, f"mean {mean:.0f}, longest {longest} of {limit} ({looked} samples)")
 
 
-def _versions(found: Checkup) -> None:
+def _versions(checkup: Checkup) -> None:
     """Installed packages against what dymoe needs."""
     from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -212,7 +212,7 @@ def _versions(found: Checkup) -> None:
 
     from dymoe.learning.conditions import versions
 
-    found.machine["versions"] = versions()
+    checkup.machine["versions"] = versions()
     wrong = 0
     for text in requires("dymoe") or []:
         need = Requirement(text)
@@ -224,8 +224,8 @@ def _versions(found: Checkup) -> None:
             have = ""
         if not have or not need.specifier.contains(have, prereleases=True):
             wrong += 1
-            told = f"{have or 'not installed'}, needed is {need.specifier or 'any'}"
-            found.add("wrong", "packages", need.name, told, f"pip install '{need.name}{need.specifier}'")
+            comparison = f"{have or 'not installed'}, needed is {need.specifier or 'any'}"
+            checkup.add("wrong", "packages", need.name, comparison, f"pip install '{need.name}{need.specifier}'")
     if not wrong:
-        told = ", ".join(f"{name} {value}" for name, value in found.machine["versions"].items())
-        found.add("fine", "packages", "dymoe", told)
+        comparison = ", ".join(f"{name} {value}" for name, value in checkup.machine["versions"].items())
+        checkup.add("fine", "packages", "dymoe", comparison)

@@ -73,7 +73,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
     lvlm = random_lvlm(recipe.model, recipe.training.dtype, recipe.model_options)
     pictures = sum(sum(sizes[task.name]) for task in stream.tasks)
     watch = _Watch(f"dry run of {recipe.method}", len(stream.tasks))
-    with tempfile.TemporaryDirectory(prefix="dymoe-dry-") as place:
+    with tempfile.TemporaryDirectory(prefix="dymoe-dry-") as folder:
         small = replace(
             recipe,
             training=replace(
@@ -86,22 +86,22 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
                 report_to=[],
             ),
             evaluation=replace(recipe.evaluation, limit=None, split="test", zero_shot=False),
-            output=str(Path(place) / "run"),
+            output=str(Path(folder) / "run"),
         )
         run(small, display=display or watch, made=Made(stream, lvlm, max(pictures, 1)))
-        seen = display if isinstance(display, _Watch) else watch
+        watcher = display if isinstance(display, _Watch) else watch
         lengths = [_tokens(lvlm, task, recipe, rows) for task in stream.tasks]
     return [
         _measured(
             recipe,
             task.name,
-            seen,
+            watcher,
             sizes[task.name],
             tokens,
             estimate=memory(recipe, shape, number, longest).peak,
         )
         for number, (task, (tokens, longest)) in enumerate(zip(stream.tasks, lengths, strict=True), start=1)
-    ] + [_only_asked(recipe, task.name, seen, sizes[task.name][1]) for task in stream.watch]
+    ] + [_only_asked(recipe, task.name, watcher, sizes[task.name][1]) for task in stream.watch]
 
 
 def _only_asked(recipe: Recipe, task: str, seen: "_Watch", questions: int) -> Measured:
@@ -112,32 +112,32 @@ def _only_asked(recipe: Recipe, task: str, seen: "_Watch", questions: int) -> Me
 
 
 def _measured(
-    recipe: Recipe, task: str, seen: "_Watch", sizes: tuple[int, int], tokens: int, estimate: float
+    recipe: Recipe, task: str, watcher: "_Watch", sizes: tuple[int, int], tokens: int, estimate: float
 ) -> Measured:
     """What one stage took, and what the whole task would.
 
     Args:
         recipe: of the run.
         task: that the stage learned.
-        seen: what was noted.
+        watcher: what was noted.
         sizes: training and test samples of the real task.
         tokens: of one optimizer step.
         estimate: of its peak in bytes.
     """
     train, test = sizes
-    seconds, asked, batch = seen.steps[task], seen.asked[task], recipe.evaluation.batch_size
+    seconds, seconds_to_answer, batch = watcher.steps[task], watcher.asked[task], recipe.evaluation.batch_size
     steps = recipe.training.steps(min(train, recipe.training.limit or train))
     minutes = paper_times(recipe).get("minutes", {}).get(recipe.method, {}).get(task)
     return Measured(
         task=task,
         step_seconds=seconds,
         tokens_per_second=tokens / seconds,
-        answers_per_second=batch / asked,
-        peak_bytes=seen.peaks[task],
+        answers_per_second=batch / seconds_to_answer,
+        peak_bytes=watcher.peaks[task],
         estimated_bytes=estimate,
         steps=steps,
         hours=steps * seconds / 3600,
-        asking_hours=test * asked / batch / 3600,
+        asking_hours=test * seconds_to_answer / batch / 3600,
         paper_hours=None if minutes is None else minutes / 60,
     )
 

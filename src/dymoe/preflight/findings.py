@@ -14,14 +14,14 @@ class Finding:
         level: ``wrong`` (the run would fail or mislead), ``note`` or ``fine``.
         what: what was checked.
         where: task, file or recipe.
-        found: what was found.
+        result: what the check gave.
         mend: what to do about it.
     """
 
     level: Level
     what: str
     where: str
-    found: str
+    result: str
     mend: str = ""
 
 
@@ -48,9 +48,9 @@ class Checkup:
         """How many findings are wrong."""
         return sum(finding.level == "wrong" for finding in self.findings)
 
-    def add(self, level: Level, what: str, where: str, found: str, mend: str = "") -> None:
+    def add(self, level: Level, what: str, where: str, result: str, mend: str = "") -> None:
         """One more finding."""
-        self.findings.append(Finding(level, what, where, found, mend))
+        self.findings.append(Finding(level, what, where, result, mend))
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON can hold it, with how many findings are wrong."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dymoe.methods import Method
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-OWN = 4  # bytes of an expert's parameter, its gradient and each of AdamW's two moments: float32
+EXPERT_BYTES = 4  # bytes of an expert's parameter, its gradient and each of AdamW's two moments: float32
 # Bits of a 4-bit weight with its block's scale: 64 weights share a float32, which double quantisation holds in 8 bits
 # with a float32 for 256 of them (QLoRA, section 3).
 BITS = {True: 4 + 8 / 64 + 32 / (64 * 256), False: 4 + 32 / 64}
@@ -71,12 +71,12 @@ class Shape:
 def shape_of(model: Any) -> Shape:
     """The shapes of a model, on any device (`dymoe.models.shapes.meta_model`), before it got experts."""
     text = model.config.get_text_config()
-    found = [(name, model.get_submodule(name)) for name in decoder_linears(model)]
+    linears = [(name, model.get_submodule(name)) for name in decoder_linears(model)]
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        linears=tuple(Linear(name, module.in_features, module.out_features) for name, module in found),
+        linears=tuple(Linear(name, module.in_features, module.out_features) for name, module in linears),
         hidden=text.hidden_size,
         inner=getattr(text, "intermediate_size", 4 * text.hidden_size),
         layers=text.num_hidden_layers,
@@ -108,12 +108,12 @@ def group_parameters(shape: Shape, config: "DyMoEConfig", older: int = 0) -> tup
 
 def distinct_inputs(shape: Shape, targets: Any) -> tuple[int, ...]:
     """Width of each input of the linears that `targets` wraps; q, k and v share one, and gate and up."""
-    found: dict[tuple[str, str], int] = {}
+    widths: dict[tuple[str, str], int] = {}
     for linear in shape.linears:
         if _wraps(targets, linear.name):
-            parent, _, own = linear.name.rpartition(".")
-            found[parent, SHARED.get(own, own)] = linear.inputs
-    return tuple(found.values())
+            parent, _, projection = linear.name.rpartition(".")
+            widths[parent, SHARED.get(projection, projection)] = linear.inputs
+    return tuple(widths.values())
 
 
 def _wraps(targets: Any, name: str) -> bool:
@@ -194,9 +194,9 @@ def groups_after(method: "Method", stages: int) -> Groups:
         name = method.group(stage)
         if name not in configs:
             configs[name] = method.config(stage)
-    made = tuple(configs.values())
-    older = tuple(sum(config.num_experts for config in made[:place]) for place in range(len(made)))
-    return Groups(made, older)
+    in_order = tuple(configs.values())
+    older = tuple(sum(config.num_experts for config in in_order[:position]) for position in range(len(in_order)))
+    return Groups(in_order, older)
 
 
 def weight_bytes(shape: Shape, dtype: str, options: ModelOptions) -> float:
@@ -218,9 +218,9 @@ def saved(shape: Shape, groups: Groups, dtype: str) -> float:
     cosine gate keeps less where few tokens use the new group or the bank is large (`ops.sparse`).
     """
     size = BYTES[dtype]
-    kept = 2.0 * 4 * shape.hidden + size * (2 * shape.hidden + 2 * shape.keys + 3 * shape.inner)
+    total = 2.0 * 4 * shape.hidden + size * (2 * shape.hidden + 2 * shape.keys + 3 * shape.inner)
     if not groups.configs:
-        return kept
+        return total
     new = groups.configs[-1]
     wide = sum(linear.inputs for linear in shape.linears) / shape.layers
     count = len(shape.linears) / shape.layers
@@ -228,22 +228,22 @@ def saved(shape: Shape, groups: Groups, dtype: str) -> float:
     experts = sum(config.num_experts for config in groups.configs)
     fused = new.gate == "cosine" and new.selector == "none"
     if new.lora_dropout:
-        kept += wide * (size + 1)
-    kept += count * (1 if fused else 2) * ranks * size
+        total += wide * (size + 1)
+    total += count * (1 if fused else 2) * ranks * size
     routed = new.gate != "uniform"
     if routed or not new.lora_dropout:  # the inputs as they are, which linears share
-        kept += size * (2 * shape.hidden + shape.inner)
+        total += size * (2 * shape.hidden + shape.inner)
     if fused:
         sides = (experts - new.num_experts, new.num_experts)
         candidates = sum(min(new.top_k, side) for side in sides)
         terms = new.load_balance > 0 or (sides[0] > 0 and new.exclusivity + new.specialization > 0)
         index = 8 * new.top_k * sum(side > new.top_k for side in sides)
-        kept += count * (4 + 4 * candidates * (2 + terms) + index)
+        total += count * (4 + 4 * candidates * (2 + terms) + index)
     elif routed:
         chosen = experts > new.top_k
         routing = experts * (5 + 2 * size) + 24 * new.top_k + 36 if chosen else experts * (8 + size)
-        kept += count * routing
-    return kept
+        total += count * routing
+    return total
 
 
 def activations(shape: Shape, groups: Groups, rows: int, tokens: int, dtype: str, checkpointing: bool) -> float:
@@ -264,9 +264,9 @@ def activations(shape: Shape, groups: Groups, rows: int, tokens: int, dtype: str
     size = BYTES[dtype]
     layer = saved(shape, groups, dtype)
     under_way = 3 * size * (shape.hidden + shape.inner)
-    kept = (shape.layers * shape.hidden * size + layer) if checkpointing else shape.layers * layer
+    per_token = (shape.layers * shape.hidden * size + layer) if checkpointing else shape.layers * layer
     logits = 3 * 4 * shape.vocabulary * min(ANSWER, tokens)
-    return float(rows * (tokens * (kept + under_way) + logits))
+    return float(rows * (tokens * (per_token + under_way) + logits))
 
 
 def memory(recipe: "Recipe", shape: Shape, stage: int, tokens: int | None = None) -> Memory:
@@ -287,21 +287,21 @@ def memory(recipe: "Recipe", shape: Shape, stage: int, tokens: int | None = None
     stored = sum(map(sum, sizes))
     trainable = sum(sizes[-1]) if sizes else 0
     inputs = distinct_inputs(shape, groups.configs[-1].target_modules) if groups.configs else ()
-    held = method.state_size(trainable, inputs) if stage > 1 else 0
+    state_numbers = method.state_size(trainable, inputs) if stage > 1 else 0
     size = BYTES[training.dtype]
     cosine = bool(groups.configs) and groups.configs[-1].gate == "cosine"
-    rows = OWN + (size if size != OWN else 0)  # unit router rows, in float32 and in the compute dtype
+    rows = EXPERT_BYTES + (size if size != EXPERT_BYTES else 0)  # unit router rows, in float32 and in the compute dtype
     packs = [pairs * size + (routers * rows if cosine else 0) for pairs, routers in sizes]
-    moments = 2 * OWN * trainable
+    moments = 2 * EXPERT_BYTES * trainable
     paged = training.optimizer == "paged-adamw"
     spent = activations(shape, groups, training.batch_size, tokens, training.dtype, training.gradient_checkpointing)
     cache = 2 * shape.layers * shape.keys * size
     prompt = 4 * shape.hidden * size + 3 * shape.inner * size
     return Memory(
         weights=weight_bytes(shape, training.dtype, options),
-        groups=float(OWN * (stored + held)),
+        groups=float(EXPERT_BYTES * (stored + state_numbers)),
         packed=float(sum(packs[:-1])),
-        gradients=float(OWN * trainable),
+        gradients=float(EXPERT_BYTES * trainable),
         optimizer=0.0 if paged else float(moments),
         activations=spent if learns else 0.0,
         evaluation=float(recipe.evaluation.batch_size * tokens * (cache + prompt) + sum(packs[-1:])),

@@ -79,7 +79,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int | No
     """A Markdown table of escaped cells; columns from `numbers` on are right-aligned."""
     if not rows:
         return ""
-    marks = ["---" if numbers is None or place < numbers else "---:" for place in range(len(head))]
+    marks = ["---" if numbers is None or column < numbers else "---:" for column in range(len(head))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, marks, *rows))
 
 
@@ -116,17 +116,22 @@ def _tasks(shared: Shared) -> str:
     rows = []
     for number, (name, groups) in enumerate(shared.stages, start=1):
         newest = next(group for group in groups if group.folder.startswith(f"groups/{number:02d}-"))
-        asked = shared.results.get("samples", {}).get(name)
-        cells = (escape(newest.name), escape(newest.folder), newest.hash[:16], "" if asked is None else f"{asked}")
+        questions = shared.results.get("samples", {}).get(name)
+        cells = (
+            escape(newest.name),
+            escape(newest.folder),
+            newest.hash[:16],
+            "" if questions is None else f"{questions}",
+        )
         rows.append((f"{number}", escape(name), *cells))
     head = ("stage", "task", "group it trained", "folder", "SHA-256 of the group", "test questions")
     return _table(head, rows)
 
 
 def _rule(results: Mapping[str, Any]) -> str:
-    told = [f"Split: {escape(results['split'])}."] if "split" in results else []
-    told += [f"Scoring rules: {escape(results['scoring'])}."] if "scoring" in results else []
-    return " ".join(told)
+    sentences = [f"Split: {escape(results['split'])}."] if "split" in results else []
+    sentences += [f"Scoring rules: {escape(results['scoring'])}."] if "scoring" in results else []
+    return " ".join(sentences)
 
 
 def _matrix(results: Mapping[str, Any]) -> str:
@@ -205,9 +210,9 @@ def _settings(shared: Shared) -> str:
 
 
 def _licence(shared: Shared) -> str:
-    own = escape(shared.licence) if shared.licence else "not stated by the author; ask before you use them"
+    licence = escape(shared.licence) if shared.licence else "not stated by the author; ask before you use them"
     rows = [
-        ("these groups", own),
+        ("these groups", licence),
         ("base model", f"its own: see {escape(shared.results['base'])}"),
         ("training data", f"their own: see the data sets of {escape(shared.results['stream'])}"),
         ("dymoe", "Apache-2.0"),

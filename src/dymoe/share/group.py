@@ -22,8 +22,8 @@ from dymoe.files import parse_json, read_bytes
 from dymoe.learning.groups import check_tensors, read_tensors
 from dymoe.messages import brief, shorten
 from dymoe.schema import Range, fit
+from dymoe.share.locations import REPOSITORY
 from dymoe.share.manifest import CONFIG, CONFIG_BYTES, WEIGHTS, Group
-from dymoe.share.places import REPOSITORY
 
 MOST = 1024  # experts of a layer, and rank of each
 RANKS = 8192  # of all experts of a layer together
@@ -49,8 +49,8 @@ _KEYS: dict[str, Any] = {
 
 def layers_of(tensors: Iterable[str]) -> set[str]:
     """The wrapped layers whose tensors have these names."""
-    own = (name for name in tensors if not name.startswith(SELECTOR))
-    return {name.removeprefix(PREFIX).rpartition(".")[0] for name in own}
+    weights = (name for name in tensors if not name.startswith(SELECTOR))
+    return {name.removeprefix(PREFIX).rpartition(".")[0] for name in weights}
 
 
 def plain_config(values: Mapping[str, Any], layers: Iterable[str], base: str | None, where: object) -> dict[str, Any]:
@@ -89,17 +89,17 @@ def read_group(folder: Path, group: Group, where: str) -> tuple[DyMoEConfig, dic
         DymoeError: the config is no plain one of an expert group or out of bounds; the file holds other tensors than
             those of this group, of other shapes or types, not finite, or not those that the hash was made of.
     """
-    told = f"{where}: {group.folder}"
-    config = check_config(read_bytes(folder / CONFIG, CONFIG_BYTES), f"{told}/{CONFIG}")
+    source = f"{where}: {group.folder}"
+    config = check_config(read_bytes(folder / CONFIG, CONFIG_BYTES), f"{source}/{CONFIG}")
     try:
         tensors = read_tensors(folder / WEIGHTS)
     except DymoeError:
-        raise DymoeError(f"{told}/{WEIGHTS}: cannot be read as safetensors") from None
+        raise DymoeError(f"{source}/{WEIGHTS}: cannot be read as safetensors") from None
     if other := next((name for name, tensor in tensors.items() if tensor.dtype != torch.float32), None):
-        raise DymoeError(f"{told}/{WEIGHTS} holds {brief(other)} as {tensors[other].dtype}, expected torch.float32")
-    check_tensors(tensors, f"{told}/{WEIGHTS}", shapes_of(config, tensors, told))
+        raise DymoeError(f"{source}/{WEIGHTS} holds {brief(other)} as {tensors[other].dtype}, expected torch.float32")
+    check_tensors(tensors, f"{source}/{WEIGHTS}", shapes_of(config, tensors, source))
     if tensors_hash(sorted(tensors.items())) != group.hash:
-        raise DymoeError(f"{told}: expert group {group.name!r} is not the one saved (hash differs)")
+        raise DymoeError(f"{source}: expert group {group.name!r} is not the one saved (hash differs)")
     return config, tensors
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dymoe.errors import DymoeError
+from dymoe.share.locations import open_source
 from dymoe.share.manifest import CONFIG, WEIGHTS, check_file, parse
-from dymoe.share.places import open_source
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,21 +35,21 @@ def load_stage(source: str | Path, model: "nn.Module", stage: int | None = None)
 
     if isinstance(model, PeftModel) or any(isinstance(module, DyMoELayer) for module in model.modules()):
         raise DymoeError(f"load_stage: the {type(model).__name__} has adapters already; give the base model")
-    place, text = open_source(source)
-    manifest = parse(text, place.where)
+    origin, text = open_source(source)
+    manifest = parse(text, origin.where)
     groups = []
-    for group in manifest.groups(stage, place.where):
+    for group in manifest.groups(stage, origin.where):
         for part in (CONFIG, WEIGHTS):
             name = f"{group.folder}/{part}"
-            file = place.fetch(name)
-            check_file(file, name, manifest.files[name], place.where)
-        groups.append((group, *read_group(file.parent, group, place.where)))
+            file = origin.fetch(name)
+            check_file(file, name, manifest.files[name], origin.where)
+        groups.append((group, *read_group(file.parent, group, origin.where)))
     loaded: PeftModel | None = None
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:
         for group, config, tensors in groups:
-            loaded = add_group(model, loaded, group.name, config, tensors, f"{place.where}: {group.folder}")
+            loaded = add_group(model, loaded, group.name, config, tensors, f"{origin.where}: {group.folder}")
     except BaseException:  # it does not fit, no memory is left, or it was interrupted
         if loaded is not None:
             loaded.base_model.unload()  # type: ignore[operator]

@@ -122,13 +122,13 @@ def parse(text: bytes, where: str) -> Manifest:
     Raises:
         DymoeError: it is no manifest of a shared result, lacks something, or names a file outside the layout.
     """
-    told = f"{where}: {MANIFEST}"
+    source = f"{where}: {MANIFEST}"
     if len(text) > MANIFEST_BYTES:
-        raise DymoeError(f"{told}: larger than {MANIFEST_BYTES} bytes; this is no manifest of dymoe push")
-    values = parse_json(text, told, _Values)
+        raise DymoeError(f"{source}: larger than {MANIFEST_BYTES} bytes; this is no manifest of dymoe push")
+    values = parse_json(text, source, _Values)
     if not 0 < len(values["stages"]) <= STAGES:
-        raise DymoeError(f"{told}: stages: expected 1 to {STAGES}, got {len(values['stages'])}")
-    names = safe_names((stage["name"] for stage in values["stages"]), f"{told}: stages")
+        raise DymoeError(f"{source}: stages: expected 1 to {STAGES}, got {len(values['stages'])}")
+    names = safe_names((stage["name"] for stage in values["stages"]), f"{source}: stages")
     folders = [f"groups/{number:02d}-{name}" for number, name in enumerate(names, start=1)]
     rows = (stage["groups"] for stage in values["stages"])
     stages = [
@@ -138,31 +138,31 @@ def parse(text: bytes, where: str) -> Manifest:
     known: dict[str, Group] = {}
     for number, (_, groups) in enumerate(stages, start=1):
         if not groups or len({group.name for group in groups}) < len(groups):
-            raise DymoeError(f"{told}: stage {number}: expected groups of different names")
+            raise DymoeError(f"{source}: stage {number}: expected groups of different names")
         for group in groups:
             if group.folder not in folders[:number]:
-                raise DymoeError(f"{told}: stage {number}: folder {brief(group.folder)}: expected groups/NN-STAGE")
+                raise DymoeError(f"{source}: stage {number}: folder {brief(group.folder)}: expected groups/NN-STAGE")
             if known.setdefault(group.folder, group) != group:
-                raise DymoeError(f"{told}: {group.folder!r} is two different groups")
-    safe_names(dict.fromkeys(group.name for group in known.values()), f"{told}: groups")
+                raise DymoeError(f"{source}: {group.folder!r} is two different groups")
+    safe_names(dict.fromkeys(group.name for group in known.values()), f"{source}: groups")
     files = {name: File(row["bytes"], row["sha256"]) for name, row in values["files"].items()}
-    _check_files(files, known, told)
+    _check_files(files, known, source)
     return Manifest(values["base"], tuple(stages), files)
 
 
-def _check_files(files: Mapping[str, File], groups: Mapping[str, Group], told: str) -> None:
+def _check_files(files: Mapping[str, File], groups: Mapping[str, Group], source: str) -> None:
     """Refuse other files than those of the groups and the texts, sizes out of bounds and what is no digest."""
     expected = {*TEXTS, *(f"{folder}/{name}" for folder in groups for name in (CONFIG, WEIGHTS))}
     if missing := sorted(expected - set(files)):
-        raise DymoeError(f"{told}: files: {brief(missing[0])} is not listed")
+        raise DymoeError(f"{source}: files: {brief(missing[0])} is not listed")
     if strange := sorted(set(files) - expected):
-        raise DymoeError(f"{told}: files: {brief(strange[0])} does not belong to a shared result")
+        raise DymoeError(f"{source}: files: {brief(strange[0])} does not belong to a shared result")
     for name, file in files.items():
         if file.size > (WEIGHTS_BYTES if name.endswith(WEIGHTS) else TEXT_BYTES):
-            raise DymoeError(f"{told}: files: {brief(name)}: {brief(file.size)} bytes are too many for this file")
+            raise DymoeError(f"{source}: files: {brief(name)}: {brief(file.size)} bytes are too many for this file")
     for digest in (*(file.sha256 for file in files.values()), *(group.hash for group in groups.values())):
         if not SHA.fullmatch(digest):
-            raise DymoeError(f"{told}: expected the 64 digits of a SHA-256, got {brief(digest)}")
+            raise DymoeError(f"{source}: expected the 64 digits of a SHA-256, got {brief(digest)}")
 
 
 def tree(root: Path, where: str) -> dict[str, int]:
@@ -171,24 +171,24 @@ def tree(root: Path, where: str) -> dict[str, int]:
     Raises:
         DymoeError: a link, or something that is neither file nor folder.
     """
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     try:
-        for place, folders, files in os.walk(root, followlinks=False, onerror=_raise):
-            if Path(place) == root:
+        for parent, folders, files in os.walk(root, followlinks=False, onerror=_raise):
+            if Path(parent) == root:
                 folders[:] = [name for name in folders if name not in (".git", ".cache")]
             for name in (*folders, *files):
-                path = Path(place) / name
+                path = Path(parent) / name
                 inside, mode = path.relative_to(root).as_posix(), path.lstat().st_mode
-                told = printable(inside)
+                label = printable(inside)
                 if stat.S_ISLNK(mode):
-                    raise DymoeError(f"{where}: {told}: is a link; a shared result has plain files alone")
+                    raise DymoeError(f"{where}: {label}: is a link; a shared result has plain files alone")
                 if stat.S_ISREG(mode):
-                    found[inside] = path.stat().st_size
+                    sizes[inside] = path.stat().st_size
                 elif not stat.S_ISDIR(mode):
-                    raise DymoeError(f"{where}: {told}: is no plain file")
+                    raise DymoeError(f"{where}: {label}: is no plain file")
     except OSError as error:
         raise DymoeError(f"{where}: cannot be read ({error.strerror or error})") from error
-    return found
+    return sizes
 
 
 def _raise(error: OSError) -> None:
@@ -229,8 +229,8 @@ def check_tree(root: Path, where: str) -> Manifest:
         DymoeError: the first thing that is wrong.
     """
     manifest = parse((root / MANIFEST).read_bytes(), where)
-    found = tree(root, where)
-    if strange := sorted(set(found) - set(manifest.files) - {MANIFEST}):
+    sizes = tree(root, where)
+    if strange := sorted(set(sizes) - set(manifest.files) - {MANIFEST}):
         raise DymoeError(f"{where}: {strange[0]}: {MANIFEST} does not list it")
     for name, expected in manifest.files.items():
         check_file(root / name, name, expected, where)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_dir, expand
+from dymoe.share.locations import open_source
 from dymoe.share.manifest import MANIFEST, check_tree, file_of, parse
-from dymoe.share.places import open_source
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,21 @@ def pull(source: str | Path, folder: str | Path) -> Pulled:
     target = expand(folder)
     if target.is_symlink() or (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
         raise DymoeError(f"{target}: is there already; give a folder that does not exist or is empty")
-    place, text = open_source(source)
-    manifest = parse(text, place.where)
-    names = place.names()
+    origin, text = open_source(source)
+    manifest = parse(text, origin.where)
+    names = origin.names()
     left = sorted(set(names) - set(manifest.files) - {MANIFEST, ".gitattributes"})  # whatever it is, it stays there
     for name, expected in manifest.files.items():
         # Before anything is fetched: what is too long to be right is not worth a download.
         if name not in names:
-            raise DymoeError(f"{place.where}: {name}: is missing")
+            raise DymoeError(f"{origin.where}: {name}: is missing")
         if names[name] != expected.size:
-            raise DymoeError(f"{place.where}: {name}: has {names[name]} bytes, {MANIFEST} says {expected.size}")
+            raise DymoeError(f"{origin.where}: {name}: has {names[name]} bytes, {MANIFEST} says {expected.size}")
     with atomic_dir(target) as new:
         (new / MANIFEST).write_bytes(text)
         for name in manifest.files:
-            place.fetch(name, new)
+            origin.fetch(name, new)
         shutil.rmtree(new / ".cache", ignore_errors=True)  # the Hub client's notes on its downloads
-        check_tree(new, place.where)
+        check_tree(new, origin.where)
         digest = file_of(new / MANIFEST).sha256
     return Pulled(target, tuple(name for name, _ in manifest.stages), tuple(left), digest)

@@ -12,6 +12,7 @@ from dymoe.files import atomic_dir, json_text, read_json
 from dymoe.learning.folder import StageFolder
 from dymoe.learning.formats import Saved
 from dymoe.share.card import Shared, card
+from dymoe.share.locations import location_of, upload
 from dymoe.share.manifest import (
     CONFIG,
     MANIFEST,
@@ -23,7 +24,6 @@ from dymoe.share.manifest import (
     file_of,
 )
 from dymoe.share.paths import base_kind, base_name, without_paths
-from dymoe.share.places import place_of, upload
 from dymoe.yamls import dump_yaml, read_yaml
 
 LOCAL = ("root", "images", "instructions_folder")  # of a recipe's `data`: where things are on one machine
@@ -65,24 +65,26 @@ def push(
             target that holds something else or cannot be written, or the Hub refuses.
     """
     path = Path(run)
-    place = target if isinstance(target, Path) else place_of(target)
+    destination = target if isinstance(target, Path) else location_of(target)
     if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
         raise DymoeError(f"--license: expected an identifier of the Hub such as apache-2.0, got {licence!r}")
-    if isinstance(place, Path):
+    if isinstance(destination, Path):
         if private or message is not None:
-            raise DymoeError(f"{place}: is a folder; --private and --message are for Hub repositories (hub:owner/name)")
-        _refuse_foreign(place)
-        with atomic_dir(place) as new:
-            pushed = _collect(path, new, stage, licence, place.resolve().name, str(place))
+            raise DymoeError(
+                f"{destination}: is a folder; --private and --message are for Hub repositories (hub:owner/name)"
+            )
+        _refuse_foreign(destination)
+        with atomic_dir(destination) as new:
+            pushed = _collect(path, new, stage, licence, destination.resolve().name, str(destination))
         return pushed
     with tempfile.TemporaryDirectory(prefix="dymoe-push-") as room:
         new = Path(room)
         try:
-            pushed = _collect(path, new, stage, licence, place.partition("/")[2], place)
+            pushed = _collect(path, new, stage, licence, destination.partition("/")[2], destination)
         except OSError as error:
             raise DymoeError(f"{room}: cannot be written ({error.strerror or error})") from error
         text = message or f"{path.resolve().name} after stage {pushed.stages}"
-        return Pushed(upload(new, place, private, text), pushed.stages, pushed.size, pushed.manifest)
+        return Pushed(upload(new, destination, private, text), pushed.stages, pushed.size, pushed.manifest)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -153,13 +155,13 @@ def _done(run: Path) -> list[tuple[str, StageFolder]]:
     Raises:
         DymoeError: there is none.
     """
-    found = {
+    by_number = {
         int(match[1]): (match[2], StageFolder(folder))
         for folder in sorted(run.glob("stages/*"))
         if folder.is_dir() and (match := re.fullmatch(r"(\d+)-(.+)", folder.name))
     }
     done: list[tuple[str, StageFolder]] = []
-    while (entry := found.get(len(done) + 1)) and entry[1].trained and entry[1].done is not None:
+    while (entry := by_number.get(len(done) + 1)) and entry[1].trained and entry[1].done is not None:
         done.append(entry)
     if not done:
         raise DymoeError(f"{run}: no stage is finished, so there is no group to push")
@@ -194,9 +196,9 @@ def _groups(done: list[tuple[str, StageFolder]], new: Path, base: str) -> list[t
         now[group.name] = group
         stages.append((name, tuple(now.values())))
     hub = base if base_kind(base) == "hub" else None
-    for file, own in configs.items():
-        config = plain_config(read_json(own, dict[str, Any]), layers, hub, own)
-        _write(file, json_text(config, own, indent=2) + "\n")
+    for file, source in configs.items():
+        config = plain_config(read_json(source, dict[str, Any]), layers, hub, source)
+        _write(file, json_text(config, source, indent=2) + "\n")
     return stages
 
 
@@ -232,9 +234,9 @@ def first_stages(results: dict[str, Any], count: int, where: str) -> dict[str, A
         task: row[: count - tasks.index(task)] for task, row in results.get("drift", {}).items() if task in learned
     }
     if "answers" in results:
-        asked = {task: row for task, row in results["answers"].items() if task in learned}
+        answers = {task: row for task, row in results["answers"].items() if task in learned}
         cut["answers"] = {
-            task: {**row, "scores": row["scores"][: count - tasks.index(task)]} for task, row in asked.items()
+            task: {**row, "scores": row["scores"][: count - tasks.index(task)]} for task, row in answers.items()
         }
     if "watch" in results:
         cut["watch"] = {task: _first_rows(row, count + 1) for task, row in results["watch"].items()}

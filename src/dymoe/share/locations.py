@@ -15,7 +15,7 @@ from dymoe.share.manifest import MANIFEST, MANIFEST_BYTES, tree
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
-def place_of(text: str) -> Path | str:
+def location_of(text: str) -> Path | str:
     """The folder (a Path) or the repository (``owner/name``, a str) that a word of the command line means.
 
     ``file:PATH`` is a folder and ``hub:owner/name`` a repository. Of the rest ``owner/name`` is a repository, unless
@@ -125,14 +125,14 @@ Source = FolderSource | HubSource
 
 
 def open_source(source: str | Path) -> tuple[Source, bytes]:
-    """The place that `source` names (see `place_of`; a Path is a folder), and its manifest's bytes, not checked yet.
+    """The place that `source` names (see `location_of`; a Path is a folder), and its manifest's bytes, not checked yet.
 
     Raises:
         DymoeError: the folder or repository is not there or cannot be read.
     """
-    named = source if isinstance(source, Path) else place_of(source)
-    place = FolderSource(named) if isinstance(named, Path) else HubSource(named)
-    return place, read_bytes(place.fetch(MANIFEST), MANIFEST_BYTES)
+    named = source if isinstance(source, Path) else location_of(source)
+    origin = FolderSource(named) if isinstance(named, Path) else HubSource(named)
+    return origin, read_bytes(origin.fetch(MANIFEST), MANIFEST_BYTES)
 
 
 def upload(folder: Path, repository: str, private: bool, message: str) -> str:
