@@ -79,7 +79,6 @@ REFUSED += ("whole", "wanted")
 UNNAMED = (
     "adapter/",
     "analysis/",
-    "cli/",
     "learning/",
     "methods/base.py",
     "report/",

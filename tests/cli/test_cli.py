@@ -9,7 +9,7 @@ import pytest
 
 from dymoe.cli import COMMANDS, main
 from dymoe.cli.demo import sentence
-from dymoe.cli.options import Given
+from dymoe.cli.options import Arguments
 from dymoe.cli.run import COMMAND
 
 
@@ -38,7 +38,7 @@ def test_the_help_says_every_option(command, capsys):
 
 def test_keys_of_a_recipe_may_stand_before_it_and_flags_between(capsys):
     words = ["run", "--training.lr=1e-3", "--resume", "nowhere.yaml", "--seed", "3"]
-    assert COMMAND.parse(words[1:]) == Given(
+    assert COMMAND.parse(words[1:]) == Arguments(
         ["nowhere.yaml"], {"--resume": True}, ["--training.lr=1e-3", "--seed", "3"]
     )
     assert main(words) == 2

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dymoe.cli.options import Command, Help, Kind, names, whole, wholes
+from dymoe.cli.options import Command, Help, Kind, integer, integers, names
 from dymoe.errors import DymoeError
 from dymoe.libraries import require_extra
 from dymoe.messages import nearest, say
@@ -41,9 +41,9 @@ def main(argv: Sequence[str]) -> int:
         return _dilemma(argv)
     if name not in OPTIONS:
         raise DymoeError(f"analyze: {name}: unknown analysis; {nearest(name, [*OPTIONS, 'dilemma'])}")
-    given = Command(f"analyze {name}", HELP, "NAME RUN", OPTIONS[name]).parse(argv)
-    run = Path(given.words[1])
-    chosen = {option.removeprefix("--"): value for option, value in given.options.items()}
+    arguments = Command(f"analyze {name}", HELP, "NAME RUN", OPTIONS[name]).parse(argv)
+    run = Path(arguments.words[1])
+    chosen = {option.removeprefix("--"): value for option, value in arguments.options.items()}
     from dymoe import analysis
     from dymoe.learning.learner import quiet
 
@@ -72,7 +72,7 @@ def _dilemma(words: Sequence[str]) -> int:
     """Learn what is missing, tell what each strategy taught and cost, keep it in the sweep's folder."""
     from dymoe.cli.sweep import FLAGS, learn
 
-    given = Command("analyze dilemma", HELP, "NAME RECIPE", FLAGS, keys="dymoe.sweep.sweep.Sweep").parse(words)
+    arguments = Command("analyze dilemma", HELP, "NAME RECIPE", FLAGS, keys="dymoe.sweep.sweep.Sweep").parse(words)
     require_extra("report", "analyze dilemma")
     from dymoe import analysis
     from dymoe.analysis.token_dilemma import dilemma_sweep, markdown
@@ -80,11 +80,11 @@ def _dilemma(words: Sequence[str]) -> int:
     from dymoe.learning.formats import read_results
     from dymoe.report.page import write_dilemma
 
-    sweep = dilemma_sweep(given.words[1], given.keys)
-    command = shlex.join(["dymoe", "analyze", *given.words, *given.keys])
-    code = learn(sweep, given, command)
+    sweep = dilemma_sweep(arguments.words[1], arguments.keys)
+    command = shlex.join(["dymoe", "analyze", *arguments.words, *arguments.keys])
+    code = learn(sweep, arguments, command)
     rows = read_results(sweep.results)["rows"]
-    if code == 130 or "--dry-run" in given or not rows:
+    if code == 130 or "--dry-run" in arguments or not rows:
         return code
     frame = analysis.dilemma(rows)
     text = markdown(frame, sweep.title, command)
@@ -124,9 +124,9 @@ def _print_table(title: str, rows: Sequence[dict[str, str]]) -> None:
 
 
 OPTIONS: dict[str, dict[str, Kind]] = {
-    "drift": {"--samples": whole, "--stages": wholes},
-    "activation": {"--samples": whole, "--stages": wholes},
-    "overlay": {"--tasks": names, "--samples": whole, "--layer": partial(whole, least=0)},
+    "drift": {"--samples": integer, "--stages": integers},
+    "activation": {"--samples": integer, "--stages": integers},
+    "overlay": {"--tasks": names, "--samples": integer, "--layer": partial(integer, least=0)},
     "dynamics": {},
 }
 HOMES = {

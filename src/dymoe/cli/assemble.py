@@ -22,11 +22,11 @@ COMMAND = Command("assemble", HELP, "", options=dict.fromkeys(NEEDED, str) | {"-
 
 def main(argv: Sequence[str]) -> int:
     """Check every input, write the folder, say how to use it."""
-    given = COMMAND.parse(argv)
+    arguments = COMMAND.parse(argv)
     from dymoe.models.llava import assemble
 
-    llm, vision, projector, output = (given[option] for option in NEEDED)
-    dtype = given["--dtype"] or "bfloat16"
+    llm, vision, projector, output = (arguments[option] for option in NEEDED)
+    dtype = arguments["--dtype"] or "bfloat16"
     done = assemble(llm, vision, projector, output, dtype, tell=lambda text: say(text, error=True))
     say(
         f"{done.folder}: {done.parameters / 1e9:.2f} billion parameters, {done.bytes / 1e9:.1f} GB, "

@@ -53,9 +53,14 @@ def table(first: str, second: str) -> list[str]:
         rows.append((name, *cells, difference.text(sign=True), difference.verdict))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     count = {len(run.scores[task][0]) for run in ours for task in run.tasks}
-    asked = f"{min(count)}" if len(count) == 1 else f"{min(count)} to {max(count)}"
-    told = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
-    head = [f"A: {first}", f"B: {second}", f"{len(ours[0].tasks)} tasks, {asked} questions each, {told}", ""]
+    per_task = f"{min(count)}" if len(count) == 1 else f"{min(count)} to {max(count)}"
+    seed_list = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+    head = [
+        f"A: {first}",
+        f"B: {second}",
+        f"{len(ours[0].tasks)} tasks, {per_task} questions each, {seed_list}",
+        "",
+    ]
     return head + [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
@@ -76,11 +81,11 @@ def runs(name: str) -> "list[Answers]":
         chosen = [row for row in rows if row["label"] == label]
         if not chosen:
             raise DymoeError(f"{file}: has no row {label!r}; {nearest(label, {row['label'] for row in rows})}")
-        found = [Answers.of(row, f"{name}, seed {row['seed']}") for row in chosen]
+        answers = [Answers.of(row, f"{name}, seed {row['seed']}") for row in chosen]
     else:
         folders = sorted(glob.glob(name)) or [name]
-        found = [Answers.of(run_results(folder), folder) for folder in folders]
-    seeds = [run.seed for run in found]
+        answers = [Answers.of(run_results(folder), folder) for folder in folders]
+    seeds = [run.seed for run in answers]
     if len(set(seeds)) < len(seeds):
         raise DymoeError(f"{name}: names several runs of one seed; give one configuration, with one run a seed")
-    return found
+    return answers

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dymoe.cli.options import Command, whole
+from dymoe.cli.options import Command, integer
 from dymoe.libraries import require_extra
 from dymoe.messages import say
 
@@ -17,7 +17,7 @@ Learn three tasks of the pocket stream one after another, with IncMoELoRA and wi
   --output FOLDER  where the two runs go (runs/demo); finished runs there are kept, an interrupted one goes on
   --steps N        optimizer steps per task (16)"""
 
-COMMAND = Command("demo", HELP, "", options={"--output": str, "--steps": whole})
+COMMAND = Command("demo", HELP, "", options={"--output": str, "--steps": integer})
 
 METHODS = ("incmoelora", "dymoe")
 TASKS = ["ScienceQA", "ImageNet", "VQAv2"]
@@ -32,8 +32,8 @@ METRICS = (
 
 def main(argv: Sequence[str]) -> int:
     """Run both methods, print their matrices, say in one sentence what they show, write the report."""
-    given = COMMAND.parse(argv)
-    output, steps = Path(given["--output"] or "runs/demo"), given["--steps"] or STEPS
+    arguments = COMMAND.parse(argv)
+    output, steps = Path(arguments["--output"] or "runs/demo"), arguments["--steps"] or STEPS
     for extra in ("pocket", "report"):
         require_extra(extra, "demo")
     print(
@@ -90,7 +90,7 @@ def sentence(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     a, b = (names.get(results["method"], results["method"]) for results in (first, second))
     differences = compare([Answers.of(second, b)], [Answers.of(first, a)])
 
-    def told(metric: str, what: str, unit: str) -> str:
+    def comparison(metric: str, what: str, unit: str) -> str:
         difference = differences[metric]
         return (
             f"{what} {two[metric]:.1f} against {one[metric]:.1f} {unit}, {difference.verdict} "
@@ -98,8 +98,8 @@ def sentence(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
         )
 
     return (
-        f"{b} beside {a}: {told('BWT', 'backward transfer', 'points')}; "
-        f"{told('MFT', 'accuracy when just trained', '%')}; {told('MFN', 'accuracy at the end', '%')}. "
+        f"{b} beside {a}: {comparison('BWT', 'backward transfer', 'points')}; "
+        f"{comparison('MFT', 'accuracy when just trained', '%')}; {comparison('MFN', 'accuracy at the end', '%')}. "
         f"One seed, {sum(first['steps'])} steps, {min(first['samples'].values())} questions a task; 95 % intervals "
         "over questions, paired."
     )

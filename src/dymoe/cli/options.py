@@ -20,8 +20,8 @@ class Help(Exception):
 
 
 @dataclass
-class Given:
-    """What a command line gives.
+class Arguments:
+    """The arguments of a command line.
 
     Attributes:
         words: those that belong to no option.
@@ -62,7 +62,7 @@ class Command:
     repeated: tuple[str, ...] = ()
     keys: str = ""
 
-    def parse(self, argv: Sequence[str]) -> Given:
+    def parse(self, argv: Sequence[str]) -> Arguments:
         """Tell words, options and keys apart.
 
         Raises:
@@ -72,30 +72,30 @@ class Command:
         """
         if "-h" in argv or "--help" in argv or (not argv and (self.words or self.needed)):
             raise Help(self.help + self._keys(), 0 if argv else 2)
-        given, rest = Given(), list(argv)
+        arguments, rest = Arguments(), list(argv)
         while rest:
             word = rest.pop(0)
             option, equals, value = word.partition("=")
             if not word.startswith("--"):
-                given.words.append(word)
+                arguments.words.append(word)
             elif option in self.options:
-                self._add(given, option, value if equals else None, rest)
+                self._add(arguments, option, value if equals else None, rest)
             elif self.keys and (equals or (rest and not rest[0].startswith("--"))):
-                given.keys += [word] if equals else [word, rest.pop(0)]
+                arguments.keys += [word] if equals else [word, rest.pop(0)]
             else:
                 raise DymoeError(f"{self.name}: {option}: {self._why_not(option)}")
-        self._check(given)
-        return given
+        self._check(arguments)
+        return arguments
 
-    def _add(self, given: Given, option: str, value: str | None, rest: list[str]) -> None:
+    def _add(self, arguments: Arguments, option: str, value: str | None, rest: list[str]) -> None:
         """Take an option, with the next word as its value where that is not `value`."""
         where, kind = f"{self.name}: {option}", self.options[option]
-        if option in given and option not in self.repeated:
+        if option in arguments and option not in self.repeated:
             raise DymoeError(f"{where}: is there twice")
         if kind is None:
             if value is not None:
                 raise DymoeError(f"{where}: takes no value")
-            given.options[option] = True
+            arguments.options[option] = True
             return
         if value is None:
             # An option's name is no value; a value that begins so is written --option=VALUE.
@@ -106,18 +106,18 @@ class Command:
             read = kind(value)
         except DymoeError as error:
             raise DymoeError(f"{where}: {error}") from None
-        given.options[option] = [*(given[option] or ()), read] if option in self.repeated else read
+        arguments.options[option] = [*(arguments[option] or ()), read] if option in self.repeated else read
 
-    def _check(self, given: Given) -> None:
+    def _check(self, arguments: Arguments) -> None:
         """Refuse another number of words, and needed options that are missing."""
         names = self.words.removesuffix(" ...").split()
         many = self.words.endswith("...")
-        count = len(given.words)
+        count = len(arguments.words)
         if count < len(names) or (count > len(names) and not many):
             expected = f"{' and '.join(names) or 'options alone'}{' (one or more)' if many else ''}"
-            got = f"{count} words" if count != 1 else brief(given.words[0])
+            got = f"{count} words" if count != 1 else brief(arguments.words[0])
             raise DymoeError(f"{self.name}: expected {expected}, got {got}; see dymoe {self.name} --help")
-        if missing := next((option for option in self.needed if not given[option]), None):
+        if missing := next((option for option in self.needed if not arguments[option]), None):
             raise DymoeError(f"{self.name}: {missing} is missing; see dymoe {self.name} --help")
 
     def _why_not(self, option: str) -> str:
@@ -146,7 +146,7 @@ class Command:
         return "\n".join(["\n\nkeys and their defaults:", *lines])
 
 
-def whole(text: str, least: int = 1, most: int | None = None) -> int:
+def integer(text: str, least: int = 1, most: int | None = None) -> int:
     """A whole number.
 
     Raises:
@@ -163,19 +163,19 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def wholes(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
     """Whole numbers from 1 between commas.
 
     Raises:
         DymoeError: there is none, or a part is none.
     """
     try:
-        found = [whole(part) for part in names(text)]
+        result = [integer(part) for part in names(text)]
     except DymoeError:
-        found = []
-    if not found:
+        result = []
+    if not result:
         raise DymoeError(f"expected whole numbers from 1 with commas between, got {brief(text)}")
-    return found
+    return result
 
 
 def part_accepted(text: str) -> str:

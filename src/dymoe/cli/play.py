@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from threading import Event
 
-from dymoe.cli.options import Command, whole
+from dymoe.cli.options import Command, integer
 from dymoe.errors import DymoeError
 from dymoe.libraries import require_extra
 from dymoe.messages import say
@@ -22,7 +22,7 @@ patch and word. Nothing leaves the machine. Ctrl+C ends it. Needs Gradio: pip in
   --host ADDRESS  where to listen (127.0.0.1, which this machine alone can reach)
   --port N        the port (the first free one from 7860 on)"""
 
-COMMAND = Command("play", HELP, "RUN ...", {"--host": str, "--port": partial(whole, most=65535)})
+COMMAND = Command("play", HELP, "RUN ...", {"--host": str, "--port": partial(integer, most=65535)})
 
 # Gradio reads these when it is imported.
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -31,8 +31,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def main(argv: Sequence[str]) -> int:
     """Load the runs, serve the page until Ctrl+C."""
-    given = COMMAND.parse(argv)
-    host, port = given["--host"] or "127.0.0.1", given["--port"]
+    arguments = COMMAND.parse(argv)
+    host, port = arguments["--host"] or "127.0.0.1", arguments["--port"]
     require_gradio()
     with tempfile.TemporaryDirectory(prefix="dymoe-play-") as room:
         os.environ.update(QUIET, GRADIO_TEMP_DIR=room)
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         from dymoe.play.ask import Runs
 
         with quiet():
-            runs = Runs([Path(word) for word in given.words], tell=lambda text: say(text, error=True))
+            runs = Runs([Path(word) for word in arguments.words], tell=lambda text: say(text, error=True))
         from dymoe.play.serve import serve
 
         try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dymoe.cli.options import Command, whole
+from dymoe.cli.options import Command, integer
 from dymoe.messages import say
 
 HELP = """usage: dymoe push RUN TARGET [--stage N] [--private] [--message TEXT] [--license ID]
@@ -17,16 +17,20 @@ manifest with the SHA-256 of every file. All of it arrives or nothing; paths of 
   --message TEXT  message of the Hub's commit
   --license ID    licence of the groups as the Hub names it, for example apache-2.0 (not stated)"""
 
-COMMAND = Command("push", HELP, "RUN TARGET", {"--stage": whole, "--private": None, "--message": str, "--license": str})
+COMMAND = Command(
+    "push", HELP, "RUN TARGET", {"--stage": integer, "--private": None, "--message": str, "--license": str}
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Collect, check, send."""
-    given = COMMAND.parse(argv)
-    run, target = given.words
+    arguments = COMMAND.parse(argv)
+    run, target = arguments.words
     from dymoe.share.push import push
 
-    done = push(run, target, given["--stage"], "--private" in given, given["--message"], given["--license"])
+    done = push(
+        run, target, arguments["--stage"], "--private" in arguments, arguments["--message"], arguments["--license"]
+    )
     say(f"stages 1 to {done.stages}, {done.size / 2**20:.1f} MiB: {done.where}")
     say(f"SHA-256 of manifest.json: {done.manifest}")
     return 0

@@ -21,11 +21,11 @@ COMMAND = Command("report", HELP, "RUN ...", {"--output": str})
 
 def main(argv: Sequence[str]) -> int:
     """Write the page and print its path."""
-    given = COMMAND.parse(argv)
-    runs = [Path(word) for word in given.words]
+    arguments = COMMAND.parse(argv)
+    runs = [Path(word) for word in arguments.words]
     first = runs[0]
     beside = first.with_suffix(".html") if first.suffix == ".jsonl" else first / "report.html"
-    target = Path(given["--output"] or beside)
+    target = Path(arguments["--output"] or beside)
     studies = [run for run in runs if run.suffix == ".jsonl" and _of_dilemma(run)]
     if studies and len(runs) > 1:
         raise DymoeError(f"{studies[0]}: the results of the token's dilemma make a page of their own; give them alone")

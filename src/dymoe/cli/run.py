@@ -36,23 +36,23 @@ def main(argv: Sequence[str]) -> int:
     """Parse the command line, check the recipe in full, then learn."""
     from dymoe.learning.recipe import load_recipe, require_folder
 
-    given = COMMAND.parse(argv)
-    if "--accept" in given and "--resume" not in given:
+    arguments = COMMAND.parse(argv)
+    if "--accept" in arguments and "--resume" not in arguments:
         raise DymoeError("run: --accept goes with --resume: it is about a run that is there already")
-    (path,) = given.words
-    recipe = load_recipe(path, given.keys)
-    if "--dry-run" in given:
-        return _dry_run(recipe, given.keys)
+    (path,) = arguments.words
+    recipe = load_recipe(path, arguments.keys)
+    if "--dry-run" in arguments:
+        return _dry_run(recipe, arguments.keys)
     require_folder(recipe.model)
     from dymoe.learning.distributed import first, together
 
-    command = shlex.join(["dymoe", "run", path, *given.keys, "--resume"])
+    command = shlex.join(["dymoe", "run", path, *arguments.keys, "--resume"])
     try:
         with together(f"accelerate launch ... -m {command}"):
             # Here the heavy imports begin: the recipe is known to be right.
             from dymoe.learning.run import run
 
-            folder = run(recipe, resume="--resume" in given, accept=given["--accept"] or ())
+            folder = run(recipe, resume="--resume" in arguments, accept=arguments["--accept"] or ())
     except KeyboardInterrupt:
         say(f"dymoe: interrupted; go on with: {command}", error=True)
         return 130
@@ -94,6 +94,6 @@ def _table(rows: "Sequence[Measured]", hardware: str) -> Any:
             *((row.peak_bytes / 1e9, 1), (row.estimated_bytes and row.estimated_bytes / 1e9, 1), (row.steps, 0)),
             *((row.hours, 2), (row.asking_hours, 2), (row.paper_hours, 2)),
         )
-        return [row.task, *("-" if value is None else f"{value:,.{places}f}" for value, places in values)]
+        return [row.task, *("-" if value is None else f"{value:,.{digits}f}" for value, digits in values)]
 
     return table((*heads, f"paper ({hardware})"), map(cells, rows), "Dry run: random weights, made data", numbers=1)

@@ -27,15 +27,15 @@ COMMAND = Command("score", HELP, "PREDICTIONS REFERENCES", dict.fromkeys(OPTIONS
 
 def main(argv: Sequence[str]) -> int:
     """Score, print, write."""
-    given = COMMAND.parse(argv)
+    arguments = COMMAND.parse(argv)
     from dymoe.files import atomic_json
     from dymoe.tasks.scoring.runner import score_files
 
-    predictions, references = given.words
-    about = (given["--task"], given["--rule"], given["--annotations"], given["--variant"] or "coin")
+    predictions, references = arguments.words
+    about = (arguments["--task"], arguments["--rule"], arguments["--annotations"], arguments["--variant"] or "coin")
     scores = score_files(predictions, references, *about)
     owner = scores.rule.partition("/")[0]
-    output = Path(given["--output"] or Path(predictions).with_suffix(f".{owner}.json"))
+    output = Path(arguments["--output"] or Path(predictions).with_suffix(f".{owner}.json"))
     read = (scores.predictions, *scores.references)
     if output.resolve() in [Path(source.path).resolve() for source in read]:
         raise DymoeError(f"score: --output {output}: is one of the files to be read; name another")

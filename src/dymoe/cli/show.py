@@ -62,7 +62,7 @@ def matrix_table(results: "Results") -> Any:
         if accuracies:
             rows.append([label, *(f"{value:.1f}" for value in accuracies)])
     for number, row in enumerate(results.get("matrix", [])):
-        cells = [_cell(results, tasks[place], number - place, value) for place, value in enumerate(row)]
+        cells = [_cell(results, tasks[index], number - index, value) for index, value in enumerate(row)]
         # The last one is of the task just learned.
         rows.append([tasks[number], *cells[:-1], Text(cells[-1], style="bold"), *[""] * (len(tasks) - len(row))])
     return table(("after", *tasks), rows, numbers=1)
@@ -119,11 +119,11 @@ def metrics_line(results: "Results") -> str:
     """The metrics in one line, those there are, with 95 % intervals (docs/intervals.md)."""
     from dymoe.evaluation.intervals import Answers, metrics
 
-    told = [f"{name} {value:.2f}" for name, value in results.get("metrics", {}).items()]
-    if told and results.get("answers"):
+    parts = [f"{name} {value:.2f}" for name, value in results.get("metrics", {}).items()]
+    if parts and results.get("answers"):
         intervals = metrics([Answers.of(results, "results.json")])
-        told = [f"{name} {interval.text(sign=name.startswith('BWT'))}" for name, interval in intervals.items()]
+        parts = [f"{name} {interval.text(sign=name.startswith('BWT'))}" for name, interval in intervals.items()]
     drift = results.get("format_drift") or {}
     if drift:
-        told.append(f"format drift {sum(drift.values()) / len(drift):.2f}")
-    return "  ".join(told) or "no stage is done yet"
+        parts.append(f"format drift {sum(drift.values()) / len(drift):.2f}")
+    return "  ".join(parts) or "no stage is done yet"

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from dymoe.cli.options import Command, Given, Kind, part_accepted
+from dymoe.cli.options import Arguments, Command, Kind, part_accepted
 from dymoe.messages import say
 
 HELP = """usage: dymoe sweep SWEEP [--dry-run] [--replace] [--accept PART ...] [--KEY VALUE ...]
@@ -37,18 +37,18 @@ def main(argv: Sequence[str]) -> int:
     """Check the sweep in full, learn what is missing; 1 if a cell failed."""
     from dymoe.sweep.sweep import load_sweep
 
-    given = COMMAND.parse(argv)
-    command = shlex.join(["dymoe", "sweep", *given.words, *given.keys])
-    return learn(load_sweep(given.words[0], given.keys), given, command)
+    arguments = COMMAND.parse(argv)
+    command = shlex.join(["dymoe", "sweep", *arguments.words, *arguments.keys])
+    return learn(load_sweep(arguments.words[0], arguments.keys), arguments, command)
 
 
-def learn(sweep: Any, given: Given, command: str) -> int:
+def learn(sweep: Any, arguments: Arguments, command: str) -> int:
     """Learn what is missing of a sweep and write its records and table; 1 if a cell failed, 130 if interrupted.
 
     Args:
         sweep: the sweep.
-        given: its file, or the recipe that it is about (recipes are looked for beside it), `FLAGS`, and in what a cell
-            that was begun may differ here (``--accept``, as of `dymoe run`).
+        arguments: its file, or the recipe that it is about (recipes are looked for beside it), `FLAGS`, and in what a
+            cell that was begun may differ here (``--accept``, as of `dymoe run`).
         command: what goes on with it.
     """
     from dymoe.learning.formats import read_results
@@ -59,20 +59,20 @@ def learn(sweep: Any, given: Given, command: str) -> int:
         from dymoe.sweep.table import published
 
         published(sweep.published)
-    path = given.words[-1]
+    path = arguments.words[-1]
     plan = Plan(sweep, path)
-    dry = "--dry-run" in given
+    dry = "--dry-run" in arguments
     # The records are read under the lock, or those of a sweep that just ends would be lost.
     with nullcontext() if dry else only_one(Path(sweep.output)):
-        found = read_results(sweep.results)
-        rows, todo = plan.sort_out(found["rows"], "--replace" in given, sweep.results)
+        results = read_results(sweep.results)
+        rows, todo = plan.sort_out(results["rows"], "--replace" in arguments, sweep.results)
         say(f"{path}: {len(plan.cells)} cells, {len(plan.cells) - len(todo)} stand in {sweep.results}")
         if dry:
             for cell in todo:
                 say(f"  {cell.name}")
             return 0
-        book = _Book(plan, {**found["about"], **_about(plan, command)}, rows)
-        return _work(plan, todo, book, command, given["--accept"] or ())
+        book = _Book(plan, {**results["about"], **_about(plan, command)}, rows)
+        return _work(plan, todo, book, command, arguments["--accept"] or ())
 
 
 def _about(plan: Any, command: str) -> dict[str, Any]:
