@@ -23,8 +23,8 @@ def last_checkpoint(folder: Path, tell: Callable[[str], None] = lambda message: 
     One that a kill or a full disk cut short has no marker and is passed over without a word; of one that was damaged
     afterwards `tell` is given a line.
     """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+    paths = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(paths, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         if not (path / MARKER).is_file():
             continue
         file = _damaged(path)
@@ -48,10 +48,10 @@ def _damaged(checkpoint: Path) -> Path | None:
     return None
 
 
-def remove_checkpoints(place: Path, keep: Path | None = None) -> None:
-    """Remove the checkpoints below `place`, but `keep`, and `place` itself if nothing else is in it."""
-    for folder in place.glob("checkpoint-*"):
+def remove_checkpoints(parent: Path, keep: Path | None = None) -> None:
+    """Remove the checkpoints below `parent`, but `keep`, and `parent` itself if nothing else is in it."""
+    for folder in parent.glob("checkpoint-*"):
         if folder != keep and folder.name.removeprefix("checkpoint-").isdigit():
             shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # not there, or somebody else's files are in it
-        place.rmdir()
+        parent.rmdir()

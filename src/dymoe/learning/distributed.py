@@ -63,9 +63,9 @@ class Processes:
             return [value]
         import torch.distributed as dist
 
-        found: list[T | None] = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found  # type: ignore[return-value]
+        values: list[T | None] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` gives in process 0; the others do not call it and wait for the value."""
@@ -73,9 +73,9 @@ class Processes:
         if self.count > 1:
             import torch.distributed as dist
 
-            held = [value]
-            dist.broadcast_object_list(held, src=0)
-            value = held[0]
+            box = [value]
+            dist.broadcast_object_list(box, src=0)
+            value = box[0]
         return value  # type: ignore[return-value]
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -91,8 +91,8 @@ class Processes:
         Raises:
             DymoeError: in every process, naming those that differ from process 0.
         """
-        found = self.gather(value)
-        other = [rank for rank, one in enumerate(found) if one != found[0]]
+        hashes = self.gather(value)
+        other = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
         if other:
             raise DymoeError(
                 f"{what} is not the same in all processes: {other} differ from process 0; run all of them with the "
@@ -211,7 +211,7 @@ def _leave(message: str, code: int) -> None:
     os._exit(code)
 
 
-def _on_termination(message: str, told: bool) -> None:
+def _on_termination(message: str, speak: bool) -> None:
     """End with the message when the launcher says so, even if the main thread waits inside a collective.
 
     Python runs its own signal handlers in the main thread alone, and only when that is back from C. The number of a
@@ -227,6 +227,6 @@ def _on_termination(message: str, told: bool) -> None:
     def watch() -> None:
         while number := os.read(reader, 1):
             if number[0] == signal.SIGTERM:
-                _leave(message if told else "", 128 + signal.SIGTERM)
+                _leave(message if speak else "", 128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True, name="dymoe-termination").start()

@@ -51,9 +51,9 @@ class Dynamics(TrainerCallback):
         if not self.every or (step % self.every and step not in (1, state.max_steps)):
             return
         rows = self.trace.by_layer()
-        own = {f"{layer} {name}": row[name] for layer, row in rows.items() for name in VALUES}
-        means = self.processes.mean(own)
-        if not own or not self.processes.main:
+        values = {f"{layer} {name}": row[name] for layer, row in rows.items() for name in VALUES}
+        means = self.processes.mean(values)
+        if not values or not self.processes.main:
             return
         layers = {layer: [round(means[f"{layer} {name}"], 6) for name in VALUES] for layer in rows}
         try:
@@ -80,8 +80,8 @@ def lines(file: Path) -> Iterator[Line]:
     Raises:
         DymoeError: a line is not as it should be; the message names it.
     """
-    whole = read_bytes(file).split(b"\n")[:-1] if file.is_file() else ()
-    for number, text in enumerate(whole, start=1):
+    rows = read_bytes(file).split(b"\n")[:-1] if file.is_file() else ()
+    for number, text in enumerate(rows, start=1):
         line = parse_json(text, f"{file}: line {number}", Line)
         if any(len(row) != len(line["values"]) for row in line["layers"].values()):
             raise DymoeError(f"{file}: line {number}: expected {len(line['values'])} values for every layer")
@@ -91,5 +91,5 @@ def lines(file: Path) -> Iterator[Line]:
 def rewind(file: Path, step: int) -> None:
     """Drop the lines after `step`, and one that a kill cut short: a run that goes on does these steps again."""
     if file.is_file():
-        kept = [line for line in lines(file) if line["step"] <= step]
-        atomic_write(file, "".join(json.dumps(line) + "\n" for line in kept))
+        rest = [line for line in lines(file) if line["step"] <= step]
+        atomic_write(file, "".join(json.dumps(line) + "\n" for line in rest))

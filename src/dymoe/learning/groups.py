@@ -96,10 +96,10 @@ def save_group(model: PeftModel, name: str, folder: Path) -> None:
     with atomic_dir(folder) as temporary:
         write_group(model, name, temporary, folder)
         where = f"{folder}: expert group {name!r} is not saved: its file, read back,"
-        tensors, own = read_tensors(temporary / WEIGHTS), group_tensors(model, name)
-        check_tensors(tensors, where, {key: tuple(value.shape) for key, value in own.items()})
+        tensors, expected = read_tensors(temporary / WEIGHTS), group_tensors(model, name)
+        check_tensors(tensors, where, {key: tuple(value.shape) for key, value in expected.items()})
         if tensors_hash(sorted(tensors.items())) != group_hash(model, name):
-            differing = [key for key, value in own.items() if not torch.equal(value.cpu(), tensors[key])]
+            differing = [key for key, value in expected.items() if not torch.equal(value.cpu(), tensors[key])]
             raise DymoeError(f"{where} differs in {_listed(differing)}")
 
 
@@ -130,8 +130,8 @@ def write_group(model: PeftModel, name: str, folder: Path, target: Path | None =
                 written = list(file.keys())
     except (OSError, SafetensorError) as error:
         raise DymoeError(f"{target}: cannot be written ({reason(error, folder)})") from error
-    own = [key.rpartition(".")[0] for key in named(model) if of_group(key, name)]
-    _compare_names(written, own, f"{target}: expert group {name!r} is not saved: its file, read back,")
+    expected = [key.rpartition(".")[0] for key in named(model) if of_group(key, name)]
+    _compare_names(written, expected, f"{target}: expert group {name!r} is not saved: its file, read back,")
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -175,12 +175,12 @@ def add_group(
     """
     config.inference_mode = True
     # PEFT's get_peft_model would put the path of `base` there.
-    told, config.base_model_name_or_path = config.base_model_name_or_path, None
+    base_name, config.base_model_name_or_path = config.base_model_name_or_path, None
     try:
         model = train_group(base, model, name, config)
     except (DymoeError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
         raise DymoeError(f"{where} cannot be loaded ({error})") from error
-    config.base_model_name_or_path = told
+    config.base_model_name_or_path = base_name
     try:
         set_group(model, name, tensors, where)
     except DymoeError:
@@ -202,11 +202,11 @@ def set_group(model: PeftModel, name: str, tensors: Mapping[str, Tensor], where:
     Raises:
         DymoeError: they are not exactly the group's (see `check_tensors`); the model is as it was.
     """
-    own = group_tensors(model, name)
-    shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    parameters = group_tensors(model, name)
+    shapes = {key: tuple(tensor.shape) for key, tensor in parameters.items()}
     check_tensors(tensors, where, shapes)
     with torch.no_grad():
-        for key, tensor in own.items():
+        for key, tensor in parameters.items():
             tensor.copy_(tensors[key])
 
 
@@ -252,16 +252,16 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str, shapes: Mapping[str
             finite.
     """
     for name, tensor in tensors.items():
-        match, told = _NAME.fullmatch(name), shorten(printable(name), SHOWN)
+        match, label = _NAME.fullmatch(name), shorten(printable(name), SHOWN)
         if match is None or match["kind"] not in _KINDS:
-            raise DymoeError(f"{where} holds {told!r}, which is no part of an expert group")
+            raise DymoeError(f"{where} holds {label!r}, which is no part of an expert group")
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise DymoeError(f"{where} holds {told}, which has numbers that are not finite")
+            raise DymoeError(f"{where} holds {label}, which has numbers that are not finite")
     _compare_names(tensors, shapes, where)
     for name, shape in shapes.items():
         if (other := tuple(tensors[name].shape)) != shape:
-            told = shorten(printable(name), SHOWN)
-            raise DymoeError(f"{where} holds {told} of shape {brief(other)}, expected {brief(shape)}")
+            label = shorten(printable(name), SHOWN)
+            raise DymoeError(f"{where} holds {label} of shape {brief(other)}, expected {brief(shape)}")
 
 
 def _compare_names(there: Iterable[str], expected: Iterable[str], where: str) -> None:

@@ -47,16 +47,16 @@ class Order(Sampler[list[int]]):
             yield order[start : start + self.size]
 
 
-def workers_for(asked: int | None, cached: bool, processes: int = 1) -> int:
+def workers_for(setting: int | None, cached: bool, processes: int = 1) -> int:
     """How many worker processes make batches ahead.
 
     Args:
-        asked: by the recipe, None to choose.
+        setting: of the recipe, None to choose.
         cached: whether the features of the pictures are there, so that a batch is text alone.
         processes: of the run; one works on each of a machine's GPUs.
     """
-    if asked is not None:
-        return asked
+    if setting is not None:
+        return setting
     if cached or not torch.cuda.is_available():
         return 0
     return min(4, max(1, cores() // min(processes, torch.cuda.device_count()) - 1))

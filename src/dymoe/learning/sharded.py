@@ -163,11 +163,11 @@ class ShardedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        kept = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
-        if not self.parted and "by_name" not in kept:
+        content = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+        if not self.parted and "by_name" not in content:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        state = kept.get("by_name") or {self._names[place]: one for place, one in kept["state"].items()}
+        state = content.get("by_name") or {self._names[index]: one for index, one in content["state"].items()}
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
         load_optimizer_state(cast(nn.Module, self.model), optimizer.optimizer, state)
         schedule = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
@@ -182,13 +182,13 @@ class ShardedTrainer(Trainer):
 
 def parameters(model: nn.Module, names: Iterable[str], keep: bool = True) -> dict[str, Tensor]:
     """These parameters, whole, on the CPU; nothing where `keep` is off, but that process takes part too."""
-    held = named(model)
-    found = {}
+    by_name = named(model)
+    result = {}
     for name in names:
-        value = _parameter(held[name])
+        value = _parameter(by_name[name])
         if keep:
-            found[name] = value.cpu()
-    return found
+            result[name] = value.cpu()
+    return result
 
 
 def _parameter(value: nn.Parameter) -> Tensor:
@@ -197,7 +197,7 @@ def _parameter(value: nn.Parameter) -> Tensor:
 
         with deepspeed.zero.GatheredParameters([value]):
             return value.detach().clone()
-    return _whole(value.detach())
+    return _full_tensor(value.detach())
 
 
 def let_layers_gather(layers: Iterable[GroupHolder]) -> None:
@@ -219,7 +219,7 @@ def optimizer_state(model: nn.Module, optimizer: Any, keep: bool = True) -> dict
 
     Nothing where `keep` is off, but that process takes part too.
     """
-    found = {}
+    result = {}
     for name, value in named(model).items():
         if not value.requires_grad:
             continue
@@ -230,10 +230,10 @@ def optimizer_state(model: nn.Module, optimizer: Any, keep: bool = True) -> dict
             state["step"] = _steps(optimizer)[0]
         else:
             state = optimizer.state[value]
-        state = {key: _whole(one) for key, one in state.items() if one is not None}
+        state = {key: _full_tensor(one) for key, one in state.items() if one is not None}
         if keep:
-            found[name] = {key: one.cpu() for key, one in state.items()}
-    return found
+            result[name] = {key: one.cpu() for key, one in state.items()}
+    return result
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Any, state: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -249,27 +249,27 @@ def load_optimizer_state(model: nn.Module, optimizer: Any, state: Mapping[str, M
     for name, value in named(model).items():
         if not value.requires_grad:
             continue
-        kept = state[name]
+        moments = state[name]
         if _is_deepspeed(optimizer):
             for key in MOMENTS:
-                _set_part(value, kept[key].to(value.device), key)
+                _set_part(value, moments[key].to(value.device), key)
             for step in _steps(optimizer):
-                step.fill_(float(kept["step"]))
+                step.fill_(float(moments["step"]))
             continue
-        made: dict[str, Tensor] = {}
-        for key, one in kept.items():
+        local_state: dict[str, Tensor] = {}
+        for key, one in moments.items():
             one = one.to(value.device)
             if isinstance(value, DTensor) and one.shape == value.shape:
                 one = distribute_tensor(one, value.device_mesh, value.placements)
-            made[key] = one
-        optimizer.state[value] = made
+            local_state[key] = one
+        optimizer.state[value] = local_state
 
 
-def _whole(value: Tensor) -> Tensor:
+def _full_tensor(value: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
-    whole: Tensor = value.full_tensor() if isinstance(value, DTensor) else value.detach().clone()
-    return whole
+    full: Tensor = value.full_tensor() if isinstance(value, DTensor) else value.detach().clone()
+    return full
 
 
 def _is_deepspeed(optimizer: Any) -> bool:
@@ -286,7 +286,7 @@ def _begin_state(optimizer: Any) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()  # else the parameters do not find their parts of it
 
 
-def _set_part(value: nn.Parameter, whole: Tensor, key: str) -> None:
+def _set_part(value: nn.Parameter, full: Tensor, key: str) -> None:
     """Put this process's part of one moment, given whole, where DeepSpeed holds it."""
     from deepspeed import comm
     from deepspeed.utils import (
@@ -296,12 +296,12 @@ def _set_part(value: nn.Parameter, whole: Tensor, key: str) -> None:
     )
 
     if not hasattr(value, "ds_id"):
-        safe_set_full_optimizer_state(value, whole, key)
+        safe_set_full_optimizer_state(value, full, key)
         return
     # ZeRO-3 fills parameters up until they can be cut evenly; DeepSpeed's setter of whole tensors forgets that.
     size = safe_get_local_optimizer_state(value, key).numel()
     start = comm.get_rank() * size
-    part = whole.flatten()[start : start + size]
+    part = full.flatten()[start : start + size]
     safe_set_local_optimizer_state(value, F.pad(part, (0, size - part.numel())), key)
 
 
