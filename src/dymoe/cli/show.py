@@ -82,11 +82,11 @@ def watch_table(results: "Results") -> Any:
         for name in row["measures"]:
             table.add_column(UNITS.get(name, name), justify="right")
     stages = max(len(row["accuracy"]) for row in watch.values())
-    for place, label in enumerate(stage_names(results)[:stages]):
+    for index, label in enumerate(stage_names(results)[:stages]):
         cells = []
         for row in watch.values():
-            cells.append(_interval(accuracy([row["scores"][place]])))
-            cells += [f"{values[place]:.2f}" for values in row["measures"].values()]
+            cells.append(_interval(accuracy([row["scores"][index]])))
+            cells += [f"{values[index]:.2f}" for values in row["measures"].values()]
         table.add_row(label, *cells)
     if stages > 1:
         cells = []

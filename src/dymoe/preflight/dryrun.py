@@ -104,11 +104,11 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
     ] + [_only_asked(recipe, task.name, watcher, sizes[task.name][1]) for task in stream.watch]
 
 
-def _only_asked(recipe: Recipe, task: str, seen: "_Watch", questions: int) -> Measured:
+def _only_asked(recipe: Recipe, task: str, watcher: "_Watch", questions: int) -> Measured:
     """What asking a task took that is only asked, and what asking all its questions once would."""
-    asked, batch = seen.asked[task], recipe.evaluation.batch_size
-    hours = questions * asked / batch / 3600
-    return Measured(task, None, None, batch / asked, seen.peaks[task], None, None, None, hours, None)
+    seconds_to_answer, batch = watcher.asked[task], recipe.evaluation.batch_size
+    hours = questions * seconds_to_answer / batch / 3600
+    return Measured(task, None, None, batch / seconds_to_answer, watcher.peaks[task], None, None, None, hours, None)
 
 
 def _measured(
@@ -228,8 +228,8 @@ def some_stream(recipe: Recipe, train: int, test: int) -> tuple["Stream", dict[s
         return tuple(replace(task, test=_repeated(task.test, test)) for task in tasks)
 
     if stand_in := hook(recipe.stream, "stand_in"):
-        made, sizes = stand_in(recipe.task_names(), train, test)
-        return replace(made, watch=only_asked(recipe.load_watch()[0])), sizes
+        synthetic, sizes = stand_in(recipe.task_names(), train, test)
+        return replace(synthetic, watch=only_asked(recipe.load_watch()[0])), sizes
     stream = load(recipe)
     sizes = {task.name: (len(task.train), len(task.test)) for task in stream.tasks}
     tasks = tuple(

@@ -154,9 +154,9 @@ def _watch(results: Mapping[str, Any]) -> list[str]:
     watch = results.get("watch") or {}
     learned = ["all at once"] if results.get("joint") is not None else results["tasks"]
     rows = [
-        (escape(name), *(f"{row['accuracy'][place]:.2f}" for row in watch.values()))
-        for place, name in enumerate(("before", *learned))
-        if all(place < len(row["accuracy"]) for row in watch.values())
+        (escape(name), *(f"{row['accuracy'][index]:.2f}" for row in watch.values()))
+        for index, name in enumerate(("before", *learned))
+        if all(index < len(row["accuracy"]) for row in watch.values())
     ]
     if not watch:
         return []

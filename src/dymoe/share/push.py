@@ -248,10 +248,10 @@ def first_stages(results: dict[str, Any], count: int, where: str) -> dict[str, A
     return cut
 
 
-def _first_rows(asked: dict[str, Any], count: int) -> dict[str, Any]:
+def _first_rows(entry: dict[str, Any], count: int) -> dict[str, Any]:
     """The first rows of a task that was only asked; the first of all is from before the first stage."""
-    rows = {key: asked[key][:count] for key in ("accuracy", "lenient", "scores")}
-    return {**asked, **rows, "measures": {name: values[:count] for name, values in asked["measures"].items()}}
+    rows = {key: entry[key][:count] for key in ("accuracy", "lenient", "scores")}
+    return {**entry, **rows, "measures": {name: values[:count] for name, values in entry["measures"].items()}}
 
 
 def _clean(recipe: dict[str, Any]) -> dict[str, Any]:
