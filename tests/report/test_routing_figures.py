@@ -123,8 +123,8 @@ def test_activation_sums_experts_and_marks_dead_ones(tmp_path: Path) -> None:
         here = at[at["layer"] == layer]
         weight = 100 * np.mean([here[here["task"] == task]["weight"].sum() for task in THREE])
         assert rows[("dymoe, stage 3: textvqa",)][layer] == number(weight) + (" ✕1" if layer == 1 else "")
-    assert figure.place(figure.chosen) == "0 2"  # the last stage first
-    assert [figure.place(plot.key) for plot in figure.panels] == ["0 0", "0 1", "0 2"]
+    assert figure.indices(figure.chosen) == "0 2"  # the last stage first
+    assert [figure.indices(plot.key) for plot in figure.panels] == ["0 0", "0 1", "0 2"]
 
 
 def test_a_groups_name_stands_in_the_activation_as_it_is(tmp_path: Path) -> None:

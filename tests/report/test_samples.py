@@ -115,4 +115,4 @@ def test_a_method_without_stages_can_keep_but_not_lose(tmp_path: Path) -> None:
     paths = [make_run(tmp_path / "lora", "lora", tasks=THREE), make_joint(tmp_path / "joint", 0, THREE)]
     found = compared(paths)
     assert not any(shown.fates[1].lost for shown in found.shown)
-    assert any(shown.fates[1].kept for shown in found.shown)
+    assert any(shown.fates[1].remembered for shown in found.shown)

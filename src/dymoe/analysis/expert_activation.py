@@ -58,8 +58,8 @@ def activation(
     learned.require_routing()
     frames = []
     for stage in learned.chosen_stages(stages):
-        for task, own in learned.chosen_tasks(None):
-            if own.index > stage:
+        for task, first in learned.chosen_tasks(None):
+            if first.index > stage:
                 continue
             learned.activate(stage)
             sums: Sums = {}
@@ -102,8 +102,8 @@ def _rows(sums: Sums) -> Iterator[dict[str, Any]]:
         by_group = (totals[:3] / totals[3]).split(list(sizes), dim=1)
         for group, values in zip(groups, by_group, strict=True):
             for expert, (weight, active, top) in enumerate(values.T.tolist()):
-                place = {"layer": layer, "projection": projection, "group": group, "expert": expert}
-                yield {**place, "weight": weight, "active": active, "top": top}
+                row = {"layer": layer, "projection": projection, "group": group, "expert": expert}
+                yield {**row, "weight": weight, "active": active, "top": top}
 
 
 # ---------------------------------------------------------------- what it says
@@ -155,8 +155,8 @@ def _new_use(frame: pd.DataFrame) -> pd.DataFrame:
     begun = frame.groupby("group")["stage"].transform("min")  # a group's first stage
     learned = frame.groupby("task")["stage"].transform("min")  # a task is asked from the stage that learned it
     alone = frame["group"].groupby(begun).transform("nunique") == 1  # a stage adds one group, so none is missing before
-    own = frame[(frame["stage"] == begun) & (begun == learned) & alone]
-    return own.groupby(["stage", *EXPERT, "expert"], sort=False, as_index=False)["weight"].mean()
+    first = frame[(frame["stage"] == begun) & (begun == learned) & alone]
+    return first.groupby(["stage", *EXPERT, "expert"], sort=False, as_index=False)["weight"].mean()
 
 
 def pruned_share(frame: pd.DataFrame, share: float) -> pd.DataFrame:
@@ -167,17 +167,17 @@ def pruned_share(frame: pd.DataFrame, share: float) -> pd.DataFrame:
         projections of the removed experts' summed weight), group_weight (the same of all the group's experts).
     """
     used, gone = _new_use(frame).groupby("group", sort=False), pruned(frame, share).groupby("group", sort=False)
-    places = used[["layer", "projection"]].apply(lambda part: len(part.drop_duplicates()))
-    found = pd.DataFrame(
+    linears = used[["layer", "projection"]].apply(lambda part: len(part.drop_duplicates()))
+    shares = pd.DataFrame(
         {
             "experts": gone["expert"].count(),
             "of": used["expert"].count(),
-            "weight": gone["weight"].sum() / places,
-            "group_weight": used["weight"].sum() / places,
+            "weight": gone["weight"].sum() / linears,
+            "group_weight": used["weight"].sum() / linears,
         }
     ).reindex(used["expert"].count().index)
-    found = found.fillna({"experts": 0, "weight": 0.0}).astype({"experts": int})
-    return found.rename_axis("group").reset_index()
+    shares = shares.fillna({"experts": 0, "weight": 0.0}).astype({"experts": int})
+    return shares.rename_axis("group").reset_index()
 
 
 # ---------------------------------------------------------------- the figure
@@ -248,21 +248,21 @@ def _circles(frame: pd.DataFrame, stage: int) -> pd.DataFrame:
 def _plot(figure: Figure, label: str, stage: int, circles: pd.DataFrame, layers: Sequence[int], key: Key) -> None:
     """One stage of one method."""
     groups = [str(group) for group in dict.fromkeys(circles["group"])]
-    circles = circles.assign(place=circles["group"].map(groups.index))
+    circles = circles.assign(row=circles["group"].map(groups.index))
     gone = circles[circles["dead"] > 0]
     hover = "layer %{x}: %{customdata[0]} % of the weight, %{customdata[1]} of %{customdata[2]} experts dead"
     traces = [
         scatter(
             look(0, ""),
             circles["layer"],
-            circles["place"],
+            circles["row"],
             hover,
             {
                 "symbol": "circle",
                 "size": [LARGEST * math.sqrt(weight / 100) for weight in circles["weight"]],
                 "sizemin": 0.5,
                 "opacity": 0.85,
-                "color": [look(place, "").colour for place in circles["place"]],
+                "color": [look(row, "").colour for row in circles["row"]],
                 "line": {"width": 0},
             },
             mode="markers",
@@ -272,7 +272,7 @@ def _plot(figure: Figure, label: str, stage: int, circles: pd.DataFrame, layers:
     if len(gone):
         size = gone["dead"] / gone["experts"] * CROSS
         cross = {"symbol": "x-thin", "size": size, "line": {"width": 1.25, "color": "var(--ink)"}}
-        traces.append(scatter(look(0, ""), gone["layer"], gone["place"], "", cross, mode="markers", hoverinfo="skip"))
+        traces.append(scatter(look(0, ""), gone["layer"], gone["row"], "", cross, mode="markers", hoverinfo="skip"))
     names = room(groups)
     figure.plot(
         f"{label}, after stage {stage}",

@@ -50,8 +50,8 @@ class Look:
 
 def look(index: int, label: str, glyph: str = "") -> Look:
     """The look at a place: its colour and marker, a dashed line where the colours come round again."""
-    marker, own = list(MARKERS.items())[index % len(MARKERS)]
-    return Look(label, f"var(--m{index % COLOURS})", glyph or own, marker, DASHES[(index // COLOURS) % len(DASHES)])
+    marker, mark = list(MARKERS.items())[index % len(MARKERS)]
+    return Look(label, f"var(--m{index % COLOURS})", glyph or mark, marker, DASHES[(index // COLOURS) % len(DASHES)])
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Figure:
         layout: "wide" plots stand two beside each other, small ones ("") more, a "full" one takes the whole width.
         folded: panels in a fold called `fold`.
         note: what is missing, and the `command` that makes it; a figure without panels is its title and note.
-        made: which commands made the numbers.
+        commands: what made the numbers.
     """
 
     id: str
@@ -151,7 +151,7 @@ class Figure:
     fold: str = ""
     note: str = ""
     command: str = ""
-    made: Sequence[str] = ()
+    commands: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.chosen = self.chosen or tuple(options[0] for options in self.choices.values())
@@ -205,7 +205,7 @@ class Figure:
         xaxis = {"range": [0.7, max(last, 2) + 0.3], "dtick": 1, "showgrid": False}
         self.plot(title, label, traces, 190, key, xaxis=xaxis, yaxis={"range": [-3, 103], "dtick": 25})
 
-    def place(self, key: Key) -> str:
+    def indices(self, key: Key) -> str:
         """The options of a key as the page's script knows them: their numbers."""
         return " ".join(str(options.index(one)) for one, options in zip(key, self.choices.values(), strict=True))
 

@@ -13,7 +13,7 @@ from dymoe.analysis.runs import Method, Run
 from dymoe.numbers import Stat, number
 
 # Points below which a loss is not told: the page shows one digit.
-SEEN = 0.05
+VISIBLE = 0.05
 
 
 def ranked(methods: Sequence[Method]) -> list[Method]:
@@ -62,8 +62,8 @@ def losses(methods: Sequence[Method]) -> Figure | None:
         label = f"Change of each task at each stage of {method.label}"
         each = _means(changes, tasks[:-1], tasks[1:])
         figure.folded.append(Heatmap(method.label, label, each, hover, change=True, first=2))
-        for task, row, whole in zip(tasks[:-1], changes, method.changes_of_tasks(), strict=True):
-            figure.row(f"{method.label}: {task}", *(number(stat, sign=True) for stat in (*row, whole)))
+        for task, row, since in zip(tasks[:-1], changes, method.changes_of_tasks(), strict=True):
+            figure.row(f"{method.label}: {task}", *(number(stat, sign=True) for stat in (*row, since)))
         total = (*method.changes_at_stages(), what.loc[method.label].sum())
         figure.row(f"{method.label}: all older tasks", *(number(stat, sign=True) for stat in total))
     return figure
@@ -85,7 +85,7 @@ def side_by_side(methods: Sequence[Method]) -> Figure:
         ("method", "MFT (%)", "MFN (%)", "BWT (points)"),
     )
     traces = []
-    for place, method in enumerate(methods):
+    for row, method in enumerate(methods):
         look, learned, final = method.look, method.metric("MFT"), method.metric("MFN")
         # An open mark and a filled one, or the latter alone.
         stats = [stat for stat in (learned, final) if stat is not None]
@@ -94,7 +94,7 @@ def side_by_side(methods: Sequence[Method]) -> Figure:
             scatter(
                 look,
                 [stat.mean for stat in stats],
-                [place] * len(stats),
+                [row] * len(stats),
                 "%{fullData.name} %{customdata}: %{x:.1f} %",
                 {"size": 11, "symbol": symbols, "line": {"color": look.colour, "width": 2}},
                 customdata=["when learned (MFT)", "at the end (MFN)"][-len(stats) :],
@@ -290,7 +290,7 @@ def cards(methods: Sequence[Method]) -> list[Card]:
 def _losses(method: Method) -> list[tuple[float, int]]:
     """(change in points, task) of every task that ended below what it was when learned, the greatest loss first."""
     changes = [(change.mean, task) for task, change in enumerate(method.changes_of_tasks())]
-    return sorted(pair for pair in changes if pair[0] <= -SEEN)
+    return sorted(pair for pair in changes if pair[0] <= -VISIBLE)
 
 
 def lost_most(method: Method) -> str:
@@ -317,7 +317,7 @@ def _what(method: Method) -> Card:
 
 def _when(method: Method) -> Card:
     points, stage = min((change.mean, stage) for stage, change in enumerate(method.changes_at_stages(), start=2))
-    if points > -SEEN:
+    if points > -VISIBLE:
         text = "Every stage left the older tasks, taken together, where they were or better."
         return Card("When", "At no stage", text)
     worst, task = min((change.mean, task) for task, change in enumerate(method.changes()[stage - 2]) if change)

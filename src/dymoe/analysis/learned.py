@@ -67,7 +67,7 @@ class Learned:
     lvlm: Lvlm
     model: PeftModel
     collator: Collator
-    _held: dict[str, int] = field(default_factory=dict)
+    _loaded: dict[str, int] = field(default_factory=dict)
 
     @property
     def tasks(self) -> dict[str, tuple[Task, LearnedStage]]:
@@ -106,10 +106,10 @@ class Learned:
         """Let the model be as `stage` (from 1) left it; returns `groups(stage)`."""
         for one in self.stages[:stage]:
             newest = max(other.index for other in self.stages[:stage] if other.group == one.group)
-            if self._held[one.group] != newest:
+            if self._loaded[one.group] != newest:
                 file = self.stages[newest - 1].adapter / WEIGHTS
                 set_group(self.model, one.group, read_tensors(file), str(file))
-                self._held[one.group] = newest
+                self._loaded[one.group] = newest
         groups = self.groups(stage)
         tuner: Any = self.model.base_model
         if tuple(tuner.stage) != groups:
@@ -130,8 +130,8 @@ class Learned:
         """
         device = cast(Any, self.lvlm.model).device
         samples, done = self.samples(task, limit), 0
-        for places in batches(self.collator.lengths(samples), self.recipe.evaluation.batch_size):
-            part = [samples[place] for place in places]
+        for indices in batches(self.collator.lengths(samples), self.recipe.evaluation.batch_size):
+            part = [samples[index] for index in indices]
             self.collator.see(part)
             yield to_device(self.collator(part), device)
             done += len(part)
@@ -216,5 +216,5 @@ def open_run(run: "str | Path | Learned") -> Learned:
         if value != expected[group]:
             raise DymoeError(f"{last[group].adapter}: expert group {group!r} is not the one saved (hash differs)")
     collator = Collator(lvlm, cached_features(lvlm), recipe.model_options.max_length)
-    held = {group: stage.index for group, stage in last.items()}
-    return Learned(path, recipe, tuple(stages), lvlm, model, collator, held)
+    loaded = {group: stage.index for group, stage in last.items()}
+    return Learned(path, recipe, tuple(stages), lvlm, model, collator, loaded)

@@ -61,20 +61,20 @@ def drift(
 
     learned = open_run(run)
     learned.require_routing()
-    wanted, images = learned.chosen_stages(stages), image_tokens(learned.lvlm)
+    chosen, images = learned.chosen_stages(stages), image_tokens(learned.lvlm)
     frames = []
-    for task, own in learned.chosen_tasks(None):
-        sums: dict[int, Sums] = {stage: {} for stage in (own.index, *wanted) if stage >= own.index}
+    for task, first in learned.chosen_tasks(None):
+        sums: dict[int, Sums] = {stage: {} for stage in (first.index, *chosen) if stage >= first.index}
         for batch in learned.batches(task, samples, tell):
             parts = kinds(batch, images)
             top: dict[str, Tensor] = {}
             for stage in sums:
                 learned.activate(stage)
-                learned.observe(batch, _observer(parts, sums[stage], top, own=stage == own.index))
+                learned.observe(batch, _observer(parts, sums[stage], top, first=stage == first.index))
             if not top:
                 raise DymoeError(f"{learned.path}: no wrapped layer sees the prompt's tokens, so nothing was observed")
         for stage in sums:
-            if stage in wanted:
+            if stage in chosen:
                 frames.append(pd.DataFrame(_rows(sums[stage])).assign(task=task.name, stage=stage))
     return joined("drift", frames)
 
@@ -83,14 +83,14 @@ def drift(
 Sums = dict[str, tuple[tuple[str, ...], "Tensor"]]
 
 
-def _observer(parts: "Tensor", sums: Sums, top: "dict[str, Tensor]", own: bool) -> "Callable[[LayerRouting], None]":
+def _observer(parts: "Tensor", sums: Sums, top: "dict[str, Tensor]", first: bool) -> "Callable[[LayerRouting], None]":
     """What adds the layers of one forward pass to `sums`.
 
     Args:
         parts: of every token, see `tokens.kinds`.
         sums: where to add.
         top: layer -> each token's top expert at the task's own stage; filled there, compared with later.
-        own: whether this is that stage.
+        first: whether this is that stage.
     """
     import torch
 
@@ -103,7 +103,7 @@ def _observer(parts: "Tensor", sums: Sums, top: "dict[str, Tensor]", own: bool) 
         weights = weights.reshape(len(member), -1).double()
         largest, expert = weights.max(-1)
         expert = torch.where(largest > 0, expert, NOTHING)
-        if own:
+        if first:
             top[name] = expert
         # A layer may get its first experts at a later stage: before, none was a token's top expert.
         changed = expert != top.get(name, torch.full_like(expert, NOTHING))
@@ -125,8 +125,8 @@ def _rows(sums: Sums) -> Iterator[dict[str, Any]]:
             if not tokens:
                 continue
             for group, weight in zip(groups, weights, strict=True):
-                place = {"layer": layer, "projection": projection, "part": part, "group": group}
-                yield {**place, "weight": weight / tokens, "tokens": int(tokens), "changed": changed / tokens}
+                row = {"layer": layer, "projection": projection, "part": part, "group": group}
+                yield {**row, "weight": weight / tokens, "tokens": int(tokens), "changed": changed / tokens}
 
 
 # ---------------------------------------------------------------- what it says
@@ -142,23 +142,23 @@ def later_weight(frame: pd.DataFrame) -> pd.DataFrame:
         Columns task, stage, layer, projection, part, later (0..1), changed (0..1), tokens. Tasks that have no drift
         (see `dymoe.evaluation.metrics.drift`) are left out.
     """
-    place = {group: index for index, group in enumerate(dict.fromkeys(frame["group"]))}
-    own = frame["task"].map(place)
-    after = frame["weight"].where(frame["group"].map(place) > own, 0.0)
+    order = {group: index for index, group in enumerate(dict.fromkeys(frame["group"]))}
+    home = frame["task"].map(order)
+    after = frame["weight"].where(frame["group"].map(order) > home, 0.0)
     by = ["task", "stage", "layer", "projection", "part"]
     cells = (
-        frame.assign(later=after, own=own)
+        frame.assign(later=after, home=home)
         .groupby(by, sort=False, as_index=False)
         .agg(
             later=("later", "sum"),
-            whole=("weight", "sum"),
-            own=("own", "first"),
+            sum=("weight", "sum"),
+            home=("home", "first"),
             changed=("changed", "first"),
             tokens=("tokens", "first"),
         )
     )
-    divided = cells.groupby("task")["whole"].transform("max") <= 1 + ROUNDING
-    return cells[divided & cells["own"].notna()].drop(columns=["whole", "own"]).reset_index(drop=True)
+    divided = cells.groupby("task")["sum"].transform("max") <= 1 + ROUNDING
+    return cells[divided & cells["home"].notna()].drop(columns=["sum", "home"]).reset_index(drop=True)
 
 
 def mean_over(cells: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -168,9 +168,9 @@ def mean_over(cells: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         cells: of `later_weight`.
         by: columns that the result has one row for each value of.
     """
-    places = [*by, *(column for column in ("layer", "projection") if column not in by)]
+    linears = [*by, *(column for column in ("layer", "projection") if column not in by)]
     weighted = cells.assign(later=cells["later"] * cells["tokens"], changed=cells["changed"] * cells["tokens"])
-    sums = weighted.groupby(places, sort=False)[["later", "changed", "tokens"]].sum()
+    sums = weighted.groupby(linears, sort=False)[["later", "changed", "tokens"]].sum()
     means = sums[["later", "changed"]].div(sums["tokens"], axis=0)
     return means.groupby(list(by), sort=False).mean().reset_index()
 
@@ -223,20 +223,20 @@ def correlation(pairs: pd.DataFrame) -> dict[str, float | int | None]:
         tasks (how many), pearson and spearman; the two are None with fewer than three tasks or where one side is
         constant.
     """
-    found: dict[str, float | int | None] = {"tasks": len(pairs), "pearson": None, "spearman": None}
+    result: dict[str, float | int | None] = {"tasks": len(pairs), "pearson": None, "spearman": None}
     if len(pairs) >= FEWEST and pairs["drift"].nunique() > 1 and pairs["forgetting"].nunique() > 1:
-        found["pearson"] = float(pairs["drift"].corr(pairs["forgetting"]))
-        found["spearman"] = float(pairs["drift"].rank().corr(pairs["forgetting"].rank()))
-    return found
+        result["pearson"] = float(pairs["drift"].corr(pairs["forgetting"]))
+        result["spearman"] = float(pairs["drift"].rank().corr(pairs["forgetting"].rank()))
+    return result
 
 
-def correlation_line(found: Mapping[str, Any]) -> str:
+def correlation_line(result: Mapping[str, Any]) -> str:
     """The correlation of drift with forgetting in one line."""
-    if found["pearson"] is None:
-        return f"Drift and forgetting: earlier tasks too few, or too alike, to correlate ({found['tasks']})"
+    if result["pearson"] is None:
+        return f"Drift and forgetting: earlier tasks too few, or too alike, to correlate ({result['tasks']})"
     return (
-        f"Drift and forgetting over {found['tasks']} earlier tasks: Pearson {found['pearson']:.2f}, "
-        f"Spearman {found['spearman']:.2f}"
+        f"Drift and forgetting over {result['tasks']} earlier tasks: Pearson {result['pearson']:.2f}, "
+        f"Spearman {result['spearman']:.2f}"
     )
 
 
@@ -250,8 +250,8 @@ def tables(frame: pd.DataFrame, run: Path) -> Iterator[tuple[str, list[dict[str,
         task = entry["task"]
         by_part = {kind: f"{values[task]:.1%}" if task in values else "–" for kind, values in parts.items()}
         forgotten = f"{lost[task]:.1f}" if task in lost else "–"
-        whole = {"drift": f"{entry['drift']:.1%}", **by_part, "changed top expert": f"{entry['changed']:.1%}"}
-        rows.append({"task": task, **whole, "forgetting": forgotten})
+        shares = {"drift": f"{entry['drift']:.1%}", **by_part, "changed top expert": f"{entry['changed']:.1%}"}
+        rows.append({"task": task, **shares, "forgetting": forgotten})
     yield "Routing drift", rows
     yield correlation_line(correlation(pairs)), []
 
@@ -331,7 +331,7 @@ def _last(known: Cells) -> int:
 
 def _by_part(known: Cells) -> Figure:
     last = _last(known)
-    looks = [look(place, part) for place, part in enumerate(PARTS)]
+    looks = [look(index, part) for index, part in enumerate(PARTS)]
     figure = Figure(
         "drift-parts",
         "Routing drift by part of the input",
@@ -472,7 +472,7 @@ def _beside_forgetting(known: Cells) -> Figure:
 
 
 def _correlation(pairs: pd.DataFrame) -> str:
-    found = correlation(pairs)
-    if found["pearson"] is None:
+    result = correlation(pairs)
+    if result["pearson"] is None:
         return "– (too few or too equal)"
-    return f"r {number(found['pearson'], 2, sign=True)}, ρ {number(found['spearman'], 2, sign=True)}"
+    return f"r {number(result['pearson'], 2, sign=True)}, ρ {number(result['spearman'], 2, sign=True)}"

@@ -85,11 +85,11 @@ class Method:
     @property
     def look(self) -> Look:
         """The method's line and mark; without stages a line alone, dotted (joint) or dashed (nothing learned)."""
-        own = look(self.index, self.label)
+        mine = look(self.index, self.label)
         if not self.level:
-            return own
+            return mine
         glyph, dash = ("┄", "dot") if self.runs[0].trained else ("╌", "longdashdot")
-        return replace(own, glyph=glyph, dash=dash)
+        return replace(mine, glyph=glyph, dash=dash)
 
     @property
     def level(self) -> bool:
@@ -126,9 +126,9 @@ class Method:
     def accuracy(self) -> np.ndarray:
         """Percent, (runs, stages, tasks); NaN before a task is learned."""
         values = np.full((len(self.runs), self.stages, len(self.tasks)), np.nan)
-        for place, run in enumerate(self.runs):
+        for index, run in enumerate(self.runs):
             for stage, row in enumerate(run.rows[: self.stages]):
-                values[place, stage, : stage + 1] = row
+                values[index, stage, : stage + 1] = row
         return values
 
     def metric(self, key: str) -> Stat | None:
@@ -147,17 +147,17 @@ class Method:
 
     def format_drift(self) -> list[Stat | None]:
         """Format drift of each task in points as results.json gives it; None where a run does not give it."""
-        given = [[run.format_drift.get(task, math.nan) for task in self.tasks] for run in self.runs]
-        return over_seeds(np.array(given))
+        shares = [[run.format_drift.get(task, math.nan) for task in self.tasks] for run in self.runs]
+        return over_seeds(np.array(shares))
 
     def drift(self) -> list[list[Stat | None]]:
         """Weight in percent that each task's tokens put on newer groups, by stage; None for what is new or unknown."""
         values = np.full(self.accuracy.shape, np.nan)
-        for place, run in enumerate(self.runs):
+        for index, run in enumerate(self.runs):
             for stage, weights in run.routing.items():
                 for task, name in enumerate(self.tasks[: stage - 1] if stage <= self.stages else ()):
                     share = drift(name, list(weights), weights.loc[name].tolist()) if name in weights.index else None
-                    values[place, stage - 1, task] = math.nan if share is None else 100 * share
+                    values[index, stage - 1, task] = math.nan if share is None else 100 * share
         return over_seeds(values)
 
     def changes(self) -> list[list[Stat | None]]:
@@ -185,7 +185,7 @@ def divides(weights: pd.DataFrame) -> bool:
 def over_seeds(values: np.ndarray) -> Any:
     """Mean and spread over the first axis, for every place of the others; None where a run has no number."""
     if values.ndim > 1:
-        return [over_seeds(values[:, place]) for place in range(values.shape[1])]
+        return [over_seeds(values[:, index]) for index in range(values.shape[1])]
     return None if np.isnan(values).any() else Stat.of(values.tolist())
 
 
@@ -351,9 +351,9 @@ def _settings(run: Run) -> dict[str, object]:
 def _difference(run: Run, variants: Sequence[Run]) -> str:
     """The settings of `run` in which the variants of its method differ, " (key value, ...)" or nothing."""
     others = [_settings(variant) for variant in variants]
-    own = _settings(run)
+    mine = _settings(run)
     keys = sorted({key for settings in others for key in settings})
-    parts = [f"{key} {own.get(key)}" for key in keys if any(other.get(key) != own.get(key) for other in others)]
+    parts = [f"{key} {mine.get(key)}" for key in keys if any(other.get(key) != mine.get(key) for other in others)]
     return f" ({', '.join(parts)})" if parts else ""
 
 
@@ -364,13 +364,13 @@ def _difference(run: Run, variants: Sequence[Run]) -> str:
 class Analysed:
     """A kept analysis of one method: the frame of its first run that has one, with at least one row.
 
-    `made` says how it was made: the method and the command.
+    `command` says how it was made, after the method's name.
     """
 
     method: Method
     run: Run
     frame: pd.DataFrame
-    made: str
+    command: str
 
     @property
     def label(self) -> str:

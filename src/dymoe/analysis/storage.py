@@ -13,10 +13,10 @@ from dymoe.messages import nearest
 if TYPE_CHECKING:
     import pandas as pd
 
-PLACE = ("task", "stage", "layer", "projection")
+POSITION = ("task", "stage", "layer", "projection")
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "drift": (*PLACE, "part", "group", "weight", "tokens", "changed"),
-    "activation": (*PLACE, "group", "expert", "weight", "active", "top"),
+    "drift": (*POSITION, "part", "group", "weight", "tokens", "changed"),
+    "activation": (*POSITION, "group", "expert", "weight", "active", "top"),
     "overlay": (
         *("task", "sample", "picture", "stage", "layer", "projection", "position", "kind", "text", "row", "column"),
         *("type", "group", "weight"),

@@ -138,8 +138,8 @@ def is_dilemma(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 def complete(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of the pairs and seeds that were learned under every strategy the frame holds."""
-    wanted = frame["strategy"].nunique()
-    return frame[frame.groupby(["pair", "seed"])["strategy"].transform("nunique") == wanted]
+    strategies = frame["strategy"].nunique()
+    return frame[frame.groupby(["pair", "seed"])["strategy"].transform("nunique") == strategies]
 
 
 def by_strategy(frame: pd.DataFrame) -> pd.DataFrame:
@@ -152,10 +152,10 @@ def by_strategy(frame: pd.DataFrame) -> pd.DataFrame:
         Columns pair ("all pairs" for the mean over pairs), strategy, seeds, and for every measure its mean and, with
         `_std` behind its name, the deviation over seeds (NaN with one seed).
     """
-    whole = _ordered(complete(frame))
-    together = whole.groupby(["strategy", "seed"], observed=True, as_index=False)[[*MEASURES]].mean()
+    learnings = _ordered(complete(frame))
+    together = learnings.groupby(["strategy", "seed"], observed=True, as_index=False)[[*MEASURES]].mean()
     parts = []
-    for part in (whole, together.assign(pair=ALL)):
+    for part in (learnings, together.assign(pair=ALL)):
         grouped = part.groupby(["pair", "strategy"], observed=True)[[*MEASURES]]
         spread = grouped.std(ddof=1).add_suffix("_std")
         parts.append(pd.concat([grouped.size().rename("seeds"), grouped.mean(), spread], axis=1).reset_index())
@@ -171,15 +171,17 @@ def conclusion(frame: pd.DataFrame) -> str:
     Args:
         frame: of `dilemma`; only pairs and seeds with every strategy count.
     """
-    whole = complete(frame)
-    cells = whole[["pair", "seed"]].drop_duplicates()
-    if cells.empty or not {"new", "ambiguous", "old"} <= {*whole["strategy"]}:
+    learnings = complete(frame)
+    cells = learnings[["pair", "seed"]].drop_duplicates()
+    if cells.empty or not {"new", "ambiguous", "old"} <= {*learnings["strategy"]}:
         return "No pair and seed has been learned under the strategies new, ambiguous and old yet."
-    wide = whole.pivot(index=["pair", "seed"], columns="strategy", values=["new_task_accuracy", "forgetting", "drift"])
+    wide = learnings.pivot(
+        index=["pair", "seed"], columns="strategy", values=["new_task_accuracy", "forgetting", "drift"]
+    )
     changes = []
     subjects = {"ambiguous": "ambiguous tokens alone", "old": "old tokens alone", "all": "all tokens together"}
     for kind, subject in subjects.items():
-        if kind in {*whole["strategy"]}:
+        if kind in {*learnings["strategy"]}:
             learned, lost, drifted = (
                 _difference(wide[measure][kind] - wide[measure]["new"], scale)
                 for measure, scale in (("new_task_accuracy", 1), ("forgetting", 1), ("drift", 100))
@@ -321,10 +323,10 @@ def drift(table: pd.DataFrame, learnings: pd.DataFrame) -> list[Figure]:
     measured = table[table["drift"].notna()]
     rows = _of(measured, ALL)
     traces: list[Trace] = []
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         mine = known[known["strategy"] == row["strategy"]]
-        stats = _stat(row, "drift", 100), Stat(place, None)
-        traces += _marks(row["strategy"], mine, mine["drift"] * 100, [place] * len(mine), stats, "%{x:.1f} %")
+        stats = _stat(row, "drift", 100), Stat(index, None)
+        traces += _marks(row["strategy"], mine, mine["drift"] * 100, [index] * len(mine), stats, "%{x:.1f} %")
     xaxis = {"title": {"text": "weight on the new group (%)"}, "rangemode": "tozero"}
     yaxis = listed([TOKENS[row["strategy"]] for row in rows])
     label = "Routing drift of the old task by strategy"

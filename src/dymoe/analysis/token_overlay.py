@@ -77,14 +77,14 @@ def overlay(
     learned = open_run(run)
     learned.require_routing()
     chosen = [
-        (task, own, sample)
-        for task, own in learned.chosen_tasks(tasks)
+        (task, first, sample)
+        for task, first in learned.chosen_tasks(tasks)
         for sample in learned.samples(task, None)[:samples]
     ]
     last, frames = len(learned.stages), []
-    for index, (task, own, sample) in enumerate(chosen):
+    for index, (task, first, sample) in enumerate(chosen):
         picture = _write_picture(learned, sample, index)
-        for stage in dict.fromkeys((own.index, last)):
+        for stage in dict.fromkeys((first.index, last)):
             learned.activate(stage)
             model = (learned.lvlm, learned.model, learned.collator)
             frame = token_routing(*model, sample, sample.answer, layer, learned.recipe.training.dtype)
@@ -131,22 +131,22 @@ def token_routing(
     batch = to_device(batch, cast(Any, lvlm.model).device)
     tuner = cast(Any, peft_model.base_model)
     layers = sorted({place_of(one.name)[0] for one in tuner.layers()})
-    wanted = layers[len(layers) // 2] if layer is None else layer
-    if wanted not in layers:
-        raise DymoeError(f"layer {wanted}: the experts sit in layers {layers[0]} to {layers[-1]}")
+    depth = layers[len(layers) // 2] if layer is None else layer
+    if depth not in layers:
+        raise DymoeError(f"layer {depth}: the experts sit in layers {layers[0]} to {layers[-1]}")
     tokens = _describe(lvlm, batch)
     newest = cast("DyMoEConfig", peft_model.peft_config[tuner.stage[-1]])
     frames: list[pd.DataFrame] = []
 
     def note(routing: "LayerRouting") -> None:
-        place, projection = place_of(routing.layer)
-        if place == wanted and routing.weights[..., 0].numel() == len(tokens):
+        index, projection = place_of(routing.layer)
+        if index == depth and routing.weights[..., 0].numel() == len(tokens):
             served = pd.concat([tokens, _serve(routing, newest.tau)], axis=1)
-            frames.append(served.assign(layer=place, projection=projection))
+            frames.append(served.assign(layer=index, projection=projection))
 
     observe(peft_model, batch, note, dtype)
     if not frames:
-        raise DymoeError(f"layer {wanted}: none of the active groups has experts there; give another layer")
+        raise DymoeError(f"layer {depth}: none of the active groups has experts there; give another layer")
     frame = pd.concat(frames, ignore_index=True)
     return frame[frame["kind"] != ""].reset_index(drop=True)[[*TOKEN]]
 
@@ -213,10 +213,10 @@ def seen_picture(lvlm: "Lvlm", sample: "Sample") -> Any:
 
     picture = decode(cast(bytes, sample.image))
     processor: Any = lvlm.processor.image_processor  # type: ignore[attr-defined]
-    made = np.asarray(processor(images=[picture], return_tensors="np")["pixel_values"])
-    if made.ndim != 4 or made.shape[:2] != (1, 3):
+    processed = np.asarray(processor(images=[picture], return_tensors="np")["pixel_values"])
+    if processed.ndim != 4 or processed.shape[:2] != (1, 3):
         return picture
-    pixels = made[0].transpose(1, 2, 0)
+    pixels = processed[0].transpose(1, 2, 0)
     if processor.do_normalize:
         pixels = pixels * np.array(processor.image_std) + np.array(processor.image_mean)
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype("uint8"))
@@ -269,8 +269,8 @@ def view_of(
 
 def _token(row: Mapping[Any, Any], groups: Sequence[str], before: Mapping[int, str]) -> Token:
     group, kind = str(row["group"]), str(row["type"])
-    place = groups.index(group) if group in groups else None
-    classes = [] if place is None else [f"g{place % COLOURS}"]
+    index = groups.index(group) if group in groups else None
+    classes = [] if index is None else [f"g{index % COLOURS}"]
     title = f"{group} {number(100 * row['weight'], 0)} %" if group else "no group"
     if kind in TYPES:
         classes.append(kind[0])
@@ -278,7 +278,7 @@ def _token(row: Mapping[Any, Any], groups: Sequence[str], before: Mapping[int, s
     if before and before.get(row["position"]) != group:
         classes.append("c")
         title += f", before: {before.get(row['position']) or 'no group'}"
-    mark = NOTHING if place is None else str(place + 1)
+    mark = NOTHING if index is None else str(index + 1)
     # Line breaks have a sign, so that their colour is seen, and stand apart.
     word = str(row["text"]).rstrip("\n")
     end = str(row["text"])[len(word) :]
@@ -297,9 +297,9 @@ def _types(rows: pd.DataFrame) -> str:
     return ", ".join(f"{counts[kind]} {kind}" for kind in TYPES if counts[kind]) or "no types"
 
 
-def group_look(place: int, group: str) -> Look:
+def group_look(index: int, group: str) -> Look:
     """A group's entry in a legend: its name, its colour and its number."""
-    return look(place, group, str(place + 1))
+    return look(index, group, str(index + 1))
 
 
 def type_look(kind: str, label: str = "") -> Look:
@@ -359,7 +359,7 @@ def figures(have: Sequence[Analysed]) -> list[Figure]:
         "overlay",
         "Token by token",
         head=("method: sample", "stage", "part", "tokens", *TYPES, "served by"),
-        legend=[group_look(place, group) for place, group in enumerate(groups) if group in shown],
+        legend=[group_look(index, group) for index, group in enumerate(groups) if group in shown],
         choices={"method": [one.label for one in have], "sample": [*names]},
         types=[type_look(kind) for kind in TYPES],
     )

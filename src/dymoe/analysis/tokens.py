@@ -16,10 +16,10 @@ def image_tokens(lvlm: "Lvlm") -> list[int]:
     """Ids that stand for a part of a picture."""
     processor: Any = lvlm.processor
     written = getattr(processor, "image_token", None)
-    found = {getattr(lvlm.model.config, "image_token_id", None)}
+    tokens = {getattr(lvlm.model.config, "image_token_id", None)}
     if isinstance(written, str):
-        found.add(processor.tokenizer.convert_tokens_to_ids(written))
-    return sorted(token for token in found if isinstance(token, int))
+        tokens.add(processor.tokenizer.convert_tokens_to_ids(written))
+    return sorted(token for token in tokens if isinstance(token, int))
 
 
 def kinds(batch: Mapping[str, Any], images: Sequence[int]) -> "Tensor":
@@ -34,12 +34,12 @@ def kinds(batch: Mapping[str, Any], images: Sequence[int]) -> "Tensor":
     import torch
 
     ids = batch["input_ids"]
-    found = torch.full(ids.shape, KINDS.index("instruction"), dtype=torch.int8, device=ids.device)
-    found[torch.isin(ids, torch.tensor(images, dtype=ids.dtype, device=ids.device))] = KINDS.index("image")
+    parts = torch.full(ids.shape, KINDS.index("instruction"), dtype=torch.int8, device=ids.device)
+    parts[torch.isin(ids, torch.tensor(images, dtype=ids.dtype, device=ids.device))] = KINDS.index("image")
     if batch.get("labels") is not None:
-        found[batch["labels"] != -100] = KINDS.index("answer")
-    found[batch["attention_mask"] == 0] = PADDING
-    return found
+        parts[batch["labels"] != -100] = KINDS.index("answer")
+    parts[batch["attention_mask"] == 0] = PADDING
+    return parts
 
 
 def texts(lvlm: "Lvlm", ids: Sequence[int], images: Sequence[int]) -> list[str]:
@@ -48,19 +48,19 @@ def texts(lvlm: "Lvlm", ids: Sequence[int], images: Sequence[int]) -> list[str]:
     Decoded with the words before it, since some tokenizers write a leading space only inside a text.
     """
     tokenizer: Any = lvlm.processor.tokenizer  # type: ignore[attr-defined]
-    found: list[str] = []
+    pieces: list[str] = []
     words: list[int] = []
-    said = ""
+    before = ""
     for token in ids:
         if token in images:
-            words, said = [], ""
-            found.append("")
+            words, before = [], ""
+            pieces.append("")
             continue
         words.append(token)
         now = tokenizer.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        found.append(now[len(said) :])
-        said = now
-    return found
+        pieces.append(now[len(before) :])
+        before = now
+    return pieces
 
 
 def patch_grid(batch: Mapping[str, Any], tokens: int) -> tuple[int, int] | None:

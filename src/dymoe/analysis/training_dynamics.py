@@ -47,8 +47,8 @@ def dynamics(run: str | Path) -> pd.DataFrame:
         for line in lines(StageFolder(folder).dynamics):
             for name, values in line["layers"].items():
                 layer, projection = place_of(name)
-                place = {"task": task, "stage": stage, "step": line["step"], "layer": layer, "projection": projection}
-                rows.append({**place, **dict(zip(line["values"], values, strict=True))})
+                row = {"task": task, "stage": stage, "step": line["step"], "layer": layer, "projection": projection}
+                rows.append({**row, **dict(zip(line["values"], values, strict=True))})
     return pd.DataFrame(rows, columns=[*COLUMNS["dynamics"]])
 
 
@@ -86,7 +86,7 @@ def figures(have: Sequence[Analysed]) -> list[Figure]:
         "share of the routing weight that goes to the group in training. DyMoE's guidance keeps ambiguous and old "
         "tokens off the new experts.",
         ("method: task", "step", *TYPES.values(), *WEIGHT.values()),
-        legend=[look(place, name, [*PATTERNS.values()][place]) for place, name in enumerate(TYPES.values())],
+        legend=[look(index, name, [*PATTERNS.values()][index]) for index, name in enumerate(TYPES.values())],
         choices=choices,
     )
     terms = Figure(
@@ -96,7 +96,7 @@ def figures(have: Sequence[Analysed]) -> list[Figure]:
         "tokens and layers), over the same steps. Entropy 0: each token goes to one expert; the higher, the more "
         "experts share it. A term that a method does not have stays at 0.",
         ("method: task", "step", *TERMS.values(), *ENTROPY.values()),
-        legend=[look(place, name) for place, name in enumerate(TERMS.values())],
+        legend=[look(index, name) for index, name in enumerate(TERMS.values())],
         choices=choices,
     )
     for one in have:
@@ -132,14 +132,14 @@ def _plot(
     stages = [part for _, part in means.groupby("stage", sort=True)]
     tasks = [str(part["task"].iloc[0]) for part in stages]
     traces: list[Trace] = []
-    for place, (name, words) in enumerate(names.items()):
-        one = look(place, words)
+    for index, (name, words) in enumerate(names.items()):
+        one = look(index, words)
         for stage, (task, part) in enumerate(zip(tasks, stages, strict=True)):
             hover = f"{words}, {escape(task)}, step %{{customdata}}: %{{y:.3g}}"
             area: Trace = {}
             if stacked:
                 # Areas must not lean on those of another task.
-                pattern: Trace = {"shape": [*PATTERNS][place], "fgcolor": one.colour, "bgcolor": "var(--paper)"}
+                pattern: Trace = {"shape": [*PATTERNS][index], "fgcolor": one.colour, "bgcolor": "var(--paper)"}
                 pattern |= {"fgopacity": 0.8, "size": 6, "solidity": 0.4}
                 area = {"stackgroup": f"stage{stage}", "fillcolor": one.colour, "fillpattern": pattern, "mode": "lines"}
             traces.append(scatter(one, part["at"], part[name], hover, {"size": 5}, customdata=part["step"], **area))

@@ -41,16 +41,16 @@ def render(template: str, **parts: Any) -> str:
 @cache
 def environment() -> Environment:
     """The report's templates; text that they show is escaped."""
-    made = Environment(
+    templates = Environment(
         loader=PackageLoader("dymoe.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    made.filters.update(clip=clip, number=number, shorten=_shorten)
-    return made
+    templates.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    templates.filters.update(clip=clip, number=number, shorten=_shorten)
+    return templates
 
 
 def _shorten(text: str) -> str:

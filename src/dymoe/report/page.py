@@ -174,7 +174,7 @@ def analysis_figures(methods: Sequence[Method], name: str) -> list[Figure]:
         figures = [Figure(section, title)]
     if figures:
         figures[0] = replace(figures[0], note=note, command=command)
-    return [replace(figure, made=[one.made for one in have]) for figure in figures]
+    return [replace(figure, commands=[one.command for one in have]) for figure in figures]
 
 
 def general_ability(methods: Sequence[Method]) -> Tables | None:
@@ -229,8 +229,8 @@ def hashes(runs: Sequence[Run]) -> Tables:
         for stage, groups in run.group_hashes:
             for name, digest in groups.items():
                 history.setdefault(name, []).append((stage, digest))
-        for name, ((begun, own), *later) in history.items():
-            changed = sorted({stage for stage, digest in later if digest != own})
+        for name, ((begun, first), *later) in history.items():
+            changed = sorted({stage for stage, digest in later if digest != first})
             if changed and len(history) == 1:  # later tasks added none, so they train this one
                 verdict = "shared by all tasks, which train it on"
                 shared.append(run.name)
@@ -242,7 +242,7 @@ def hashes(runs: Sequence[Run]) -> Tables:
             else:
                 verdict = f"identical through stage {later[-1][0]}"
                 same += 1
-            rows.append((run.name, name, str(begun), own, verdict))
+            rows.append((run.name, name, str(begun), first, verdict))
     if not rows:
         return Tables("hashes", "Frozen groups", [], "These runs recorded no hashes of expert groups.")
     sentences = [

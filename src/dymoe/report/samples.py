@@ -50,7 +50,7 @@ class Fate:
     Attributes:
         answers: one per stage from the task's own on, None where it was not asked.
         last: the answer at the last stage, None where it was never asked.
-        kept: right at the last stage and at an earlier one; without stages one right answer is enough.
+        remembered: right at the last stage and at an earlier one; without stages one right answer is enough.
         lost: right at an earlier stage and wrong at the last one.
         lost_at: place of the stage since which a lost answer is wrong.
         before: the last right answer to a lost question.
@@ -59,7 +59,7 @@ class Fate:
     method: Method
     answers: Sequence[Answer | None]
     last: Answer | None = None
-    kept: bool = False
+    remembered: bool = False
     lost: bool = False
     lost_at: int = 0
     before: str = ""
@@ -76,8 +76,8 @@ class Shown:
     @property
     def pairs(self) -> list[tuple[int, int]]:
         """(index of a method that still answers it, index of one that has lost it)."""
-        kept = [fate.method.index for fate in self.fates if fate.kept]
-        return [(one, fate.method.index) for one in kept for fate in self.fates if fate.lost]
+        remembered = [fate.method.index for fate in self.fates if fate.remembered]
+        return [(one, fate.method.index) for one in remembered for fate in self.fates if fate.lost]
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ def compare(methods: Sequence[Method]) -> Comparison:
     answers = [_answers(method.runs[0], set(questions)) for method in methods]
     candidates = [_shown(question, methods, answers) for question in questions.values()]
     tasks = methods[0].tasks
-    # Of each task first those that some lost and others kept, then those that most have lost.
+    # Of each task first those that some lost and others remember, then those that most have lost.
     lost = {id(shown): sum(fate.lost for fate in shown.fates) for shown in candidates}
     candidates.sort(key=lambda shown: (bool(shown.pairs), lost[id(shown)]), reverse=True)
     candidates.sort(key=lambda shown: tasks.index(shown.question.task))
     pairs = Counter(pair for shown in candidates for pair in shown.pairs)
     counts = [[pairs[a, b] for b in range(len(methods))] for a in range(len(methods))]
     chosen = _choose(candidates)
-    shown = [candidate for place, candidate in enumerate(candidates) if place in chosen]
+    shown = [candidate for index, candidate in enumerate(candidates) if index in chosen]
     return Comparison(shown, len(candidates), counts, _first_pair(methods, pairs))
 
 
@@ -130,28 +130,28 @@ def _choose(candidates: Sequence[Shown]) -> set[int]:
     pairs: Counter[tuple[int, int]] = Counter()
     tasks: Counter[str] = Counter()
 
-    def take(place: int) -> None:
+    def take(index: int) -> None:
         nonlocal budget
-        question = candidates[place].question
+        question = candidates[index].question
         size = len(question.image or "")
-        if place not in chosen and size <= budget:
+        if index not in chosen and size <= budget:
             budget -= size
-            chosen.add(place)
+            chosen.add(index)
             tasks[question.task] += 1
-            pairs.update(candidates[place].pairs)
+            pairs.update(candidates[index].pairs)
 
     # What tells most pairs apart first; of equals the tasks in turn.
     turns: Counter[str] = Counter()
     order = []
-    for place, shown in enumerate(candidates):
+    for index, shown in enumerate(candidates):
         turns[shown.question.task] += 1
-        order.append((-len(shown.pairs), turns[shown.question.task], place))
-    for *_, place in sorted(order):
-        if len(chosen) < MOST and any(pairs[pair] < PER_PAIR for pair in candidates[place].pairs):
-            take(place)
-    for place, shown in enumerate(candidates):
+        order.append((-len(shown.pairs), turns[shown.question.task], index))
+    for *_, index in sorted(order):
+        if len(chosen) < MOST and any(pairs[pair] < PER_PAIR for pair in candidates[index].pairs):
+            take(index)
+    for index, shown in enumerate(candidates):
         if tasks[shown.question.task] < PER_TASK:
-            take(place)
+            take(index)
     return chosen
 
 
@@ -183,18 +183,18 @@ def _shown(
 
 
 def _fate(method: Method, answers: Sequence[Answer | None]) -> Fate:
-    asked = [place for place, answer in enumerate(answers) if answer]
-    right = [place for place, answer in enumerate(answers) if answer and answer.right]
-    if not asked:
+    present = [index for index, answer in enumerate(answers) if answer]
+    right = [index for index, answer in enumerate(answers) if answer and answer.right]
+    if not present:
         return Fate(method, answers)
-    last = answers[asked[-1]]
-    if right and right[-1] == asked[-1]:
-        return Fate(method, answers, last, kept=method.level or len(right) > 1)
+    last = answers[present[-1]]
+    if right and right[-1] == present[-1]:
+        return Fate(method, answers, last, remembered=method.level or len(right) > 1)
     if not right:
         return Fate(method, answers, last)
     before = answers[right[-1]]
     assert before is not None
-    lost_at = next(place for place in asked if place > right[-1])
+    lost_at = next(index for index in present if index > right[-1])
     return Fate(method, answers, last, lost=True, lost_at=lost_at, before=before.text)
 
 
@@ -224,17 +224,17 @@ def _data_uri(where: str, encoded: str | None, mime: str | None) -> str | None:
     return f"data:{mime};base64,{encoded}"
 
 
-def _answers(run: Run, wanted: set[tuple[str, str]]) -> dict[tuple[int, str, str], Answer]:
+def _answers(run: Run, keys: set[tuple[str, str]]) -> dict[tuple[int, str, str], Answer]:
     """(stage, task, id) -> answer, for the wanted (task, id) of the stages that are done."""
     answers = {}
-    tasks = {task for task, _ in wanted}
+    tasks = {task for task, _ in keys}
     folders = stage_folders(run.path) if run.trained else [(1, "", run.path / "zero-shot")]
     for stage, _, folder in folders:
         if not run.level and stage > run.stages:
             continue
         for file in sorted((folder / "predictions").glob("*.jsonl")):
             for record in read_json_lines(file, Scored) if file.stem in tasks else ():
-                if (file.stem, str(record["id"])) in wanted:
+                if (file.stem, str(record["id"])) in keys:
                     score, lenient = record["score"], record.get("lenient", record["score"])
                     key = (1 if run.level else stage, file.stem, str(record["id"]))
                     answers[key] = Answer(record["prediction"], score >= 0.5, lenient >= 0.5)
