@@ -78,14 +78,6 @@ REFUSED += ("whole", "wanted")
 # Rooms and files whose names are still to be chosen; it only shrinks.
 UNNAMED = (
     "adapter/",
-    "learning/conditions.py",
-    "learning/folder.py",
-    "learning/formats.py",
-    "learning/inspection.py",
-    "learning/learner.py",
-    "learning/recipe.py",
-    "learning/results.py",
-    "learning/run.py",
     "methods/base.py",
     "routing.py",
 )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from dymoe import methods
 from dymoe.adapter import tensors_hash
 from dymoe.learning.folder import RunFolder
-from dymoe.learning.learner import Made
+from dymoe.learning.learner import Substitute
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
 from dymoe.methods import Probe
@@ -164,7 +164,7 @@ def test_tasks_may_have_the_names_of_the_probe_and_of_pefts_first_adapter(tiny_f
     shipped = load_stream("pocket-coin", tasks=["ImageNet"]).tasks[0]
     stream = Stream("mine", tuple(replace(shipped, name=name) for name in ("probe", "default")))
     path = write_recipe(tmp_path / "r.yaml", tiny_folder, training={"steps_per_task": 2}, evaluation={"limit": 1})
-    folder = run(load_recipe(path), made=Made(stream, load(str(tiny_folder), "float32"), 0))
+    folder = run(load_recipe(path), substitute=Substitute(stream, load(str(tiny_folder), "float32"), 0))
     results = json.loads((folder / "results.json").read_text())
     assert list(results["training"]) == ["probe", "default"]
     assert {event["event"] for event in events(folder)} == {"step", "stage"}

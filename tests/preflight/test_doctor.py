@@ -9,7 +9,7 @@ import pytest
 
 from dymoe import DymoeError
 from dymoe.cli import main
-from dymoe.learning.learner import Made
+from dymoe.learning.learner import Substitute
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
 from dymoe.models import load
@@ -114,7 +114,7 @@ def test_a_task_that_has_the_name_of_a_part_of_the_model_is_found_before_anythin
     stream = Stream("mine", (replace(shipped, name="birds"), replace(shipped, name="mlp")))
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
     with pytest.raises(DymoeError, match=r"task of stream 'mine': 'mlp': it is a part of the model's own names"):
-        run(recipe, made=Made(stream, load(str(tiny), "float32"), 0))
+        run(recipe, substitute=Substitute(stream, load(str(tiny), "float32"), 0))
     assert not (tmp_path / "r/stages/01-birds/adapter").exists()
     tree = tmp_path / "tree"
     coin_tree.save(tree / "train.json", coin_tree.train("VQAv2", 6, tree))

@@ -110,13 +110,13 @@ def data_of(stream: "Stream", split: str, limit: int | None) -> Data:
     from dymoe.evaluation.generate import evaluated
     from dymoe.tasks.lazy import fingerprint
 
-    def asked(task: "Task") -> str:
+    def of_questions(task: "Task") -> str:
         return f"{fingerprint(evaluated(task, split, limit))} {task.scorer} {task.max_new_tokens}"
 
     tasks: dict[str, Fingerprints] = {
-        task.name: {"training": fingerprint(task.train), "evaluation": asked(task)} for task in stream.tasks
+        task.name: {"training": fingerprint(task.train), "evaluation": of_questions(task)} for task in stream.tasks
     }
-    watch = {"watch": {task.name: asked(task) for task in stream.watch}} if stream.watch else {}
+    watch = {"watch": {task.name: of_questions(task) for task in stream.watch}} if stream.watch else {}
     return {**data_description(stream), "tasks": tasks, **watch}  # type: ignore[typeddict-item]
 
 
@@ -149,11 +149,11 @@ def data_description(stream: "Stream") -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that compute; of a user's own files (`dymoe.plugins`) the SHA-256."""
-    found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    result = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     for name in OPTIONAL:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return {**found, **plugins.digests()}
+            result[name] = version(name)
+    return {**result, **plugins.digests()}
 
 
 def machine() -> dict[str, Any]:
@@ -212,25 +212,25 @@ def go_on(run: Path, there: Description, here: Description, state: State, accept
     """
     refuse_other(run, there, here)
     stage = 0 if state.stage is None else state.stage
-    found = [*_data(there["data"], here["data"], state), *(_computing(there, here) if stage else ())]
-    for entry in found:
+    all_differences = [*_data(there["data"], here["data"], state), *(_computing(there, here) if stage else ())]
+    for entry in all_differences:
         entry["stage"] = stage
-    refused = [entry for entry in found if entry["part"] not in accept]
+    refused = [entry for entry in all_differences if entry["part"] not in accept]
     if refused:
-        told = "; ".join(f"{e['name']} is {_short(e['there'])} there, {_short(e['here'])} here" for e in refused)
+        listing = "; ".join(f"{e['name']} is {_short(e['there'])} there, {_short(e['here'])} here" for e in refused)
         parts = [part for part in ACCEPTABLE if any(entry["part"] == part for entry in refused)]
         flags = " ".join(f"--accept {part}" for part in parts)
         raise DymoeError(
-            f"{run}: the run computed under other conditions ({', '.join(parts)}): {told}; go on as it was, or give "
+            f"{run}: the run computed under other conditions ({', '.join(parts)}): {listing}; go on as it was, or give "
             f"{flags} to go on all the same, which run.yaml and results.json then say"
         )
-    other = any(entry["part"] in ("versions", "machine") for entry in found)
+    other = any(entry["part"] in ("versions", "machine") for entry in all_differences)
     new = [{**here["environments"][-1], "stage": stage}] if other else []
     return {
         **here,
         "base": here["base"] if state.stage is not None else there["base"],
         "environments": [*there["environments"], *new],  # type: ignore[list-item]
-        "accepted": [*there["accepted"], *found],
+        "accepted": [*there["accepted"], *all_differences],
     }
 
 
@@ -243,9 +243,9 @@ def refuse_other(run: Path, there: Description, here: Description) -> None:
     defaults = {"model_options": asdict(ModelOptions())}
     was, now = flat({**defaults, **there["recipe"]}), flat({**defaults, **here["recipe"]})
     names = [name for name in sorted({*was, *now} - {*FREE, *SHARED, LENGTH}) if was.get(name) != now.get(name)]
-    told = [f"{name} is {was.get(name)!r} there, {now.get(name)!r} here" for name in names]
-    if told:
-        raise DymoeError(f"{run}: run of another recipe: {'; '.join(told)}; give another --output")
+    differences = [f"{name} is {was.get(name)!r} there, {now.get(name)!r} here" for name in names]
+    if differences:
+        raise DymoeError(f"{run}: run of another recipe: {'; '.join(differences)}; give another --output")
     tasks = [", ".join(description["data"]["tasks"]) for description in (there, here)]
     if tasks[0] != tasks[1]:
         raise DymoeError(f"{run}: run of other tasks: {tasks[0]} there, {tasks[1]} here; give another --output")
@@ -259,17 +259,17 @@ def refuse_other(run: Path, there: Description, here: Description) -> None:
 
 def _data(there: Data, here: Data, state: State) -> list[Difference]:
     """Differences in the data that the run has used; what it has not begun may be mended."""
-    found = []
+    differences = []
     for task, was in there["tasks"].items():
         now = here["tasks"][task]
         if task in state.trained and was["training"] != now["training"]:
-            found.append(_difference("data", f"training data of {task}", was["training"], now["training"]))
+            differences.append(_difference("data", f"training data of {task}", was["training"], now["training"]))
         if task in state.evaluated and was["evaluation"] != now["evaluation"]:
-            found.append(_difference("data", f"evaluation data of {task}", was["evaluation"], now["evaluation"]))
-    asked, asks = there.get("watch", {}), here.get("watch", {})
-    for name in (name for name in asked if name in state.evaluated and asked[name] != asks.get(name)):
-        found.append(_difference("data", f"evaluation data of {name}", asked[name], asks.get(name)))
-    return found
+            differences.append(_difference("data", f"evaluation data of {task}", was["evaluation"], now["evaluation"]))
+    watch_there, watch_here = there.get("watch", {}), here.get("watch", {})
+    for name in (name for name in watch_there if name in state.evaluated and watch_there[name] != watch_here.get(name)):
+        differences.append(_difference("data", f"evaluation data of {name}", watch_there[name], watch_here.get(name)))
+    return differences
 
 
 def _computing(there: Description, here: Description) -> list[Difference]:
@@ -305,7 +305,7 @@ def _short(value: Any) -> str:
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys of nested mappings."""
-    found: dict[str, Any] = {}
+    dotted: dict[str, Any] = {}
     for key, value in values.items():
-        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return found
+        dotted.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return dotted

@@ -184,11 +184,11 @@ class StageFolder:
         Raises:
             DymoeError: predictions are missing or malformed.
         """
-        found = {}
+        by_task = {}
         for task in self.scores:
             records = list(read_json_lines(self.predictions / f"{task}.jsonl", Scored))
-            found[task] = [str(record["id"]) for record in records], [record["score"] for record in records]
-        return found
+            by_task[task] = [str(record["id"]) for record in records], [record["score"] for record in records]
+        return by_task
 
     def intact(self) -> list[str]:
         """The tasks evaluated so far whose score, predictions and routing stand as they were written."""
@@ -300,7 +300,7 @@ class RunFolder:
     def clear_partial(self) -> None:
         """Remove what a killed process left of writes that it did not finish, and nothing else."""
         below = ("", "stages/**/", "zero-shot/**/")
-        for rest in [rest for place in below for rest in self.path.glob(f"{place}{TEMPORARY}*")]:
+        for rest in [rest for prefix in below for rest in self.path.glob(f"{prefix}{TEMPORARY}*")]:
             if rest.is_dir() and not rest.is_symlink():
                 shutil.rmtree(rest, ignore_errors=True)
             else:
@@ -343,6 +343,6 @@ class RunFolder:
     def keep_events(self, keep: Callable[[Event], bool]) -> None:
         """Rewrite events.jsonl with the events that `keep` wants, where it has others."""
         file = self.path / "events.jsonl"
-        kept = [json.dumps(event, ensure_ascii=False) + "\n" for event in self.events() if keep(event)]
-        if file.is_file() and "".join(kept).encode() != read_bytes(file):
-            atomic_write(file, "".join(kept))
+        lines = [json.dumps(event, ensure_ascii=False) + "\n" for event in self.events() if keep(event)]
+        if file.is_file() and "".join(lines).encode() != read_bytes(file):
+            atomic_write(file, "".join(lines))

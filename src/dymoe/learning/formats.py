@@ -294,9 +294,9 @@ def run_results(run: str | Path) -> Results:
     file = Path(run) / "results.json"
     if not os.path.lexists(file):
         raise DymoeError(f"{run}: no results.json here; give a run folder with at least one finished stage")
-    found = read_json(file, Results)
-    _consistent(found, str(file))
-    return found
+    results = read_json(file, Results)
+    _consistent(results, str(file))
+    return results
 
 
 def read_results(file: str | Path) -> dict[str, Any]:
@@ -340,13 +340,13 @@ def _consistent(values: Mapping[str, Any], where: str) -> None:
         row = values.get(key)
         if row is not None and len(row) != len(tasks):
             raise DymoeError(f"{where}: {key}: expected {len(tasks)} accuracies, got {brief(row)}")
-    for task, asked in (values.get("watch") or {}).items():
-        rows = [asked["accuracy"], asked["lenient"], *asked["measures"].values(), asked["scores"]]
+    for task, entry in (values.get("watch") or {}).items():
+        rows = [entry["accuracy"], entry["lenient"], *entry["measures"].values(), entry["scores"]]
         counts = {len(row) for row in rows}
         if len(counts) > 1 or not 1 <= len(rows[0]) <= len(tasks) + 1:
             raise DymoeError(
                 f"{where}: watch.{task}: expected as many numbers of each kind, before the first of {len(tasks)} tasks "
                 f"and after each, got {', '.join(str(len(row)) for row in rows)}"
             )
-        if any(len(row) != asked["samples"] for row in asked["scores"]):
-            raise DymoeError(f"{where}: watch.{task}.scores: expected {asked['samples']} scores in each row")
+        if any(len(row) != entry["samples"] for row in entry["scores"]):
+            raise DymoeError(f"{where}: watch.{task}.scores: expected {entry['samples']} scores in each row")

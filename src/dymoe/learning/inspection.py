@@ -58,7 +58,7 @@ class Unusable:
     error: str
 
     def __str__(self) -> str:
-        return _place(self.file, self.record, self.id) + self.error
+        return _origin(self.file, self.record, self.id) + self.error
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,14 @@ def load(recipe: "Recipe", progress: Progress | None = None) -> "Stream":
     from dymoe.models.shapes import outline
 
     stream = recipe.load_stream()
-    found = inspect(stream, recipe, outline(recipe.model, recipe.model_options), progress)
+    inspections = inspect(stream, recipe, outline(recipe.model, recipe.model_options), progress)
     if recipe.data.on_bad == "skip":
-        return without(stream, found)
-    refuse(found)
-    return replace(stream, notes=tuple(warning(each) for each in found if each.worthless))
+        return without(stream, inspections)
+    refuse(inspections)
+    return replace(stream, notes=tuple(warning(each) for each in inspections if each.worthless))
 
 
-def without(stream: "Stream", found: Sequence[Inspection]) -> "Stream":
+def without(stream: "Stream", inspections: Sequence[Inspection]) -> "Stream":
     """The stream without the samples that cannot be used; they are listed in its `skipped`.
 
     Raises:
@@ -122,7 +122,7 @@ def without(stream: "Stream", found: Sequence[Inspection]) -> "Stream":
     """
     tasks = {task.name: task for task in (*stream.tasks, *stream.watch)}
     skipped = list(stream.skipped)
-    for each in found:
+    for each in inspections:
         if each.unusable:
             task = tasks[each.task]
             rest = _without(getattr(task, each.split), each)
@@ -134,31 +134,31 @@ def without(stream: "Stream", found: Sequence[Inspection]) -> "Stream":
     return replace(stream, tasks=learned, watch=watch, skipped=tuple(skipped))
 
 
-def refuse(found: Sequence[Inspection]) -> None:
+def refuse(inspections: Sequence[Inspection]) -> None:
     """Raise one error about everything that ends a run or makes it worth nothing.
 
     Raises:
         DymoeError: naming tasks, splits, how many, and the first ones.
     """
-    broken = [(each, one) for each in found for one in each.broken]
+    broken = [(each, one) for each in inspections for one in each.broken]
     if broken:
-        counts = ", ".join(f"{len(each.broken)} of {each.task}'s {each.split}" for each in found if each.broken)
+        counts = ", ".join(f"{len(each.broken)} of {each.task}'s {each.split}" for each in inspections if each.broken)
         first = "; ".join(str(one) for _, one in broken[:NAMED])
         raise DymoeError(
             f"{len(broken)} samples cannot be used ({counts}), the first: {first}; "
             "data.on_bad: skip leaves such records out and lists them"
         )
-    for each in found:
+    for each in inspections:
         if each.hopeless:
             raise DymoeError(f"{warning(each)}; mend the records, the rule or max_new_tokens")
 
 
-def warning(found: Inspection) -> str:
+def warning(result: Inspection) -> str:
     """What is said of right answers that cannot score."""
-    first = found.worthless[0]
+    first = result.worthless[0]
     return (
-        f"task {found.task!r}: {len(found.worthless)} of {found.samples} {found.split} samples have no answer that can "
-        f"score, so accuracy reaches {found.reachable:.1f} % at most; the first: {first}"
+        f"task {result.task!r}: {len(result.worthless)} of {result.samples} {result.split} samples have no answer that "
+        f"can score, so accuracy reaches {result.reachable:.1f} % at most; the first: {first}"
     )
 
 
@@ -172,9 +172,9 @@ def left_out(skipped: Sequence[Mapping[str, Any]], file: Path) -> list[str]:
     if not skipped:
         return []
     counts = Counter(f"{row['task']}'s {row['split']}" for row in skipped)
-    told = ", ".join(f"{count} of {name}" for name, count in counts.items())
-    first = "; ".join(_place(row["file"], row["record"], row["id"]) + row["error"] for row in skipped[:NAMED])
-    return [f"{len(skipped)} records left out ({told}), the first: {first}; all of them: {file}"]
+    counts_by_split = ", ".join(f"{count} of {name}" for name, count in counts.items())
+    first = "; ".join(_origin(row["file"], row["record"], row["id"]) + row["error"] for row in skipped[:NAMED])
+    return [f"{len(skipped)} records left out ({counts_by_split}), the first: {first}; all of them: {file}"]
 
 
 def counts(file: Path) -> dict[str, dict[str, int]]:
@@ -183,14 +183,14 @@ def counts(file: Path) -> dict[str, dict[str, int]]:
     Args:
         file: skipped.jsonl of a run; nothing was left out where it is not there.
     """
-    found: dict[str, dict[str, int]] = {}
+    by_task: dict[str, dict[str, int]] = {}
     for row in read_json_lines(file, Skipped) if file.is_file() else ():
-        task = found.setdefault(row["task"], {})
+        task = by_task.setdefault(row["task"], {})
         task[row["split"]] = task.get(row["split"], 0) + 1
-    return found
+    return by_task
 
 
-def _place(file: str | None, record: int | None, name: str | None) -> str:
+def _origin(file: str | None, record: int | None, name: str | None) -> str:
     """The beginning of a message about a sample, as far as it is known where it comes from."""
     id_ = "" if name is None else f"sample {brief(name)}: "
     if file is None:
@@ -198,11 +198,11 @@ def _place(file: str | None, record: int | None, name: str | None) -> str:
     return f"{file}: {id_}" if record is None else f"{file}: record {record}: {id_}"
 
 
-def _without(samples: "Sequence[Sample]", found: Inspection) -> "Sequence[Sample]":
-    bad = {one.position for one in found.unusable}
+def _without(samples: "Sequence[Sample]", result: Inspection) -> "Sequence[Sample]":
+    bad = {one.position for one in result.unusable}
     rest = [position for position in range(len(samples)) if position not in bad]
     if not rest:
-        raise DymoeError(f"task {found.task!r}: no {found.split} sample can be used; the first: {found.unusable[0]}")
+        raise DymoeError(f"task {result.task!r}: no {result.split} sample can be used; the first: {result.unusable[0]}")
     return subset(samples, rest)
 
 
@@ -232,20 +232,20 @@ def inspect(
     counter = None if lvlm is None else TokenCounter(lvlm, recipe.model_options.max_length)
     same: dict[str, Any] = {"code": _code(), "processor": None if lvlm is None else _processor(lvlm)}
     same |= {"max_length": recipe.model_options.max_length, "skip": recipe.data.on_bad}
-    found = []
+    inspections = []
     both = [*((task, True) for task in stream.tasks), *((task, False) for task in stream.watch)]
     for task, learned in both:
-        for split, limit in _taken(recipe, everything, learned):
+        for split, limit in _splits(recipe, everything, learned):
             samples = getattr(task, split)
-            wanted = min(bound for bound in (len(samples), limit, most) if bound is not None)
+            count = min(bound for bound in (len(samples), limit, most) if bound is not None)
             scored = split != "train" and (everything or split == recipe.evaluation.split)
-            if wanted:
+            if count:
                 skip = recipe.data.on_bad == "skip"
-                found.append(_cached(_Look(task, split, samples, wanted, scored, skip, counter, progress), same))
-    return found
+                inspections.append(_cached(_Look(task, split, samples, count, scored, skip, counter, progress), same))
+    return inspections
 
 
-def _taken(recipe: "Recipe", everything: bool, learned: bool) -> Iterator[tuple[str, int | None]]:
+def _splits(recipe: "Recipe", everything: bool, learned: bool) -> Iterator[tuple[str, int | None]]:
     """Splits that a run takes of a task that it learns, or that it only asks, and how many samples of each."""
     if not learned:
         yield recipe.evaluation.split, None if everything else recipe.evaluation.limit
@@ -264,7 +264,7 @@ class _Look:
     task: "Task"
     split: str
     samples: "Sequence[Sample]"
-    wanted: int
+    count: int
     scored: bool
     skip: bool
     counter: "TokenCounter | None"
@@ -275,20 +275,20 @@ class _Look:
             "samples": fingerprint(self.samples),
             "pictures": self.samples.picture_files() if isinstance(self.samples, Records) else None,
             "learned": self.split == "train",
-            "wanted": self.wanted,
+            "wanted": self.count,
             "scored": self.scored,
             "scorer": self.task.scorer,
             "max_new_tokens": self.task.max_new_tokens,
         }
 
-    def made(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Look at the first samples, until enough of them can be used."""
         unusable: list[dict[str, Any]] = []
         lengths: list[int] = []
         reach: list[float] = []
         looked = 0
         for done, (sample, size) in enumerate(self._sized()):
-            if done - (len(unusable) if self.skip else 0) >= self.wanted:
+            if done - (len(unusable) if self.skip else 0) >= self.count:
                 break
             looked = done + 1
             try:
@@ -302,7 +302,7 @@ class _Look:
                 if bad.kind in WORTHLESS:
                     reach.append(0.0)
             if self.progress is not None and looked % CHUNK == 0:
-                self.progress(f"{self.task.name}, {self.split}", looked, self.wanted)
+                self.progress(f"{self.task.name}, {self.split}", looked, self.count)
         mean, longest = sum(lengths) / max(len(lengths), 1), max(lengths, default=0)
         reachable = 100 * sum(reach) / len(reach) if reach and self.scored else None
         return {"samples": looked, "tokens": [mean, longest], "reachable": reachable, "unusable": unusable}
@@ -391,7 +391,7 @@ def _cached(look: _Look, same: Mapping[str, Any]) -> Inspection:
     with _locked(file):
         values = read_json(file) if file.is_file() else None
         if values is None:
-            values = look.made()
+            values = look.run()
             atomic_json(file, values)
     rows = tuple(Unusable(**row) for row in values["unusable"])
     mean, longest = values["tokens"]
@@ -412,8 +412,10 @@ def _locked(path: Path) -> Iterator[None]:
         lock = FileLock(f"{path}.lock")
         lock.acquire()
     except OSError as error:
-        told = f"{path}: cannot be written ({error.strerror or error}); DYMOE_CACHE names another folder for the cache"
-        raise DymoeError(told) from error
+        message = (
+            f"{path}: cannot be written ({error.strerror or error}); DYMOE_CACHE names another folder for the cache"
+        )
+        raise DymoeError(message) from error
     try:
         yield
     finally:
@@ -430,8 +432,8 @@ def _code() -> str:
     digest = hashlib.sha256()
     for file in (*files, home / "pictures.py"):
         digest.update(file.read_bytes())
-    told = [version(name) for name in ("pillow", "tokenizers", "transformers")]
-    return f"{digest.hexdigest()} {' '.join(told)}"
+    library_versions = [version(name) for name in ("pillow", "tokenizers", "transformers")]
+    return f"{digest.hexdigest()} {' '.join(library_versions)}"
 
 
 def _processor(lvlm: "Lvlm") -> str:
@@ -439,9 +441,9 @@ def _processor(lvlm: "Lvlm") -> str:
     import tempfile
 
     digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory(prefix="dymoe-") as place:
-        lvlm.processor.save_pretrained(place)
-        for file in sorted(path for path in Path(place).rglob("*") if path.is_file()):
+    with tempfile.TemporaryDirectory(prefix="dymoe-") as folder:
+        lvlm.processor.save_pretrained(folder)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             data = file.read_bytes()
             if file.name == "tokenizer.json":  # how its last call padded and cut is stored in it too
                 values = read_json(file)

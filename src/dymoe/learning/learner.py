@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Made:
+class Substitute:
     """What a run is given in place of what its recipe names; a dry run makes both.
 
     Attributes:
@@ -49,8 +49,8 @@ class Made:
 class Learner:
     """One run at work: the model with the groups learned so far, and where everything is written.
 
-    Loads the base model and the groups that earlier stages trained. `collator` makes the batches to train on, `asker`
-    the prompts of an evaluation.
+    Loads the base model and the groups that earlier stages trained. `collator` makes the batches to train on,
+    `evaluation_collator` the prompts of an evaluation.
 
     Args:
         recipe: what is learned and how.
@@ -60,7 +60,7 @@ class Learner:
         stages: folders of all stages.
         display: where progress is shown.
         processes: who takes part.
-        made: stream and model in place of the recipe's.
+        substitute: stream and model in place of the recipe's.
         revision: commit of a base model of the Hub.
 
     Raises:
@@ -77,7 +77,7 @@ class Learner:
         stages: list[StageFolder],
         display: Display,
         processes: Processes,
-        made: Made | None = None,
+        substitute: Substitute | None = None,
         revision: str | None = None,
     ) -> None:
         from dymoe.models import Collator, cached_features
@@ -90,13 +90,14 @@ class Learner:
         if processes.wrapped:
             display.note(f"{processes.count} processes, {processes.strategy}")
         display.note(f"loading the model {recipe.model}")
-        self.lvlm = base_model(recipe, revision) if made is None else _placed(made.lvlm)
+        self.lvlm = base_model(recipe, revision) if substitute is None else _placed(substitute.lvlm)
         safe_names(stream.names, f"task of stream {stream.name!r}", parts_of(self.lvlm.model))
         pictures = sum(len(task.train) + len(task.validation) + len(task.test) for task in stream.tasks)
+        pictures = pictures if substitute is None else substitute.pictures
         cache = cached_features(self.lvlm)
         # Training meets its pictures in random order: a cache that does not hold all would seldom hold the next.
-        self.features = cache if cache and cache.holds(pictures if made is None else made.pictures) else None
-        self.collator, self.asker = (
+        self.features = cache if cache and cache.holds(pictures) else None
+        self.collator, self.evaluation_collator = (
             Collator(self.lvlm, features, recipe.model_options.max_length) for features in (self.features, cache)
         )
         self._load_groups(self._trained())
@@ -248,16 +249,16 @@ class Learner:
         self._share()
 
     def _fit(
-        self, group: str, stage: Stage, data: Data, method: Method, place: Path, dynamics: Path | None = None
+        self, group: str, stage: Stage, data: Data, method: Method, root: Path, dynamics: Path | None = None
     ) -> dict[str, Any]:
-        """The trainer's work, from the last complete checkpoint in `place` if there is one.
+        """The trainer's work, from the last complete checkpoint in `root` if there is one.
 
         Args:
             group: what trains; the model holds it.
             stage: of which it is the group, or the probe.
             data: what it trains on, and for how many steps.
             method: whose loss terms and hooks count.
-            place: of checkpoints.
+            root: folder of the checkpoints.
             dynamics: where routing by layer is written down; None for a probe, a temporary group.
 
         Raises:
@@ -277,9 +278,9 @@ class Learner:
         if processes.wrapped:
             processes.same(f"the beginning of expert group {group!r}", group_hash(model, group))
         watch = Watch(self.folder, self.display, stage, "probe-step" if dynamics is None else "step")
-        checkpoint, done = self._checkpoint(stage, data.steps, place, watch.kind, dynamics)
+        checkpoint, done = self._checkpoint(stage, data.steps, root, watch.kind, dynamics)
         workers = workers_for(training.workers, self.features is not None, processes.count)
-        arguments = training_arguments(training, place, stage.seed, data.steps, processes.count, workers)
+        arguments = training_arguments(training, root, stage.seed, data.steps, processes.count, workers)
         callbacks: list[TrainerCallback] = [watch]
         if dynamics is not None:
             callbacks.append(Dynamics(dynamics, training.dynamics_every, trace_of(model), processes))
@@ -302,20 +303,20 @@ class Learner:
         return {"steps": output.global_step, "seconds": {"train": seconds}, "resumed_at": done, "logs": logs}
 
     def _checkpoint(
-        self, stage: Stage, steps: int, place: Path, kind: str, dynamics: Path | None
+        self, stage: Stage, steps: int, root: Path, kind: str, dynamics: Path | None
     ) -> tuple[str | None, int]:
-        """The last complete checkpoint in `place` and its step, None and 0 if there is none.
+        """The last complete checkpoint in `root` and its step, None and 0 if there is none.
 
         Process 0 removes the other checkpoints, and what the logs say of later steps, which are done again.
         """
         from dymoe.learning.dynamics import rewind
 
-        checkpoint = self.processes.from_main(lambda: last_checkpoint(place, self.display.note))
+        checkpoint = self.processes.from_main(lambda: last_checkpoint(root, self.display.note))
         done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
         if done:
             self.display.note(f"{stage.name}: goes on after step {done} of {steps}")
         if self.processes.main:
-            remove_checkpoints(place, keep=checkpoint)
+            remove_checkpoints(root, keep=checkpoint)
             self.folder.rewind_events(stage.index, done, kind)
             if dynamics is not None:
                 rewind(dynamics, done)
@@ -354,11 +355,11 @@ class Learner:
             return
         self._load_groups(trained)
         self.model = train_group(self.lvlm.model, self.model, group, cast(Any, config))
-        for name, held in self.model.named_parameters():
-            if held.requires_grad:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
                 with torch.no_grad():
-                    held.copy_(weights[name])
-            elif name in weights and not torch.equal(held.cpu(), weights[name]):
+                    parameter.copy_(weights[name])
+            elif name in weights and not torch.equal(parameter.cpu(), weights[name]):
                 raise DymoeError(f"a frozen expert group changed while {group!r} was trained: {name}")
 
     def _see(self, samples: "Sequence[Sample]") -> None:
@@ -374,11 +375,11 @@ class Learner:
         Returns the seconds it took.
         """
         started = clock.seconds()
-        for part, place in ((tasks, folder), (self.stream.watch, folder.watch)):
-            answered = self.processes.from_main(place.intact)
+        for part, part_folder in ((tasks, folder), (self.stream.watch, folder.watch)):
+            answered = self.processes.from_main(part_folder.intact)
             for task in part:
                 if task.name not in answered:
-                    self._evaluate_task(task, place, measure_loss=place is not folder)
+                    self._evaluate_task(task, part_folder, measure_loss=part_folder is not folder)
         return round(clock.seconds() - started, 1)
 
     def _evaluate_task(self, task: "Task", folder: StageFolder, measure_loss: bool) -> None:
@@ -389,7 +390,7 @@ class Learner:
         samples = evaluated(task, options.split, options.limit)
         result = evaluate(
             self.lvlm,
-            self.asker,
+            self.evaluation_collator,
             task,
             peft_model=self.model,
             split=options.split,
@@ -413,11 +414,11 @@ class Learner:
 
         model = self.lvlm.model if self.model is None else self.model
         device = cast(Any, self.lvlm.model).device
-        data = Data(samples, self.asker, lambda seen: None, self.recipe.training, device, 0)
+        data = Data(samples, self.evaluation_collator, lambda count: None, self.recipe.training, device, 0)
         part = (self.processes.rank, self.processes.count)
         total, tokens = 0.0, 0
         model.eval()
-        for rows in batches(self.asker.lengths(samples), self.recipe.evaluation.batch_size, part):
+        for rows in batches(self.evaluation_collator.lengths(samples), self.recipe.evaluation.batch_size, part):
             batch = next(data.batches([samples[row] for row in rows], len(rows)))
             learned = int((batch["labels"][:, 1:] != -100).sum())
             with torch.inference_mode():

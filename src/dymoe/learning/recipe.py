@@ -261,16 +261,16 @@ class Recipe:
         names = list(self.task_names())
         for stream in self.evaluation.watch:
             try:
-                found = task_names(stream)
+                added = task_names(stream)
             except DymoeError as error:
                 raise DymoeError(f"evaluation.watch: {error}") from None
-            for name in found:
+            for name in added:
                 if name in names:
                     raise DymoeError(
                         f"evaluation.watch: stream {brief(stream)} has a task {name!r} as the run has already; a task "
                         "that is only asked needs a name of its own"
                     )
-            names += found
+            names += added
         return tuple(names[len(self.task_names()) :])
 
     def resolved(self) -> dict[str, Any]:
@@ -315,11 +315,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     values = read_keys(path)
-    given = parse_overrides(overrides)
-    for key, value in given.items():
+    changes = parse_overrides(overrides)
+    for key, value in changes.items():
         set_key(values, key, _companions(value, "command line") if key == "with" else value)
     where = str(path)
-    if given:
+    if changes:
         # A mistake on the command line is told as such: the file alone is checked first.
         recipe_of(read_keys(path), where)
         where = "command line"
@@ -338,21 +338,21 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         DymoeError: a word that is no key, a key that is there twice or without a value, a value that is not YAML.
     """
-    found: dict[str, Any] = {}
+    dotted: dict[str, Any] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or len(word) == 2:
             raise DymoeError(f"command line: {brief(word)}: expected --key value")
         key, equals, text = word[2:].partition("=")
-        if key in found:
+        if key in dotted:
             raise DymoeError(f"command line: --{shorten(key)}: is there twice")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise DymoeError(f"command line: --{shorten(key)}: expected a value after it")
             text = rest.pop(0)
-        found[key] = parse_yaml(text, f"command line: --{shorten(key)}: {brief(text)}")
-    return found
+        dotted[key] = parse_yaml(text, f"command line: --{shorten(key)}: {brief(text)}")
+    return dotted
 
 
 def read_keys(path: Path) -> dict[str, Any]:
@@ -363,7 +363,7 @@ def read_keys(path: Path) -> dict[str, Any]:
     """
     path = locate(path)
     chain: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    visited: set[str] = set()
     while True:
         if not os.path.lexists(path):
             raise DymoeError(f"{path}: no such recipe; {suggestion(path)}")
@@ -371,9 +371,9 @@ def read_keys(path: Path) -> dict[str, Any]:
         values = {} if values is None else values
         if not isinstance(values, dict):
             raise DymoeError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
-        if os.path.realpath(path) in seen:
+        if os.path.realpath(path) in visited:
             raise DymoeError(f"{path}: inherit: a recipe cannot inherit from itself")
-        seen.add(os.path.realpath(path))
+        visited.add(os.path.realpath(path))
         if "with" in values:
             values["with"] = _companions(values["with"], str(path))
         base = values.pop("inherit", None)
@@ -397,15 +397,15 @@ def _companions(value: Any, where: str) -> Any:
     Raises:
         DymoeError: a companion that is there twice.
     """
-    found: dict[str, Any] = {}
+    settings_by_name: dict[str, Any] = {}
     for entry in value if isinstance(value, list) else [value]:
         if not isinstance(entry, str | dict):
             return value  # no list of names and no mapping: the type check says so
         for name, settings in ({entry: None} if isinstance(entry, str) else entry).items():
-            if name in found:
+            if name in settings_by_name:
                 raise DymoeError(f"{where}: with.{shorten(str(name))}: is there twice")
-            found[name] = {} if settings is None else settings
-    return found
+            settings_by_name[name] = {} if settings is None else settings
+    return settings_by_name
 
 
 def _merge(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

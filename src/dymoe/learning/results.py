@@ -62,7 +62,7 @@ def _described(folder: RunFolder, recipe: Recipe, tasks: Sequence[str]) -> dict[
     """What ran."""
     resolved = recipe.resolved()
     rules = hook(recipe.stream, "rules")
-    own = {"scoring": rules(recipe.data) if rules else "own"} if from_files(recipe.stream) else {}
+    rules_entry = {"scoring": rules(recipe.data) if rules else "own"} if from_files(recipe.stream) else {}
     return {
         "name": folder.path.name,
         "method": recipe.method,
@@ -76,7 +76,7 @@ def _described(folder: RunFolder, recipe: Recipe, tasks: Sequence[str]) -> dict[
         "base": recipe.model,
         "steps_per_task": recipe.training.steps_per_task,
         "split": recipe.evaluation.split,
-        **own,
+        **rules_entry,
     }
 
 
@@ -100,17 +100,17 @@ def computed_by(run: conditions.Description) -> dict[str, Any]:
     """What computed the numbers: the last `machine`, all `versions`, and where they changed what was accepted."""
     environments = run["environments"]
     names = {name: None for one in environments for name in one["versions"]}
-    told = {name: dict.fromkeys(one["versions"].get(name, "none") for one in environments) for name in names}
-    found: dict[str, Any] = {
+    by_name = {name: dict.fromkeys(one["versions"].get(name, "none") for one in environments) for name in names}
+    result: dict[str, Any] = {
         "machine": environments[-1]["machine"],
-        "versions": {name: ", ".join(values) for name, values in told.items()},
+        "versions": {name: ", ".join(values) for name, values in by_name.items()},
         "base_identity": run["base"],
     }
     if len(environments) > 1:
-        found["environments"] = environments
+        result["environments"] = environments
     if run["accepted"]:
-        found["accepted"] = run["accepted"]
-    return found
+        result["accepted"] = run["accepted"]
+    return result
 
 
 def _reports(done: Sequence[StageFolder]) -> list[dict[str, Any]]:
@@ -135,9 +135,9 @@ def routing_over_steps(logs: Sequence[Mapping[str, float]]) -> dict[str, list[fl
     Args:
         logs: what the trainer logged, in order.
     """
-    places = (0, len(logs) // 2, len(logs) - 1)
+    indices = (0, len(logs) // 2, len(logs) - 1)
     return {
-        name: [round(round(logs[place][name], 6), 4) for place in places]  # as events.jsonl holds them
+        name: [round(round(logs[index][name], 6), 4) for index in indices]  # as events.jsonl holds them
         for name in SHARES
         if logs and all(name in row for row in logs)
     }

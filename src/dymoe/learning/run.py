@@ -19,7 +19,7 @@ from dymoe.learning.checkpoints import last_checkpoint, remove_checkpoints
 from dymoe.learning.conditions import Description, State
 from dymoe.learning.distributed import join
 from dymoe.learning.folder import RunFolder, StageFolder, verify
-from dymoe.learning.learner import Learner, Made, quiet
+from dymoe.learning.learner import Learner, Substitute, quiet
 from dymoe.learning.progress import Display, silent
 from dymoe.learning.recipe import Recipe
 from dymoe.learning.results import shown_samples, write_results
@@ -32,7 +32,7 @@ def run(
     recipe: Recipe,
     resume: bool = False,
     display: Display | None = None,
-    made: Made | None = None,
+    substitute: Substitute | None = None,
     accept: Sequence[str] = (),
 ) -> Path:
     """Learn the recipe's stream and return the run's folder.
@@ -41,7 +41,7 @@ def run(
         recipe: the experiment.
         resume: go on with the folder of a run that was interrupted, from its last complete checkpoint.
         display: where progress is shown; made for standard error when None.
-        made: stream and model in place of those that the recipe names.
+        substitute: stream and model in place of those that the recipe names.
         accept: what may differ from what the run computed with so far (`dymoe.learning.conditions.ACCEPTABLE`).
 
     Raises:
@@ -49,13 +49,13 @@ def run(
             or whose files are not as they were written; what is finished stays.
     """
     processes = join()
-    if processes.wrapped and made is not None:
+    if processes.wrapped and substitute is not None:
         raise DymoeError("a dry run works in one process; start it without a launcher")
     method = recipe.build_method()
     title, console = f"{recipe.method} on {recipe.stream}", None if processes.main else silent()
     with _threads(recipe.training.threads), quiet():
         ahead = Display(title, 0, console)
-        stream = checked(inspection.load(recipe, ahead.inspecting) if made is None else made.stream, recipe)
+        stream = checked(inspection.load(recipe, ahead.inspecting) if substitute is None else substitute.stream, recipe)
         rounds = method.rounds(stream.tasks)
         with (
             closing(RunFolder(Path(recipe.output), resume, processes.main)) as folder,
@@ -67,12 +67,12 @@ def run(
             ]
             if processes.main:
                 start = _Start(recipe, stream, rounds, folder, stages)
-                description = start.begin(processes.count, made is None, accept)
+                description = start.begin(processes.count, substitute is None, accept)
                 for note in (*stream.notes, *start.tidy()):
                     shown.note(note)
             revision = processes.from_main(lambda: description["base"].get("commit"))
             if processes.from_main(lambda: any(stage.done is None for stage in stages or [folder.zero_shot])):
-                learner = Learner(recipe, method, stream, folder, stages, shown, processes, made, revision)
+                learner = Learner(recipe, method, stream, folder, stages, shown, processes, substitute, revision)
                 learner.learn(rounds)
             shown.finish()
             if processes.main:
@@ -176,8 +176,8 @@ class _Start:
         atomic_json(folder.path / "samples.json", shown_samples(self.stream.tasks, *shown))
         notes += inspection.left_out(self.stream.skipped, folder.path / inspection.SKIPPED)
         if folder.begun:
-            asked = self.stages or [folder.zero_shot]
-            notes.append(found_again(folder.path, [stage.done is not None for stage in asked]))
+            folders = self.stages or [folder.zero_shot]
+            notes.append(found_again(folder.path, [stage.done is not None for stage in folders]))
             notes += missing_events(folder, self.stages)
         return notes
 

@@ -60,7 +60,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
     Raises:
         DymoeError: the model has no configuration to be made from, or a stage fails as it would in the run.
     """
-    from dymoe.learning.learner import Made
+    from dymoe.learning.learner import Substitute
     from dymoe.learning.run import run
     from dymoe.models.shapes import config_of, meta_model, random_lvlm
     from dymoe.preflight.memory import memory, shape_of
@@ -88,7 +88,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
             evaluation=replace(recipe.evaluation, limit=None, split="test", zero_shot=False),
             output=str(Path(folder) / "run"),
         )
-        run(small, display=display or watch, made=Made(stream, lvlm, max(pictures, 1)))
+        run(small, display=display or watch, substitute=Substitute(stream, lvlm, max(pictures, 1)))
         watcher = display if isinstance(display, _Watch) else watch
         lengths = [_tokens(lvlm, task, recipe, rows) for task in stream.tasks]
     return [
