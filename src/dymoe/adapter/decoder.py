@@ -25,14 +25,14 @@ def decoder_linears(model: "nn.Module") -> list[str]:
     for module in decoder.modules():
         if module is not decoder and "text" not in getattr(module, "input_modalities", "text"):
             inside -= set(module.modules())
-    found: list[str] = []
+    names: list[str] = []
     for name, module in model.named_modules():
         if module not in inside or module is head:
             continue
         if isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
-            found.append(name)
+            names.append(name)
             inside -= set(module.modules())
-    return found
+    return names
 
 
 def key_value_cache(model: "nn.Module", arguments: Iterable[Any], needed: bool) -> "Cache | None":
@@ -48,10 +48,10 @@ def key_value_cache(model: "nn.Module", arguments: Iterable[Any], needed: bool) 
     """
     from transformers import Cache
 
-    found = next((value for value in arguments if isinstance(value, Cache)), None)
-    if needed and found is None:
+    cache = next((value for value in arguments if isinstance(value, Cache)), None)
+    if needed and cache is None:
         raise untested(model, "gets no key/value cache while an answer is decoded")
-    return found
+    return cache
 
 
 def drop_capture_hooks(model: "nn.Module") -> None:

@@ -63,16 +63,16 @@ class Keys(Selector):
         }
         earlier = list(self.dymoe_key)[-1:]
         for attribute in self.adapter_layer_names:
-            held = getattr(self, attribute)
+            parameters = getattr(self, attribute)
             if earlier and attribute != "dymoe_key":
-                before = held[earlier[0]].detach()
+                before = parameters[earlier[0]].detach()
                 if before.shape != start[attribute].shape:
                     raise ValueError(
                         f"group {group!r}: T is shared and goes on from group {earlier[0]!r}, so hidden must be "
                         f"{self.dymoe_down[earlier[0]].shape[0]}, got {hidden}"
                     )
                 start[attribute] = before.clone()
-            held[group] = nn.Parameter(start[attribute])
+            parameters[group] = nn.Parameter(start[attribute])
 
     def transform(self, pooled: Tensor, group: str) -> Tensor:
         """T as the group holds it: (..., d) -> (..., d)."""

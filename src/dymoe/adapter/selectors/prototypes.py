@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dymoe.adapter.selection import Prompt, Selector
 
-OWN, EARLIER = "own", "earlier"
+EXACT, EARLIER = "own", "earlier"
 
 
 class Prototypes(Selector):
@@ -40,7 +40,7 @@ class Prototypes(Selector):
         self.dymoe_counts = nn.ParameterDict()
         self.tasks: dict[str, list[str]] = {}
         self.shrinkage = 0.1
-        self.reach = OWN
+        self.reach = EXACT
         self._collected: list[Tensor] | None = None
         self._rules: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
@@ -77,8 +77,8 @@ class Prototypes(Selector):
 
     def _store(self, group: str, *values: Tensor) -> None:
         for attribute, value in zip(self.adapter_layer_names, values, strict=True):
-            held = getattr(self, attribute)
-            held[group] = nn.Parameter(value.to(self._device(), torch.float32), requires_grad=False)
+            parameters = getattr(self, attribute)
+            parameters[group] = nn.Parameter(value.to(self._device(), torch.float32), requires_grad=False)
         self._rules.clear()
 
     def _device(self) -> torch.device | None:
@@ -117,10 +117,10 @@ class Prototypes(Selector):
 
     def _rule(self, groups: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The distance without its part common to all classes: x^T S^-1 mu - mu^T S^-1 mu / 2, float64."""
-        held = [getattr(self, attribute)[group] for group in groups for attribute in self.adapter_layer_names]
-        key = (self.shrinkage, *groups, *(parameter._version for parameter in held))
+        parameters = [getattr(self, attribute)[group] for group in groups for attribute in self.adapter_layer_names]
+        key = (self.shrinkage, *groups, *(parameter._version for parameter in parameters))
         if key not in self._rules:
-            with torch.no_grad(), torch.autocast(held[0].device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(parameters[0].device.type, enabled=False):
                 means = torch.cat([self.dymoe_means[group] for group in groups]).double()
                 scatter = torch.stack([self.dymoe_scatter[group].double() for group in groups]).sum(0)
                 free = sum(float(self.dymoe_counts[group].sum()) for group in groups) - len(means)
@@ -140,8 +140,8 @@ class Prototypes(Selector):
         chosen = self.nearest(prompt.features(), groups)
         owners = torch.tensor([groups.index(group) for group, _ in classes], device=chosen.device)[chosen]
         columns = torch.arange(len(groups), device=chosen.device)
-        found = columns <= owners[:, None] if self.reach == EARLIER else columns == owners[:, None]
-        return found.float()
+        mask = columns <= owners[:, None] if self.reach == EARLIER else columns == owners[:, None]
+        return mask.float()
 
     @contextmanager
     def collecting(self) -> Iterator[list[Tensor]]:

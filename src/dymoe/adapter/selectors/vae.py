@@ -130,14 +130,14 @@ def _start(features: int, hidden: int, latent: int, generator: torch.Generator |
         "decoder_in": (hidden, latent),
         "decoder_out": (features, hidden),
     }
-    made = {}
+    weights = {}
     for name, (outputs, inputs) in shapes.items():
         uniform = torch.rand(outputs, inputs, generator=generator) * 2 - 1
-        made[name], made[f"{name}_bias"] = uniform / math.sqrt(inputs), torch.zeros(outputs)
-    return made
+        weights[name], weights[f"{name}_bias"] = uniform / math.sqrt(inputs), torch.zeros(outputs)
+    return weights
 
 
-class _Seen(Exception):
+class _Stop(Exception):
     """Ends a forward pass whose prompt features have been taken."""
 
 
@@ -211,7 +211,7 @@ class VaeSelector(Selector):
                 try:
                     with torch.no_grad(), autocast():
                         model(**batch)
-                except _Seen:
+                except _Stop:
                     continue
             return torch.cat(self._taken)
         finally:
@@ -244,9 +244,9 @@ class VaeSelector(Selector):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             scores = fitted.score(x)
             deviation = scores.std(correction=0).clamp(min=1e-6)
-            found = {name: getattr(fitted, name) for name in TENSORS}
-            found |= {"center": center, "spread": spread, "scores": torch.stack([scores.mean(), deviation])}
-            for name, value in found.items():
+            tensors = {name: getattr(fitted, name) for name in TENSORS}
+            tensors |= {"center": center, "spread": spread, "scores": torch.stack([scores.mean(), deviation])}
+            for name, value in tensors.items():
                 getattr(self, f"dymoe_{name}")[group].copy_(value)
 
     def standard_scores(self, features: Tensor, groups: Sequence[str]) -> Tensor:
@@ -274,7 +274,7 @@ class VaeSelector(Selector):
         """1 for the group located, 0 for the others; None while a group trains and where there is no choice."""
         if self._taken is not None:
             self._taken.append(prompt.features())
-            raise _Seen
+            raise _Stop
         if self.training_group is not None or len(groups) < 2:
             return None
         return F.one_hot(self.locate(prompt.features(), groups), len(groups)).float()
