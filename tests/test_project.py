@@ -65,8 +65,8 @@ def test_imports_go_down():
     package = ROOT / "src" / "dymoe"
     assert {path.parent.name for path in package.glob("*/__init__.py")} == set(ROOMS)
     up = []
-    for place, room in enumerate(ROOMS):
-        above = tuple(f"dymoe.{other}." for other in ROOMS[place + 1 :])
+    for level, room in enumerate(ROOMS):
+        above = tuple(f"dymoe.{other}." for other in ROOMS[level + 1 :])
         for path in (package / room).rglob("*.py"):
             up += [f"{path.relative_to(package)}: {name}" for name in imports(path) if f"{name}.".startswith(above)]
     assert up == []
@@ -88,10 +88,12 @@ UNNAMED = (
 
 
 def names(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and name of everything that a file gives a name to; attributes and keys are others' to name."""
+    """Line and name of everything that a file gives a name to; keys, and what others name, it does not choose."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.lineno, node.attr
         elif isinstance(node, ast.arg):
             yield node.lineno, node.arg
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -115,10 +117,13 @@ def word(name: str) -> str:
 
 def test_a_name_that_says_nothing_is_listed(tmp_path):
     file = tmp_path / "file.py"
-    file.write_text("class Made:\n    def _kept(self, own):\n        self.said = said = own.told\n")
+    file.write_text(
+        "class Made:\n    def _kept(self, own):\n        self._said = place = own.told\n        own.held = 1\n"
+    )
     assert {(line, name) for line, name in names(file) if word(name) in REFUSED} == {
         (1, "Made"),
         (2, "_kept"),
         (2, "own"),
-        (3, "said"),
+        (3, "_said"),
+        (3, "place"),
     }

@@ -76,7 +76,7 @@ class Display(Bars):
         self.stages = stages
         self._all: TaskID | None = None
         self._now: TaskID | None = None
-        self._told = 0.0
+        self._last_note = 0.0
         self._stage = ""
 
     def _begin(self, bars: Progress) -> None:
@@ -93,7 +93,7 @@ class Display(Bars):
     def stage(self, index: int, name: str) -> None:
         """Stage `index` (from 1) begins."""
         self._stage = f"task {index}/{self.stages} {name}"
-        self._told = 0.0
+        self._last_note = 0.0
         if self._bars is not None and self._all is not None:
             self._bars.update(self._all, completed=index - 1)
 
@@ -109,9 +109,9 @@ class Display(Bars):
 
     def inspecting(self, samples: str, done: int, count: int) -> None:
         """`done` of `count` samples were looked at before the run; said only where it takes long."""
-        self._told = self._told or time.monotonic()
-        if time.monotonic() - self._told > 15:
-            self._told = time.monotonic()
+        self._last_note = self._last_note or time.monotonic()
+        if time.monotonic() - self._last_note > 15:
+            self._last_note = time.monotonic()
             self.note(f"looking at {samples}: {done}/{count}")
 
     def finish(self) -> None:
@@ -127,6 +127,6 @@ class Display(Bars):
             if bar.description != label:
                 self._bars.reset(self._now, total=total, description=label, note=note)
             self._bars.update(self._now, completed=done, total=total, note=note)
-        elif done == total or time.monotonic() - self._told > 15:
-            self._told = time.monotonic()
+        elif done == total or time.monotonic() - self._last_note > 15:
+            self._last_note = time.monotonic()
             self.note(f"{self._stage}: {what} {done}/{total} {note}".rstrip())

@@ -55,7 +55,7 @@ class EWC(LoRA):
         require(self.mode in ("per-task", "online"), "mode", "per-task or online", self.mode)
         require(0 < self.gamma <= 1, "gamma", "a share in (0, 1]", self.gamma)
         # Not dataclass fields: these are no settings.
-        self._held: dict[str, tuple[Tensor, Tensor]] = {}
+        self._quadratic: dict[str, tuple[Tensor, Tensor]] = {}
         self._rest = 0.0
 
     def state_size(self, trainable: int, inputs: Sequence[int]) -> int:
@@ -65,27 +65,27 @@ class EWC(LoRA):
     def before_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Read the earlier tasks' anchors and Fisher matrices and join them to one quadratic."""
         parameters = trainable(model)
-        self._held, self._rest = {}, 0.0
+        self._quadratic, self._rest = {}, 0.0
         for memory in self._counted(stage.earlier):
             for name, pair in _read(memory).items():
                 if name not in parameters:
                     continue
                 weight, anchor = (tensor.to(parameters[name].device) for tensor in pair)
-                if name in self._held:
-                    weight, anchor, rest = joined(self._held[name], (weight, anchor))
+                if name in self._quadratic:
+                    weight, anchor, rest = joined(self._quadratic[name], (weight, anchor))
                     self._rest += rest
-                self._held[name] = (weight, anchor)
+                self._quadratic[name] = (weight, anchor)
 
     def loss_terms(self, model: Any, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
         """The penalty, from the second task on."""
         import torch
 
-        if not self._held:
+        if not self._quadratic:
             return {}
         parameters = trainable(model)
         distances = [
             (weight * (parameters[name].float() - anchor).square()).sum()
-            for name, (weight, anchor) in self._held.items()
+            for name, (weight, anchor) in self._quadratic.items()
         ]
         return {"ewc": 0.5 * self.penalty * (torch.stack(distances).sum() + self._rest)}
 

@@ -43,14 +43,14 @@ class ImageFeatures:
         self._lvlm = lvlm
         self._batch_size = batch_size
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._bytes = 0
         self.as_tensor = True
         self.image_bytes = 0
 
     def __len__(self) -> int:
         """Number of images kept."""
-        return len(self._kept)
+        return len(self._features)
 
     def holds(self, images: int) -> bool:
         """Whether the features of so many images can be kept, as far as those seen so far tell."""
@@ -95,9 +95,9 @@ class ImageFeatures:
 
     def _lookup(self, named: Sequence[tuple[str, bytes]]) -> list[torch.Tensor]:
         keys = [hashlib.sha256(image).digest() for _, image in named]
-        features = {key: self._kept[key] for key in keys if key in self._kept}
+        features = {key: self._features[key] for key in keys if key in self._features}
         for key in features:
-            self._kept.move_to_end(key)
+            self._features.move_to_end(key)
         features.update(self._computed(pair for key, pair in zip(keys, named, strict=True) if key not in features))
         return [features[key] for key in keys]
 
@@ -116,7 +116,7 @@ class ImageFeatures:
         before: dict[bytes, tuple[str, bytes]] = {}  # the batch that is not finished when the next one is collected
         for name, image in named:
             key = hashlib.sha256(image).digest()
-            if key not in self._kept and key not in before:
+            if key not in self._features and key not in before:
                 waiting[key] = (name, image)
             if len(waiting) == self._batch_size:
                 yield waiting
@@ -138,11 +138,11 @@ class ImageFeatures:
             yield key, value
 
     def _keep(self, key: bytes, value: torch.Tensor) -> None:
-        self._kept[key] = value
+        self._features[key] = value
         self._bytes += value.nbytes
         self.image_bytes = max(self.image_bytes, value.nbytes)
-        while self._bytes > self._max_bytes and len(self._kept) > 1:
-            _, old = self._kept.popitem(last=False)
+        while self._bytes > self._max_bytes and len(self._features) > 1:
+            _, old = self._features.popitem(last=False)
             self._bytes -= old.nbytes
 
 

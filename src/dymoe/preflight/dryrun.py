@@ -106,7 +106,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
 
 def _only_asked(recipe: Recipe, task: str, watcher: "_Watch", questions: int) -> Measured:
     """What asking a task took that is only asked, and what asking all its questions once would."""
-    seconds_to_answer, batch = watcher.asked[task], recipe.evaluation.batch_size
+    seconds_to_answer, batch = watcher.answer_seconds[task], recipe.evaluation.batch_size
     hours = questions * seconds_to_answer / batch / 3600
     return Measured(task, None, None, batch / seconds_to_answer, watcher.peaks[task], None, None, None, hours, None)
 
@@ -125,7 +125,7 @@ def _measured(
         estimate: of its peak in bytes.
     """
     train, test = sizes
-    seconds, seconds_to_answer, batch = watcher.steps[task], watcher.asked[task], recipe.evaluation.batch_size
+    seconds, seconds_to_answer, batch = watcher.steps[task], watcher.answer_seconds[task], recipe.evaluation.batch_size
     steps = recipe.training.steps(min(train, recipe.training.limit or train))
     minutes = paper_times(recipe).get("minutes", {}).get(recipe.method, {}).get(task)
     return Measured(
@@ -157,7 +157,7 @@ class _Watch(Display):
     def __init__(self, title: str, stages: int) -> None:
         super().__init__(title, stages)
         self.steps: dict[str, float] = {}
-        self.asked: dict[str, float] = {}
+        self.answer_seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self._task = ""
         self._at = time.perf_counter()
@@ -180,7 +180,7 @@ class _Watch(Display):
         """A batch is answered; the last one of a task counts."""
         super().evaluating(task, done, samples)
         now = time.perf_counter()
-        self.asked[task], self._at = now - self._at, now
+        self.answer_seconds[task], self._at = now - self._at, now
         self.peaks[self._task] = self.peaks[task] = peak()
 
 

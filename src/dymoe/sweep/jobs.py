@@ -258,7 +258,7 @@ class SweepDisplay(Bars):
         self._now: dict[Cell, str] = {}
         self._all: TaskID | None = None
         self._lines: dict[Cell, TaskID] = {}
-        self._told = time.monotonic()
+        self._last_report = time.monotonic()
 
     def _begin(self, bars: Progress) -> None:
         self._all = bars.add_task("sweep", total=self.cells, completed=self.done, note="")
@@ -279,7 +279,7 @@ class SweepDisplay(Bars):
             done = stage.split()[1] if stage.startswith("task ") else "1"
             behind = int(done) - (0 if stage.endswith(" done") else 1)
             self._bars.update(self._lines[cell], completed=behind, note=stage)
-        elif time.monotonic() - self._told > 60:
+        elif time.monotonic() - self._last_report > 60:
             where = "; ".join(f"{running.name}: {stage}" for running, stage in self._now.items())
             self._say(f"{self._counts()} ({where})")
 
@@ -297,6 +297,6 @@ class SweepDisplay(Bars):
         return f"{self.done} of {self.cells} done, {len(self._now)} running{failed}"
 
     def _say(self, text: str) -> None:
-        self._told = time.monotonic()
+        self._last_report = time.monotonic()
         console = self.console if self._bars is None else self._bars.console
         console.print(text, soft_wrap=True)

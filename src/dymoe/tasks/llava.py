@@ -113,12 +113,12 @@ class Names:
     """Names for the records of a file in which an id may stand more than once: later ones get ``#2``, ``#3`` behind."""
 
     def __init__(self) -> None:
-        self._seen: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
 
     def name(self, identity: str) -> str:
         """The next record's name, by its id."""
-        self._seen[identity] += 1
-        count = self._seen[identity]
+        self._counts[identity] += 1
+        count = self._counts[identity]
         return identity if count == 1 else self.name(f"{identity}#{count}")
 
 

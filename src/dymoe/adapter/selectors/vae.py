@@ -160,7 +160,7 @@ class VaeSelector(Selector):
         super().__init__(width)
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ParameterDict())
-        self._taken: list[Tensor] | None = None
+        self._collected: list[Tensor] | None = None
 
     def add_group(self, group: str, options: Mapping[str, Any]) -> None:
         """Make room for the group's autoencoder and statistics, float32; their deviation 0 says: not fitted yet.
@@ -204,7 +204,7 @@ class VaeSelector(Selector):
             autocast: makes the context in which the model runs.
         """
         training = model.training
-        self._taken = []
+        self._collected = []
         try:
             model.eval()
             for batch in batches:
@@ -213,9 +213,9 @@ class VaeSelector(Selector):
                         model(**batch)
                 except _Stop:
                     continue
-            return torch.cat(self._taken)
+            return torch.cat(self._collected)
         finally:
-            self._taken = None
+            self._collected = None
             model.train(training)
 
     def fit(
@@ -272,8 +272,8 @@ class VaeSelector(Selector):
 
     def select(self, prompt: Prompt, groups: Sequence[str]) -> Tensor | None:
         """1 for the group located, 0 for the others; None while a group trains and where there is no choice."""
-        if self._taken is not None:
-            self._taken.append(prompt.features())
+        if self._collected is not None:
+            self._collected.append(prompt.features())
             raise _Stop
         if self.training_group is not None or len(groups) < 2:
             return None

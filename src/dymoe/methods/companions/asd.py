@@ -93,7 +93,7 @@ class _Writer:
     def __init__(self, task: Task, rng: random.Random) -> None:
         self.task = task
         self.rng = rng
-        self.asked = 0
+        self.yes_no_questions = 0
         self.styles = self._styles(task.train[0])
         self._answers: dict[tuple[str, ...], dict[str, str]] | None = None
 
@@ -143,8 +143,8 @@ class _Writer:
         wrong = self._wrong(sample, question)
         if not wrong:
             return None
-        self.asked += 1
-        answer = "yes" if self.asked % 2 else "no"
+        self.yes_no_questions += 1
+        answer = "yes" if self.yes_no_questions % 2 else "no"
         claim = sample.answer if answer == "yes" else self.rng.choice(wrong)
         return f'{question}\nIs "{claim}" the right answer?', answer, {"answer": answer}
 
