@@ -1,9 +1,8 @@
 """Tokens a second of greedy decoding with an expert bank against the base alone, side by side.
 
 Random weights at a real model's shapes; the decoder's layers alone (no vocabulary), a cache that holds a prompt, one
-token a row and step. Where Triton's kernels run, they are timed beside the default way (`dymoe, triton`). On a GPU the
-rows also say how many bytes of weights were read a second, against the measured ceiling: `counts.decode_bytes`, with
-gathered rows for the kernels.
+token a row and step. On a GPU the rows also say how many bytes of weights were read a second, against the measured
+ceiling: `counts.decode_bytes`.
 """
 
 import statistics
@@ -14,7 +13,6 @@ import measure
 import torch
 from counts import SHAPES, decode_bytes, linears
 from measure import interleaved, ratio, spread, write
-from step import configured
 from transformers import DynamicCache
 
 from models import decoder, with_group
@@ -38,16 +36,6 @@ def steps(model: Any, rows: int, prompt: int, new: int, device: str, size: int) 
     return run
 
 
-def by(model: Any, way: str, run: Callable[[], None]) -> Callable[[], None]:
-    """`run` with the model's bank computed in this way."""
-
-    def switched() -> None:
-        configured(model, compute=way)
-        run()
-
-    return switched
-
-
 def main() -> None:
     """Measure and write benchmarks/results/decode-*.json."""
     gpu = torch.cuda.is_available()
@@ -59,13 +47,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=8)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument(
-        "--compute", nargs="+", default=measure.computes(), help="ways to compute the bank, side by side"
-    )
     parser.add_argument("--name", default="decode")
-    measure.without_numba(parser)
     options = parser.parse_args()
-    measure.by_torch(options)
     torch.set_num_threads(options.threads)
     device = "cuda" if gpu else "cpu"
     size = SHAPES[options.shape]["hidden_size"]
@@ -74,27 +57,22 @@ def main() -> None:
     best = measure.ceilings() if gpu else {}
     results = []
     for tasks in range(1, max(options.tasks) + 1):
-        model = with_group(model, tasks, compute=options.compute[0])
+        model = with_group(model, tasks)
         if tasks not in options.tasks:
             continue
         model.eval()
         for rows in options.rows:
             arguments = (rows, options.prompt, options.new, device, size)
             actions = {"base": steps(base, *arguments)}
-            read = {"base": sum(decode_bytes(*pair, tasks, rows, False)[0] for pair in linears(options.shape))}
-            for way in options.compute:
-                name = "dymoe" if way == options.compute[0] else f"dymoe, {way}"
-                actions[name] = by(model, way, steps(model, *arguments))
-                read[name] = sum(
-                    sum(decode_bytes(*pair, tasks, rows, way == "triton")) for pair in linears(options.shape)
-                )
+            actions["dymoe"] = steps(model, *arguments)
+            pairs = [decode_bytes(*pair, tasks, rows, True) for pair in linears(options.shape)]
+            read = {"base": sum(base for base, _ in pairs), "dymoe": sum(map(sum, pairs))}
             times = interleaved(actions, options.rounds)
             count = rows * options.new
             speeds = {name: [count / value for value in values] for name, values in times.items()}
             row: dict[str, Any] = {"tasks": tasks, "rows": rows}
             row["tokens a second"] = {name: spread(values) for name, values in speeds.items()}
-            for name in list(actions)[1:]:
-                row[f"{name} / base"] = ratio(speeds, name, "base")
+            row["dymoe / base"] = ratio(speeds, "dymoe", "base")
             if best:
                 rates = {
                     name: read[name] * options.layers * options.new / statistics.median(times[name]) for name in actions

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +78,6 @@ def fits(action: Callable[[], Any]) -> bool:
     return False
 
 
-def computes() -> list[str]:
-    """Ways to compute the bank that are measured: the default and, where they run, the kernels."""
-    from dymoe import DyMoEConfig
-    from dymoe.adapter.ops.triton import missing
-
-    kernels = torch.cuda.is_available() and missing(torch.device("cuda")) is None
-    return [DyMoEConfig().compute, *(["triton"] if kernels else [])]
-
-
 def spread(values: list[float]) -> dict[str, float]:
     """Median and quartiles, rounded to four significant digits."""
     low, _, high = statistics.quantiles(values) if len(values) > 3 else (min(values), None, max(values))
@@ -114,16 +105,9 @@ def machine() -> dict[str, Any]:
         "processor": name,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "versions": {name: _version(name) for name in ("torch", "transformers", "peft", "numba", "triton")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "command": " ".join(["python", str(Path("benchmarks", Path(sys.argv[0]).name)), *sys.argv[1:]]),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # numba and triton may be missing
-        return None
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -132,19 +116,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=1, help="CPU threads")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file that is written")
     return made
-
-
-def without_numba(made: argparse.ArgumentParser) -> None:
-    """Add the option `--without-numba`; `by_torch` obeys it."""
-    made.add_argument("--without-numba", action="store_true", help="as where Numba is not installed")
-
-
-def by_torch(options: argparse.Namespace) -> None:
-    """Do without Numba where `--without-numba` was given."""
-    if options.without_numba:
-        from dymoe.adapter.ops import numba
-
-        numba.available = lambda: False  # type: ignore[assignment]
 
 
 def write(name: str, options: argparse.Namespace, results: Mapping[str, Any]) -> Path:

@@ -27,7 +27,7 @@ def saved_bytes(model: Any, step: Callable[[], None]) -> int:
     for module in model.modules():
         for pack in getattr(module, "_packs", {}).values():
             parts = [tensor for block in pack.blocks for tensor in (block.a, block.b)]
-            known |= {tensor.untyped_storage().data_ptr() for tensor in [*parts, pack.directions, pack.rows]}
+            known |= {tensor.untyped_storage().data_ptr() for tensor in [*parts, pack.rows]}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -69,14 +69,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4 if gpu else 6)
     parser.add_argument("--tokens", type=int, default=640 if gpu else 50)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--compute", nargs="+", default=measure.computes(), help="ways to compute the bank")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = "cuda" if gpu else "cpu"
     rows = []
     for checkpointing in (False, True):
-        cases = [("dymoe", tasks, way) for way in options.compute for tasks in options.tasks]
-        for name, tasks, way in [("lora", 1, None), *cases]:
+        for name, tasks in [("lora", 1), *(("dymoe", tasks) for tasks in options.tasks)]:
             model: Any = decoder(options.shape, options.layers, device)
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -84,13 +82,11 @@ def main() -> None:
                 model = with_lora(model)
             else:
                 for task in range(1, tasks + 1):
-                    model = with_group(model, task, compute=way)
+                    model = with_group(model, task)
             model.train()
             step = Steps(options, device).of(model)
             step()
             row: dict[str, Any] = {"method": name, "tasks": tasks, "checkpointing": checkpointing}
-            if way is not None:
-                row["compute"] = way
             row |= {"saved bytes": saved_bytes(model, step), "peak bytes": peak_bytes(step)}
             rows.append(row)
             lora = next(r for r in rows if r["method"] == "lora" and r["checkpointing"] == checkpointing)

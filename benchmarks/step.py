@@ -5,10 +5,9 @@ old groups, as learned ones do in later tasks). The step is a forward and a back
 the weights that learn and to the inputs, without vocabulary and optimizer. The regularization runs at full scale, which
 in training it does only in a task's second half.
 
-Where Triton's kernels run, they are timed beside the default way (`dymoe, triton`). On a GPU the rows also say how many
-operations a second were achieved, against the measured ceiling: products of the linears and of the bank's `one_side`
-(attention and the rest not counted). The loop keeps every expert's output for its backward pass; where the GPU's memory
-does not hold that, the row says so.
+On a GPU the rows also say how many operations a second were achieved, against the measured ceiling: products of the
+linears and of the bank's `one_side` (attention and the rest not counted). The loop keeps every expert's output for its
+backward pass; where the GPU's memory does not hold that, the row says so.
 
 `counted` is the base's own step plus the bank's floating-point operations at the speed that the base's own products
 reach here; the operations are those of `counts.Counts.one_side`.
@@ -108,15 +107,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=640 if gpu else 50)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument(
-        "--compute", nargs="+", default=measure.computes(), help="ways to compute the bank, side by side"
-    )
+    parser.add_argument("--compile", action="store_true", help="also measure `compute: compiled`")
+    parser.add_argument("--quiet-steps", action="store_true", help="steps whose statistics nobody reads, as most are")
     parser.add_argument("--loop-to", type=int, default=8, help="most tasks for which the loop over experts is timed")
     parser.add_argument("--profile", action="store_true", help="print where our step's time goes, by torch's profiler")
     parser.add_argument("--name", default="step")
-    measure.without_numba(parser)
     options = parser.parse_args()
-    measure.by_torch(options)
     torch.set_num_threads(options.threads)
     device = "cuda" if gpu else "cpu"
     steps = Steps(options, device)
@@ -128,10 +124,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     speed = base_speed(options, device)
     best = measure.ceilings() if gpu else {}
-    ways = {"" if way == options.compute[0] else f", {way}": way for way in options.compute}  # by what names end with
+    ways = {"": "stacked", **({", compiled": "compiled"} if options.compile else {})}  # by what names end with
     loop_fits = True
     for tasks in range(1, max(options.tasks) + 1):
-        model = with_group(model, tasks, compute=options.compute[0]).train()
+        model = with_group(model, tasks).train()
+        model.base_model.trace.collect = not options.quiet_steps
         if tasks not in options.tasks:
             continue
         step = steps.of(model)
@@ -160,6 +157,8 @@ def main() -> None:
             order = "self_device_time_total" if gpu else "self_cpu_time_total"
             print(profile.key_averages().table(sort_by=order, row_limit=25))
         row: dict[str, Any] = {"tasks": tasks, "seconds": {name: spread(values) for name, values in times.items()}}
+        model.base_model.trace.collect = True
+        step()
         share = model.base_model.trace.summary()["share_new"]
         work = operations(options, tasks, share)
         bank = (work["dymoe"] - work["base"]) / speed

@@ -16,16 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports Triton: its interpreter runs the kernels on the CPU
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # A shell that starts the suite in the background lets it ignore SIGINT, and so would the runs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What takes long begins first: the workers share the suite by its modules, in this order, and end together. The second
-# needs no compiled gate, so that in a fresh clone one worker compiles it and the others find it in Numba's cache.
+# What takes long begins first: the workers share the suite by its modules, in this order, and end together.
 LONG = (
     *("methods/test_matrix.py", "test_coin_recipes.py", "sweep/test_sweep.py", "learning/test_distributed.py"),
     *("learning/test_resume.py", "test_notebook.py", "test_readme.py", "models/test_families.py"),

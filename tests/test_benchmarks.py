@@ -36,15 +36,13 @@ class Host(nn.Module):
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_counted_operations_are_those_that_torch_counts(counts, tasks):
     host = Host(24, 40).requires_grad_(False)
-    config = {"lora_dropout": 0.0, "guidance": "none", "target_modules": ["q_proj"]}
+    config = {"lora_dropout": 0.0, "guidance": "none", "load_balance": 0.0, "target_modules": ["q_proj"]}
     model = get_peft_model(host, DyMoEConfig(**config), adapter_name="task-1")
     for task in range(2, tasks + 1):
         model.add_adapter(f"task-{task}", DyMoEConfig(**config))
     x = torch.randn(2, 25, 24, requires_grad=True)
     model.train()(x).sum().backward()  # packs the frozen groups
-    # torch counts addmm, not its in-place form.
-    inplace = {torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **rest: 2 * a[0] * a[1] * b[1]}
-    with FlopCounterMode(display=False, custom_mapping=inplace) as counter:
+    with FlopCounterMode(display=False) as counter:
         model(x).sum().backward()
     expected = counts.Counts(24, 40)
     assert counter.get_total_flops() == 50 * (expected.base + expected.dense(tasks))
@@ -101,18 +99,6 @@ def test_what_does_not_fit_is_told_from_what_fails(measure):
     assert not measure.fits(too_large)
     with pytest.raises(ZeroDivisionError):
         measure.fits(lambda: 1 / 0)
-
-
-def test_kernels_are_measured_where_they_run(measure, monkeypatch):
-    kernels = sys.modules["dymoe.adapter.ops.triton"]
-    for gpu, reason, expected in (
-        (False, "no GPU", ["stacked"]),
-        (True, "too old", ["stacked"]),
-        (True, None, ["stacked", "triton"]),
-    ):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        monkeypatch.setattr(kernels, "missing", lambda device, reason=reason: reason)
-        assert measure.computes() == expected
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_the_core_has_at_most_twelve_dependencies():
 
 
 def test_the_adapter_and_the_routing_need_no_extra():
-    modules = {module for modules in EXTRAS.values() for module in modules} | {"torchvision", "numba"}
+    modules = {module for modules in EXTRAS.values() for module in modules} | {"torchvision"}
     modules -= {"jinja2", "pandas"}  # torch and datasets bring them
     code = WITHOUT_EXTRAS.replace("MODULES", repr(modules))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 INSTALL = runpy.run_path(str(ROOT / "tools" / "install.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-EXTRAS = ("pocket", "report", "fast", "dev")
+EXTRAS = ("pocket", "report", "dev")
 LOCKS = {"requirements.lock": EXTRAS, "requirements-play.lock": (*EXTRAS, "play")}
 MACHINES = [
     {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine}

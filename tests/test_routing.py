@@ -321,6 +321,103 @@ def test_no_token_counts():
     assert torch.isfinite(scores.grad).all()
 
 
+# ---- route ----------------------------------------------------------------------------------------------------------
+
+BANKS = {  # old experts, new experts
+    "first task": (0, 4),
+    "first task, few": (0, 2),
+    "second task": (4, 4),
+    "few old": (2, 5),
+    "many old": (40, 4),
+    "many new": (5, 9),
+    "evaluation": (40, 0),
+}
+SETTINGS = {"top_k": 3, "temperature": 0.2, "load_balance": 0.7, "exclusivity": 0.3, "specialization": 0.4}
+
+
+def over_all_experts(scores, num_new, settings, mask, scale):
+    """Weights, weighted sum and terms from the formulas over all experts, without candidates."""
+    guided = routing.token_assignment_guidance(scores, num_new, settings.tau, settings.guidance)
+    weights = routing.topk_weights(guided, settings.top_k, settings.temperature)
+    evened = num_new if settings.balance_over == "new" else scores.shape[-1]
+    balance = routing.load_balance_loss(weights, evened, mask)
+    exclusivity = specialization = scores.new_zeros(())
+    if 0 < num_new < scores.shape[-1]:
+        exclusivity, specialization = routing.routing_score_regularization(
+            scores, num_new, settings.top_k, settings.rsr_temperature, mask
+        )
+    total = 0.7 * balance + scale * (0.3 * exclusivity + 0.4 * specialization)
+    return weights, total, torch.stack([balance, exclusivity, specialization])
+
+
+@pytest.mark.parametrize("guidance", routing.MASKS)
+@pytest.mark.parametrize("bank", BANKS)
+def test_what_runs_is_the_formulas_over_all_experts(bank, guidance):
+    num_old, num_new = BANKS[bank]
+    for tokens, over, masked in itertools.product((1, 11), ("new", "all"), (False, True)):
+        torch.manual_seed(tokens)
+        scores = torch.rand(tokens, num_old + num_new, dtype=torch.float64) * 2 - 1
+        mask = torch.rand(tokens) > 0.3 if masked else None
+        settings = routing.Routing(guidance=guidance, balance_over=over, **SETTINGS)
+        pull, results = torch.randn(tokens, num_old + num_new, dtype=torch.float64), []
+        for way in ("route", "formulas"):
+            leaf = scores.clone().requires_grad_()
+            if way == "route":
+                old, new = leaf.split([num_old, num_new], -1)
+                made = routing.route(old, new, settings, learns=num_new > 0, mask=mask, scale=0.6, report=True)
+                weights, total, terms = torch.cat([made.columns(0), made.columns(1)], -1), made.total, made.terms
+                if num_new:
+                    types = routing.token_types(scores, num_new, settings.tau)
+                    expected = routing.token_statistics(types, weights.detach(), num_new, mask)
+                    torch.testing.assert_close(made.statistics, expected)
+                    for side, use in enumerate(made.tokens):
+                        assert use is None or not made.weights[side][~use].any()
+            else:
+                weights, total, terms = over_all_experts(leaf, num_new, settings, mask, 0.6)
+            value = (weights * pull).sum() + (total if num_new else 0.0)
+            results.append([weights, *torch.autograd.grad(value, leaf), *([total, terms] if num_new else [])])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-7)
+
+
+def test_equal_scores_at_the_border_keep_exactly_top_k():
+    made = routing.route(torch.zeros(6, 8), torch.zeros(6, 5), routing.Routing(top_k=3, guidance="none"), learns=True)
+    joined = torch.cat([made.columns(0), made.columns(1)], -1)
+    torch.testing.assert_close((joined > 0).sum(-1), torch.full((6,), 3))
+    torch.testing.assert_close(joined.sum(-1), torch.ones(6))
+
+
+def test_the_regularization_is_reported_but_not_learned_before_it_starts():
+    old, new = (torch.rand(7, 4).requires_grad_() for _ in range(2))
+    settings = routing.Routing(top_k=3, load_balance=0.0)
+    quiet = routing.route(old, new, settings, learns=True, scale=None)
+    assert quiet.terms.tolist() == [0, 0, 0]
+    assert quiet.statistics is None
+    told = routing.route(old, new, settings, learns=True, scale=None, report=True)
+    assert (told.terms[1:] > 0).all()
+    assert not told.total.requires_grad or not torch.autograd.grad(told.total, old, allow_unused=True)[0].any()
+    loud = routing.route(old, new, settings, learns=True, scale=torch.tensor(1.0))
+    torch.testing.assert_close(loud.terms, told.terms)
+    assert torch.autograd.grad(loud.total, old)[0].any()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("top_k", 0, "top_k must be a whole number of at least 1, got 0"),
+        ("top_k", True, "top_k must be a whole number"),
+        ("temperature", 0.0, "temperature must be a number above 0"),
+        ("guidance", "both", "guidance must be one of exclusive, protect"),
+        ("balance_over", "old", "balance_over must be one of new, all"),
+        ("rsr_start", 1.0, r"rsr_start must be a share in \[0, 1\)"),
+        ("tau", float("nan"), "tau must be 0 or a number between"),
+    ],
+)
+def test_settings_out_of_range_are_named(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        routing.Routing(**{field: value})
+
+
 @pytest.mark.parametrize("start", [0.0, 0.25, 0.5])
 def test_rsr_scale(start):
     for total in (1, 7, 100):

@@ -38,5 +38,5 @@ def compile_lock(lock: Path, known: str, *extras: str) -> str:
 
 
 if __name__ == "__main__":
-    extras = ("pocket", "report", "fast", "dev")
+    extras = ("pocket", "report", "dev")
     compile_lock(PLAY_LOCK, compile_lock(LOCK, "", *extras), *extras, "play")

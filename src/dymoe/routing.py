@@ -1,23 +1,23 @@
 """Routing mathematics of LLaVA-DyMoE: scores, weights, token types, guidance and the losses on scores.
 
-Pure functions, tensors in and tensors out, torch alone. Everywhere `scores` has shape (..., experts); the last
-`num_new` columns belong to the new expert group, the columns before them to the old groups. Scores are cosines
-(no unit, in [-1, 1]), weights are shares (no unit, rows sum to 1). Everything is computed in float32 at least
-(float64 stays float64), also under autocast.
+What runs is `route`, which composes the formulas below it; every layer's forward pass calls it, and autograd
+differentiates it. Pure functions, tensors in and tensors out, torch alone. Everywhere `scores` has shape
+(..., experts); the last `num_new` columns belong to the new expert group, the columns before them to the old groups.
+Scores are cosines (no unit, in [-1, 1]), weights are shares (no unit, rows sum to 1). Everything is computed in float32
+at least (float64 stays float64), also under autocast.
 
 Source: "On Token's Dilemma" (LLaVA-DyMoE, CVPR 2026). Where the paper and what is reported of its authors' code
 differ, the function's docstring names the choice.
 """
 
-from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, Literal
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Mask = Literal["exclusive", "protect", "only-ambiguous", "only-old", "no-token", "none"]
+from dymoe.routing_settings import MASKS, Mask, Routing
 
 
 class TokenType(IntEnum):
@@ -37,7 +37,174 @@ REACHES: dict[str, tuple[TokenType, ...]] = {
     "no-token": (),
     "none": tuple(TokenType),
 }
-MASKS: tuple[str, ...] = tuple(REACHES)
+
+__all__ = [
+    "MASKS",
+    "REACHES",
+    "Decision",
+    "Mask",
+    "Routing",
+    "TokenType",
+    "Tokens",
+    "cosine_scores",
+    "exclusivity_loss",
+    "group_mass",
+    "load_balance_loss",
+    "reaches_new",
+    "route",
+    "routing_score_regularization",
+    "rsr_scale",
+    "specialization_loss",
+    "token_assignment_guidance",
+    "token_statistics",
+    "token_types",
+    "topk_weights",
+]
+
+
+class Decision(NamedTuple):
+    """Where the tokens of one layer go, and what this adds to the loss.
+
+    Sides are the old groups (0) and the new group (1). A side's *candidates* are its top_k experts with the largest
+    scores, all of them where it has no more: no other expert can have weight, so weights and losses need them alone.
+
+    Attributes:
+        scores: of each side's experts before guidance, (tokens, experts); None for a gate without scores.
+        weights: of each side's candidates, (tokens, candidates).
+        indices: the candidates' places among the side's experts, (tokens, candidates); None for all in order.
+        experts: of each side.
+        tokens: which tokens guidance lets use the side, (tokens,), bool; None for all.
+        terms: load balance, exclusivity and specialization, (3,), unweighted; None where nothing learns.
+        total: their weighted sum, scalar, or None.
+        statistics: `token_statistics`, or None.
+    """
+
+    scores: tuple[Tensor, Tensor] | None
+    weights: tuple[Tensor, Tensor]
+    indices: tuple[Tensor | None, Tensor | None]
+    experts: tuple[int, int]
+    tokens: tuple[Tensor | None, Tensor | None] = (None, None)
+    terms: Tensor | None = None
+    total: Tensor | None = None
+    statistics: Tensor | None = None
+
+    def columns(self, side: int) -> Tensor:
+        """Weights of all experts of one side, (tokens, experts)."""
+        weights, index = self.weights[side], self.indices[side]
+        if index is None:
+            return weights
+        return weights.new_zeros(*weights.shape[:-1], self.experts[side]).scatter(-1, index, weights)
+
+
+def route(
+    old: Tensor,
+    new: Tensor,
+    routing: Routing,
+    *,
+    visible: Tensor | None = None,
+    learns: bool = False,
+    guide: bool = True,
+    mask: Tensor | None = None,
+    scale: Tensor | float | None = 1.0,
+    report: bool = False,
+) -> Decision:
+    """Route tokens by their scores: guidance, softmax over the top k, and the losses on both.
+
+    Args:
+        old: scores of the old groups' experts, (tokens, old experts); may be empty.
+        new: scores of the new group's experts, (tokens, new experts); may be empty.
+        routing: the settings.
+        visible: (tokens, old and new experts), bool, what a selection leaves to a token; a token to which it leaves
+            nothing has weights 0. None for all.
+        learns: the new group trains: tokens are guided and the losses computed.
+        guide: the scores are cosines, which guidance compares.
+        mask: (tokens,), true for tokens that count in the losses (not padding); all count when None.
+        scale: factor on exclusivity and specialization (`rsr_scale`); None while they are off.
+        report: also compute `Decision.statistics`, and the regularization's terms while they are off.
+
+    Raises:
+        ValueError: settings that a formula refuses.
+    """
+    sides = [_candidates(scores, routing.top_k if visible is None else scores.shape[-1]) for scores in (old, new)]
+    scores = torch.cat([values for values, _ in sides], -1)
+    num_old, num_new = (values.shape[-1] for values, _ in sides)
+    guidance: Mask = routing.guidance if learns and guide and num_old and num_new else "none"
+    guided, types = scores, None
+    tokens: tuple[Tensor | None, Tensor | None] = (None, None)
+    if guidance != "none" or (learns and report):
+        types = token_types(scores, num_new, routing.tau)
+        guided = token_assignment_guidance(scores, num_new, routing.tau, guidance, types)
+        tokens = _tokens_of_sides(types, guidance)
+    # Where a token keeps one side alone, the candidates are its top k already.
+    top_k = scores.shape[-1] if guidance == "exclusive" and visible is None else routing.top_k
+    if visible is None:
+        weights = topk_weights(guided, top_k, routing.temperature)
+    else:
+        weights = _visible_weights(guided, visible, top_k, routing.temperature)
+    decision = Decision(
+        scores=(old, new),
+        weights=weights.split([num_old, num_new], -1),
+        indices=(sides[0][1], sides[1][1]),
+        experts=(old.shape[-1], new.shape[-1]),
+        tokens=tokens,
+    )
+    if not learns or not num_new:
+        return decision
+    terms, total = _losses(decision, scores, num_new, routing, mask, scale, report)
+    statistics = None if types is None or not report else token_statistics(types, weights.detach(), num_new, mask)
+    return decision._replace(terms=terms, total=total, statistics=statistics)
+
+
+def _candidates(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
+    """The largest scores of each token, (tokens, candidates), and their places; None for all in order."""
+    if scores.shape[-1] <= top_k:
+        return scores, None
+    values, index = scores.topk(top_k, dim=-1, sorted=False)
+    return values, index
+
+
+def _visible_weights(scores: Tensor, visible: Tensor, top_k: int, temperature: float) -> Tensor:
+    """`topk_weights` of the scores that `visible` (tokens, experts) leaves; 0 for a token that it leaves none."""
+    scores = scores.masked_fill(~visible, float("-inf"))
+    nothing = scores.amax(-1, keepdim=True) == float("-inf")  # a softmax over nothing is NaN, also in its gradient
+    return topk_weights(scores.masked_fill(nothing, 0.0), top_k, temperature).masked_fill(nothing, 0.0)
+
+
+def _tokens_of_sides(types: Tensor, guidance: Mask) -> tuple[Tensor | None, Tensor | None]:
+    """Which tokens use the old groups and which the new one, (tokens,) each; None for all."""
+    if guidance == "none":
+        return None, None
+    to_new = reaches_new(types, guidance)
+    return ~to_new if guidance == "exclusive" else None, to_new
+
+
+def _losses(
+    decision: Decision,
+    scores: Tensor,
+    num_new: int,
+    routing: Routing,
+    mask: Tensor | None,
+    scale: Tensor | float | None,
+    report: bool,
+) -> tuple[Tensor, Tensor]:
+    """`Decision.terms` and `Decision.total` from the candidates' scores (tokens, candidates)."""
+    balance = exclusivity = specialization = scores.new_zeros(())
+    if routing.load_balance > 0:
+        evened = decision.columns(1)
+        if routing.balance_over == "all":
+            evened = torch.cat([decision.columns(0), evened], -1)
+        balance = load_balance_loss(evened, evened.shape[-1], mask)
+    regularized = routing.exclusivity > 0 or routing.specialization > 0
+    if regularized and num_new < scores.shape[-1] and (scale is not None or report):
+        # Before the regularization starts its terms are only reported.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and scale is not None):
+            exclusivity, specialization = routing_score_regularization(
+                scores, num_new, routing.top_k, routing.rsr_temperature, mask
+            )
+    total = routing.load_balance * balance
+    if scale is not None:
+        total = total + scale * (routing.exclusivity * exclusivity + routing.specialization * specialization)
+    return torch.stack([balance, exclusivity, specialization]), total
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -63,66 +230,49 @@ def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def cosine_scores(x: Tensor, router: Tensor) -> Tensor:
+class Tokens(NamedTuple):
+    """A layer's inputs as a router sees them; linears with the same input may share them.
+
+    Attributes:
+        wide: (..., features), float32 or float64.
+        inverse: 1 / |x|, (..., 1); 0 for a zero vector, which thus scores 0 and gets no gradient.
+    """
+
+    wide: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Tokens":
+        """Of inputs (..., features), any float dtype."""
+        wide = _wide(x)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            square = torch.linalg.vecdot(wide, wide).unsqueeze(-1)  # whose gradient is cheaper than a norm's
+        return cls(wide, square.masked_fill(square == 0, float("inf")).rsqrt())
+
+
+def cosine_scores(x: Tensor | Tokens, router: Tensor, unit: bool = False) -> Tensor:
     """Cosine between each token and each router row: s_e = (x / |x|) . (r_e / |r_e|).
 
     Args:
-        x: layer inputs, (..., features), any float dtype.
+        x: layer inputs, (..., features), any float dtype, or their `Tokens`.
         router: router rows, (experts, features), any float dtype.
+        unit: the rows have unit length already (frozen rows are normalised only once).
 
     Returns:
-        Scores, (..., experts), float32 (float64 if both inputs are). A zero vector scores 0.
+        Scores, (..., experts), float32 (float64 if x is). A zero vector scores 0.
 
     Raises:
         ValueError: the feature sizes differ.
     """
-    if x.shape[-1] != router.shape[-1]:
-        raise ValueError(f"tokens have {x.shape[-1]} features but router rows have {router.shape[-1]}")
-    return scores_of_directions(x, F.normalize(_wide(router), dim=-1, eps=1e-12))
-
-
-def scores_of_directions(x: Tensor, *directions: Tensor) -> Tensor:
-    """`cosine_scores` for router rows that have unit length already (frozen rows are normalised only once).
-
-    Args:
-        x: layer inputs, (..., features), any float dtype.
-        directions: blocks of unit router rows, (experts of the block, features) each, float32 or float64; the scores'
-            columns follow their order.
-
-    Returns:
-        Scores, (..., experts of all blocks), float32 or wider.
-    """
-    rows = directions[0] if len(directions) == 1 else torch.cat(directions)
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        return _Cosine.apply(x, rows.to(torch.promote_types(x.dtype, torch.float32)))
-
-
-class _Cosine(torch.autograd.Function):
-    """s = (x . d) / |x|, with a backward of one product and one fused sum instead of autograd's chain over x.
-
-    ds/dx = (d - s x / |x|) / |x|; a zero vector has scores and gradient 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        wide = x.to(rows.dtype)
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = norm.reciprocal().masked_fill_(norm == 0, 0)
-        scores = F.linear(wide, rows) * inverse
-        ctx.save_for_backward(x, rows, inverse, scores)
-        return scores
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, rows, inverse, scores = ctx.saved_tensors
-        wide, scaled = x.to(rows.dtype), gradients[0] * inverse
-        to_x = to_rows = None
-        if ctx.needs_input_grad[0]:
-            along = -(scaled * scores).sum(-1, keepdim=True) * inverse
-            to_x = torch.addcmul(scaled @ rows, wide, along).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            to_rows = scaled.flatten(0, -2).t() @ wide.flatten(0, -2) if x.dim() > 1 else torch.outer(scaled, wide)
-        return to_x, to_rows
+    tokens = x if isinstance(x, Tokens) else Tokens.of(x)
+    wide = tokens.wide
+    if wide.shape[-1] != router.shape[-1]:
+        raise ValueError(f"tokens have {wide.shape[-1]} features but router rows have {router.shape[-1]}")
+    with torch.autocast(device_type=wide.device.type, enabled=False):
+        rows = router.to(wide.dtype)
+        if not unit:
+            rows = F.normalize(rows, dim=-1, eps=1e-12)
+        return F.linear(wide, rows) * tokens.inverse
 
 
 def topk_weights(scores: Tensor, top_k: int, temperature: float) -> Tensor:
@@ -242,6 +392,8 @@ def token_assignment_guidance(
 def group_mass(scores: Tensor, num_new: int, top_k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Routing mass of both sides: what the exclusivity and specialization losses share.
 
+    The same softmax over the top k as `topk_weights`, of which the sums are needed alone.
+
     Args:
         scores: unguided scores, (..., experts).
         num_new: size of the new group (the last columns).
@@ -252,10 +404,16 @@ def group_mass(scores: Tensor, num_new: int, top_k: int, temperature: float) -> 
         (old mass, new mass, largest old weight), each (...); the last is detached and 0 without old experts.
     """
     num_old = _check_groups(scores, num_new)
-    weights = topk_weights(scores, top_k, temperature)
-    old, new = weights[..., :num_old], weights[..., num_old:]
-    largest = old.detach().amax(-1) if num_old else torch.zeros_like(weights[..., 0])
-    return old.sum(-1), new.sum(-1), largest
+    if top_k >= scores.shape[-1]:
+        weights = topk_weights(scores, top_k, temperature)
+        is_new = torch.arange(scores.shape[-1], device=scores.device) >= num_old
+    else:
+        values, index = _wide(scores).topk(top_k, dim=-1, sorted=False)
+        weights = topk_weights(values, top_k, temperature)
+        is_new = index >= num_old
+    on_new = is_new.to(weights.dtype)
+    new = (weights * on_new).sum(-1)
+    return 1 - new, new, (weights.detach() * (1 - on_new)).amax(-1)
 
 
 def _exclusivity(old_mass: Tensor, new_mass: Tensor) -> Tensor:
@@ -264,11 +422,16 @@ def _exclusivity(old_mass: Tensor, new_mass: Tensor) -> Tensor:
 
 def _specialization(new_mass: Tensor, largest_old: Tensor) -> Tensor:
     target = (1 - largest_old).clamp(0, 1)
-    return -(target * new_mass.clamp(min=1e-8).log() + (1 - target) * (1 - new_mass).clamp(min=1e-8).log())
+    inside, outside = new_mass.clamp(min=1e-8), (1 - new_mass).clamp(min=1e-8)
+    return -(torch.xlogy(target, inside) + torch.xlogy(1 - target, outside))
 
 
 def exclusivity_loss(
-    scores: Tensor, num_new: int, top_k: int = 16, temperature: float = 0.1, mask: Tensor | None = None
+    scores: Tensor,
+    num_new: int,
+    top_k: int = Routing.top_k,
+    temperature: float = Routing.rsr_temperature,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """L_exc = mean over tokens of g_old * g_new: a token should belong to one side (Routing Score Regularization).
 
@@ -287,7 +450,11 @@ def exclusivity_loss(
 
 
 def specialization_loss(
-    scores: Tensor, num_new: int, top_k: int = 16, temperature: float = 0.1, mask: Tensor | None = None
+    scores: Tensor,
+    num_new: int,
+    top_k: int = Routing.top_k,
+    temperature: float = Routing.rsr_temperature,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """L_spe = mean over tokens of BCE(g_new, y), y = 1 - max w_old (no gradient): new experts take what no old one has.
 
@@ -301,13 +468,12 @@ def specialization_loss(
 def routing_score_regularization(
     scores: Tensor,
     num_new: int,
-    top_k: int = 16,
-    temperature: float = 0.1,
+    top_k: int = Routing.top_k,
+    temperature: float = Routing.rsr_temperature,
     mask: Tensor | None = None,
-    mass: Callable[[Tensor, int, int, float], tuple[Tensor, Tensor, Tensor]] = group_mass,
 ) -> tuple[Tensor, Tensor]:
-    """(exclusivity_loss, specialization_loss) of the same scores for the price of one softmax, computed by `mass`."""
-    old, new, largest = mass(scores, num_new, top_k, temperature)
+    """(exclusivity_loss, specialization_loss) of the same scores for the price of one softmax."""
+    old, new, largest = group_mass(scores, num_new, top_k, temperature)
     return _masked_mean(_exclusivity(old, new), mask), _masked_mean(_specialization(new, largest), mask)
 
 
@@ -328,9 +494,10 @@ def load_balance_loss(weights: Tensor, num_new: int, mask: Tensor | None = None)
         Scalar, float32 or wider, in [1, num_new]; 0 when no counted token has weight on the new group.
     """
     num_old = _check_groups(weights, num_new)
-    new = _wide(weights[..., num_old:]).reshape(-1, num_new)
-    if num_new == 0 or new.numel() == 0:
+    new = _wide(weights[..., num_old:])
+    if new.numel() == 0:
         return new.sum()
+    new = new.reshape(-1, num_new)
     counts = new.detach().sum(-1) > 0
     if mask is not None:
         if mask.shape != weights.shape[:-1]:
@@ -338,16 +505,34 @@ def load_balance_loss(weights: Tensor, num_new: int, mask: Tensor | None = None)
                 f"mask must have the shape of the tokens {tuple(weights.shape[:-1])}, got {tuple(mask.shape)}"
             )
         counts = counts & mask.reshape(-1).bool()
-    new = new * counts.unsqueeze(-1)
-    top = F.one_hot(new.detach().argmax(-1), num_new).to(new.dtype) * counts.unsqueeze(-1)
-    dispatched = top.sum(0) / counts.sum().clamp(min=1)
-    mass = new.sum(0)
+    counted = counts.to(new.dtype)
+    dispatched = new.new_zeros(num_new).index_add_(0, new.detach().argmax(-1), counted) / counted.sum().clamp(min=1)
+    mass = counted @ new
     total = mass.sum()
-    share = mass / torch.where(total > 0, total, torch.ones_like(total))
-    return num_new * (dispatched * share).sum()
+    return num_new * (dispatched @ mass) / torch.where(total > 0, total, torch.ones_like(total))
 
 
-def rsr_scale(step: float, total_steps: float, start: float = 0.5) -> float:
+def token_statistics(types: Tensor, weights: Tensor, num_new: int, mask: Tensor | None = None) -> Tensor:
+    """Where the tokens that count went: shares of new, ambiguous and old ones, mean weight on the new group, entropy.
+
+    Args:
+        types: (tokens,), as `token_types` gives them.
+        weights: routing weights, (tokens, experts), the new group's last.
+        num_new: size of the new group.
+        mask: (tokens,), true for tokens that count; all when None.
+
+    Returns:
+        (5,), the dtype of the weights; the entropy of a token's weights is in nats. All 0 where no token counts.
+    """
+    counts = weights.new_ones(weights.shape[:-1]) if mask is None else mask.to(weights.dtype)
+    counts = counts / counts.sum().clamp(min=1)
+    order = (TokenType.NEW, TokenType.AMBIGUOUS, TokenType.OLD)
+    shares = [((types == int(kind)) * counts).sum() for kind in order]
+    means = (weights[..., weights.shape[-1] - num_new :].sum(-1), torch.special.entr(weights).sum(-1))
+    return torch.stack([*shares, *((value * counts).sum() for value in means)])
+
+
+def rsr_scale(step: float, total_steps: float, start: float = Routing.rsr_start) -> float:
     """Scale of the regularization: 0 up to the share `start` of a task's steps, then linear to 1 at the end.
 
     Args:

@@ -12,9 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from dymoe import DyMoEConfig, group_hash, routing
-from dymoe.adapter import trace as trace_module
 from dymoe.adapter.layer import DyMoELayer
-from dymoe.adapter.ops.fused import inverse_norm
 from dymoe.adapter.trace import GroupWeights, LayerRouting, RoutingTrace
 
 from .conftest import randomise, small, tiny_llama
@@ -264,36 +262,42 @@ def test_autocast_keeps_scores_in_float32_and_parameters_too(batch):
     assert difference.mean() < 0.02, "rounding only (a token at the border between two experts may differ more)"
 
 
-def test_an_inputs_length_is_found_once_for_the_linears_that_share_it(monkeypatch):
-    found = []
-    monkeypatch.setattr(trace_module, "inverse_norm", lambda x: found.append(x) or inverse_norm(x))
+def test_what_linears_see_of_an_input_is_made_once_for_those_that_share_it():
+    made = []
+
+    def length(x):
+        made.append(x)
+        return x.norm(dim=-1)
+
     trace = RoutingTrace()
     x = torch.randn(2, 3, 4)
-    first, again = trace.inverse_norm(x), trace.inverse_norm(x)
+    first, again = trace.view(x, length), trace.view(x, length)
     assert first is again
-    torch.testing.assert_close(first, 1 / x.reshape(6, 4).norm(dim=1, keepdim=True))
+    torch.testing.assert_close(first, x.norm(dim=-1))
     x.mul_(2)
-    torch.testing.assert_close(trace.inverse_norm(x), first / 2)
-    assert trace.inverse_norm(x.clone()).shape == (6, 1)
-    assert len(found) == 3
+    torch.testing.assert_close(trace.view(x, length), 2 * first)
+    assert trace.view(x.clone(), length).shape == (2, 3)
+    assert len(made) == 3
     trace.begin({})
-    trace.inverse_norm(x)
-    assert len(found) == 4
+    trace.view(x, length)
+    assert len(made) == 4
+    with torch.no_grad():
+        trace.view(x, length)
+    assert len(made) == 5, "what was made with a graph serves no pass without one"
     with torch.inference_mode():
-        assert trace.inverse_norm(torch.zeros(1, 4)).item() == 0
+        assert trace.view(torch.zeros(1, 4), length).item() == 0
 
 
-def test_the_graph_lets_go_of_a_linears_input_with_its_backward_pass():
-    model = get_peft_model(tiny_llama(), small(), adapter_name="a").train()
-    layer = next(module for module in model.modules() if isinstance(module, DyMoELayer))
-    x = torch.randn(1, 5, layer.in_features, requires_grad=True)
-    inner = x * 1.0
-    held = weakref.ref(inner)
-    output = layer(inner)
-    del inner
-    output.sum().backward()
-    assert output.grad_fn is not None, "the graph itself is still there"
-    assert held() is None
+def test_the_graph_lets_go_of_the_linears_inputs_with_its_backward_pass(batch):
+    model = two_groups().train()
+    held = []
+    for layer in model.base_model.layers():
+        layer.register_forward_pre_hook(lambda _, args: held.append(weakref.ref(args[0])))
+    loss = model(**batch).loss
+    assert any(x() is not None for x in held), "the graph needs some of them"
+    loss.backward()
+    assert loss.grad_fn is not None, "the graph itself is still there"
+    assert all(x() is None for x in held)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

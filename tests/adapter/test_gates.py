@@ -9,9 +9,10 @@ import torch
 from peft import get_peft_model
 
 from dymoe import group_hash
-from dymoe.adapter.gates import GATES, Gating
+from dymoe.adapter.gates import GATES, Setting
 from dymoe.errors import DymoeError
 from dymoe.learning.groups import delete_group, load_group, save_group, stored_parameters, train_group
+from dymoe.routing import Routing
 
 from .conftest import randomise, small, tiny_llama
 
@@ -66,9 +67,25 @@ def case(gate, sizes, tokens, dtype, seed=0):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     counts = [sum(sizes[: g + 1]) if gate == "linear" else size for g, size in enumerate(sizes)]
     rows = [torch.randn(count, WIDTH, generator=generator).to(wide) for count in counts]
-    if gate == "cosine":
-        rows = [torch.nn.functional.normalize(block, dim=-1) for block in rows]
-    return x, () if gate == "uniform" else tuple(rows)
+    return x, [] if gate == "uniform" else rows
+
+
+def decided(gate, x, rows, sizes, top_k, temperature=TEMPERATURE, selection=None, new=0):
+    """The gate's decision over a bank whose last `new` groups, one at most, train."""
+    kind, flat = GATES[gate], x.flatten(0, -2)
+    frozen = rows[: len(rows) - new]
+    setting = Setting(
+        sizes, sizes[-1] if new else 0, Routing(top_k=top_k, temperature=temperature), x.shape[:-1], selection
+    )
+    return kind.decide(
+        kind.view(flat), kind.pack(frozen) if frozen else None, rows[-1] if new and rows else None, setting
+    )
+
+
+def weights_of(decision, tokens):
+    """Weights of all experts, (*tokens, experts)."""
+    joined = torch.cat([decision.columns(0), decision.columns(1)], -1)
+    return joined.expand(math.prod(tokens), -1).reshape(*tokens, -1)
 
 
 SELECTIONS = {
@@ -89,26 +106,28 @@ def test_weights_are_the_oracles(gate, selection, top_k, dtype):
         chosen = SELECTIONS[selection]
         pair = None if chosen is None else [chosen, chosen[::-1]]  # the second sample selects the other way round
         selected = None if pair is None else torch.tensor(pair)
-        found = GATES[gate](x, Gating(sizes, rows, top_k, TEMPERATURE, None, selected)).weights
-        found = found.expand(*tokens, sum(sizes))
-        assert found.dtype == (torch.float64 if dtype == torch.float64 and gate != "uniform" else torch.float32)
         lists = [block.tolist() for block in rows]
-        for place in itertools.product(*map(range, tokens)):
-            expected = oracle(gate, x[place].tolist(), lists, sizes, top_k, None if pair is None else pair[place[0]])
-            torch.testing.assert_close(found[place].tolist(), expected, atol=1e-5, rtol=1e-4)
+        for new in (0, 1):
+            found = weights_of(decided(gate, x, rows, sizes, top_k, TEMPERATURE, selected, new), tokens)
+            wide = dtype == torch.float64 and gate != "uniform"
+            assert found.dtype == (torch.float64 if wide else torch.float32)
+            for place in itertools.product(*map(range, tokens)):
+                share = None if pair is None else pair[place[0]]
+                expected = oracle(gate, x[place].tolist(), lists, sizes, top_k, share)
+                torch.testing.assert_close(found[place].tolist(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("gate", ["cosine", "linear"])
 def test_scores_without_a_selection(gate):
     x, rows = case(gate, (2, 3), (2, 4), torch.float64)
-    found = GATES[gate](x, Gating((2, 3), rows, 2, TEMPERATURE)).scores
+    found = torch.cat(decided(gate, x, rows, (2, 3), 2, new=1).scores, -1).unflatten(0, (2, 4))
     score, used = (cosine, torch.cat(rows)) if gate == "cosine" else (dot, rows[-1])
     expected = [[[score(token, row) for row in used.tolist()] for token in sample] for sample in x.tolist()]
     torch.testing.assert_close(found, torch.tensor(expected).double())
 
 
 def test_the_uniform_gate_has_no_scores():
-    assert GATES["uniform"](torch.randn(2, 3, WIDTH), Gating((2, 1), (), 1, 1.0)).scores is None
+    assert decided("uniform", torch.randn(2, 3, WIDTH), [], (2, 1), 1).scores is None
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (0, 1, 2)])
@@ -121,28 +140,28 @@ def test_gradients(gate, selection, sizes):
     inputs = [t.clone().requires_grad_(t.numel() > 0) for t in (x, *rows)]
 
     def weights(x, *rows):
-        return GATES[gate](x, Gating(sizes, rows, 16, TEMPERATURE, None, selected)).weights
+        return weights_of(decided(gate, x, rows, sizes, 16, TEMPERATURE, selected, 1), (2, 3))
 
     assert torch.autograd.gradcheck(weights, inputs)
 
 
 def test_a_single_group_of_the_linear_gate_is_a_plain_softmax():
     x, rows = case("linear", (4,), (3, 2), torch.float32)
-    found = GATES["linear"](x, Gating((4,), rows, 4, 1.0)).weights
+    found = weights_of(decided("linear", x, rows, (4,), 4, 1.0), (3, 2))
     torch.testing.assert_close(found, torch.softmax(x @ rows[0].T, -1))
 
 
 def test_the_linear_router_keeps_float32_under_autocast():
     x, rows = case("linear", (4,), (3, 2), torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = GATES["linear"](x, Gating((4,), rows, 4, 1.0)).weights
+        found = weights_of(decided("linear", x, rows, (4,), 4, 1.0), (3, 2))
     torch.testing.assert_close(found, torch.softmax(x.float() @ rows[0].T, -1), atol=1e-6, rtol=1e-6)
 
 
 def test_a_linear_router_refuses_groups_it_was_not_trained_with():
     x, rows = case("linear", (2, 1, 3), (2, 3), torch.float32)
     with pytest.raises(ValueError, match=r"router for 6 experts meets 5: activate the groups"):
-        GATES["linear"](x, Gating((2, 3), (rows[0], rows[2]), 4, 1.0))
+        decided("linear", x, [rows[0], rows[2]], (2, 3), 4)
 
 
 @pytest.mark.parametrize("gate", ["cosine", "uniform", "linear"])
@@ -151,7 +170,7 @@ def test_a_selection_that_does_not_fit_the_samples_is_refused(gate, tokens):
     x, rows = case(gate, (2, 1), tokens, torch.float32)
     selected = torch.ones(2, 2) / 2
     with pytest.raises((ValueError, RuntimeError)):
-        GATES[gate](x, Gating((2, 1), rows, 2, 1.0, None, selected))
+        decided(gate, x, rows, (2, 1), 2, 1.0, selected)
 
 
 # ---- layers with unequal experts ------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def change(run: Path, *keys: str | int, value: object) -> None:
 CONDITIONS = [
     ("versions", ("environments", -1, "versions", "torch"), "2.0.1", "torch is '2.0.1' there"),
     ("versions", ("environments", -1, "versions", "python"), "3.8.1", "python is '3.8.1' there"),
-    ("machine", ("environments", -1, "machine", "kernels"), "other", "kernels is 'other' there"),
+    ("machine", ("environments", -1, "machine", "cpu"), "other", "cpu is 'other' there"),
     ("machine", ("environments", -1, "machine", "threads"), 77, "threads is 77 there, 1 here"),
     ("base", ("base", "sha256"), "0" * 64, "base sha256 is 000000000000 there"),
     ("data", ("data", "tasks", "VQAv2", "training"), "0" * 64, "training data of VQAv2 is 000000000000 there"),

@@ -7,8 +7,8 @@ from typing import Any
 
 from peft import PeftConfig
 
-from dymoe.numbers import WORKABLE, workable
-from dymoe.routing import MASKS
+from dymoe.adapter.gates import GATES
+from dymoe.routing_settings import Routing
 
 
 class PeftType(str, enum.Enum):  # noqa: UP042 - as PEFT's own, whose text names the class
@@ -18,16 +18,16 @@ class PeftType(str, enum.Enum):  # noqa: UP042 - as PEFT's own, whose text names
 
 
 PEFT_TYPE = PeftType.DYMOE
-GATES = ("cosine", "uniform", "linear")
-COMPUTE = ("stacked", "reference", "triton", "auto")
+COMPUTE = ("stacked", "compiled", "reference")
 
 
 @dataclass
-class DyMoEConfig(PeftConfig):
+class DyMoEConfig(Routing, PeftConfig):
     """What one task adds to the bank, and how its tokens are routed while it trains.
 
-    Defaults follow the supplement of LLaVA-DyMoE, A.1 (16 experts of rank 4 a task, top-k 16, loss weights 1e-3);
-    what the supplement leaves open says so below.
+    The settings of the router are those of `dymoe.routing_settings.Routing`; only the cosine gate has scores that its
+    `guidance` can compare. Defaults follow the supplement of LLaVA-DyMoE, A.1 (16 experts of rank 4 a task); what the
+    supplement leaves open says so below.
 
     Args:
         num_experts: experts that this group adds to every wrapped layer.
@@ -38,20 +38,8 @@ class DyMoEConfig(PeftConfig):
         gate: "cosine" (cosine scores, softmax over the top k), "uniform" (every expert has weight 1, no router: plain
             LoRA is one such expert) or "linear" (a linear router, softmax over the top k; the router of a group scores
             the experts of all groups up to its own).
-        top_k: experts with weight per token, over all active groups.
-        temperature: of the router's softmax (0.01).
-        tau: relative score difference above which a token is new or old, not ambiguous (0.2).
-        guidance: mask of Token Assignment Guidance while training: "exclusive", "protect", "none", or one of those
-            that study the token's dilemma ("only-ambiguous", "only-old", "no-token"; see
-            `routing.token_assignment_guidance`); only the cosine gate has scores to guide.
-        load_balance: weight of the load-balance loss.
-        balance_over: experts whose use it evens out: those of the "new" group, or "all" that the router scores.
-        exclusivity: weight of the exclusivity loss.
-        specialization: weight of the specialization loss.
-        rsr_temperature: temperature of the regularization's softmax (0.1).
-        rsr_start: share of a task's steps before the regularization starts to rise.
-        compute: "stacked" (two matrix products for the bank), "reference" (a loop over experts), "triton" (kernels
-            for GPUs) or "auto" (triton on a GPU that has it, else stacked).
+        compute: "stacked" (dense products for the bank), "compiled" (the same, compiled by torch: needs a C++ compiler,
+            on a GPU Triton) or "reference" (a loop over experts).
         expert_pattern: experts in layers whose name is, ends with or as a regular expression fits a key, in place of
             num_experts; 0 leaves a layer without new experts. The scale stays that of num_experts.
         selector: what weighs whole groups for a whole sample before the gates do: "none" or a name of
@@ -70,17 +58,7 @@ class DyMoEConfig(PeftConfig):
     lora_alpha: float = field(default=128.0, metadata={"help": "scale: lora_alpha / (num_experts * r)"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the training experts' input"})
     gate: str = field(default="cosine", metadata={"help": "cosine | uniform | linear"})
-    top_k: int = field(default=16, metadata={"help": "experts with weight per token"})
-    temperature: float = field(default=0.01, metadata={"help": "of the router's softmax"})
-    tau: float = field(default=0.2, metadata={"help": "threshold of token types"})
-    guidance: str = field(default="exclusive", metadata={"help": "exclusive | protect | none | .."})
-    load_balance: float = field(default=1e-3, metadata={"help": "weight of the load-balance loss"})
-    balance_over: str = field(default="new", metadata={"help": "new | all: experts whose use is evened out"})
-    exclusivity: float = field(default=1e-3, metadata={"help": "weight of the exclusivity loss"})
-    specialization: float = field(default=1e-3, metadata={"help": "weight of the specialization loss"})
-    rsr_temperature: float = field(default=0.1, metadata={"help": "of the regularization's softmax"})
-    rsr_start: float = field(default=0.5, metadata={"help": "share of steps before the regularization rises"})
-    compute: str = field(default="stacked", metadata={"help": "stacked | reference | triton | auto"})
+    compute: str = field(default="stacked", metadata={"help": "stacked | compiled | reference"})
     expert_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "experts by layer"})
     selector: str = field(default="none", metadata={"help": "none, or what weighs groups for a sample"})
     selector_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the selector's settings"})
@@ -88,28 +66,20 @@ class DyMoEConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "linears to leave alone"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Routing.__post_init__(self)
+        PeftConfig.__post_init__(self)
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]
-        choices = (("gate", GATES), ("guidance", MASKS), ("compute", COMPUTE), ("balance_over", ("new", "all")))
-        for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("num_experts", "r", "top_k"):
+        for name, known in (("gate", GATES), ("compute", COMPUTE)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("num_experts", "r"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not workable(value):
-                raise ValueError(f"{name} must be {WORKABLE}, got {value!r}")
-        for name in ("temperature", "rsr_temperature", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        for name in ("tau", "load_balance", "exclusivity", "specialization"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
-        for name in ("lora_dropout", "rsr_start"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be a share in [0, 1), got {self.lora_dropout!r}")
         for key, value in self.expert_pattern.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"expert_pattern: {key!r}: expected a whole number from 0, got {value!r}")

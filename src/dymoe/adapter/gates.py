@@ -1,128 +1,240 @@
-"""Gates: how a token's weights over the experts come about."""
+"""Gates: which router rows a group brings, how a bank of groups is scored, what that costs.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+A gate is a class; nothing outside asks for its name. `dymoe.routing.route` makes weights and losses of its scores.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dymoe.routing import scores_of_directions, topk_weights
+from dymoe import routing
+from dymoe.routing import Decision, Routing, Tokens
 
-Guide = Callable[[Tensor], tuple[Tensor, Tensor]]
 
+class Setting(NamedTuple):
+    """What a gate is told of the bank and of the forward pass.
 
-@dataclass(frozen=True)
-class Gating:
-    """What a gate sees of the bank.
-
-    Args:
+    Attributes:
         sizes: experts of each active group, in the order of their columns.
-        rows: router rows, float32. Cosine gate: unit rows, blocks in the order of the columns. Linear gate: one matrix
-            (experts of the bank up to and with the group, features) for every active group. Uniform gate: none.
-        top_k: experts with weight per token.
-        temperature: of the softmax.
-        guide: maps scores to (guided scores, token types) while training, or None.
+        num_new: experts of the group that trains, which is the last; 0 where none does.
+        routing: the settings of the last group.
+        tokens: leading dimensions of the layer's input, of which the gate sees the product.
         selection: (samples, groups), what a selector decided for each sample, or None (see `adapter.selection`).
+        learns: the new group trains, with guidance and losses.
+        mask: (tokens,), true for tokens that count in the losses, or None for all.
+        scale: factor on the regularization, 0-d, or None while it is off.
+        report: somebody reads the losses and statistics of this pass.
     """
 
     sizes: tuple[int, ...]
-    rows: tuple[Tensor, ...]
-    top_k: int
-    temperature: float
-    guide: Guide | None = None
+    num_new: int
+    routing: Routing
+    tokens: tuple[int, ...]
     selection: Tensor | None = None
+    learns: bool = False
+    mask: Tensor | None = None
+    scale: Tensor | None = None
+    report: bool = False
 
+    @property
+    def num_old(self) -> int:
+        """Experts of all groups but the one that trains."""
+        return sum(self.sizes) - self.num_new
 
-@dataclass(frozen=True)
-class Routing:
-    """A gate's decision: scores (..., experts) before guidance or None, weights (..., experts) or (experts,).
+    def by_group(self) -> Tensor:
+        """The selection repeated for the tokens of each sample, (tokens, groups).
 
-    `types` holds the token types (...) where guidance computed them.
-    """
+        Raises:
+            ValueError: the layer's input does not start with the dimension of samples.
+        """
+        selection, tokens = self.selection, self.tokens
+        assert selection is not None
+        if len(tokens) < 2 or tokens[0] != selection.shape[0]:
+            raise ValueError(
+                f"a selection for {selection.shape[0]} samples does not fit an input of {tuple(tokens)} tokens"
+            )
+        spread = selection.view(tokens[0], *[1] * (len(tokens) - 1), -1)
+        return spread.expand(*tokens, -1).flatten(0, -2)
 
-    scores: Tensor | None
-    weights: Tensor
-    types: Tensor | None = None
+    def by_expert(self) -> Tensor:
+        """`by_group` repeated for the experts of each group, (tokens, experts)."""
+        selection = self.by_group()
+        repeats = torch.tensor(self.sizes, device=selection.device)
+        return selection.repeat_interleave(repeats, dim=1, output_size=sum(self.sizes))
 
-
-def by_expert(selection: Tensor, sizes: tuple[int, ...], tokens: torch.Size) -> Tensor:
-    """Each sample's selection repeated for the experts of each group, (samples, 1, ..., experts).
-
-    Raises:
-        ValueError: the layer's input does not start with the dimension of samples.
-    """
-    if len(tokens) < 2 or tokens[0] != selection.shape[0]:
-        raise ValueError(
-            f"a selection for {selection.shape[0]} samples does not fit an input of {tuple(tokens)} tokens"
+    def route(self, old: Tensor, new: Tensor, guide: bool, visible: Tensor | None = None) -> Decision:
+        """`dymoe.routing.route` of these scores (tokens, experts)."""
+        return routing.route(
+            old,
+            new,
+            self.routing,
+            visible=visible,
+            learns=self.learns,
+            guide=guide,
+            mask=self.mask,
+            scale=self.scale,
+            report=self.report,
         )
-    repeats = torch.tensor(sizes, device=selection.device)
-    spread = selection.repeat_interleave(repeats, dim=1, output_size=sum(sizes))
-    return spread.view(tokens[0], *[1] * (len(tokens) - 1), -1)
 
 
-def cosine_gate(x: Tensor, gating: Gating) -> Routing:
-    """Cosine scores, guidance, softmax over the top k; groups that a selection leaves at 0 get no weight.
+class Gate:
+    """Base of all gates.
 
-    Args:
-        x: layer inputs, (..., features).
-        gating: the bank.
+    Attributes:
+        name: what a config's `gate` says.
+        routes: a token's weights depend on the token.
+        scores_older: a group's rows score the experts of earlier groups too, as they were when it trained.
+        view_bytes: what `view` keeps of each feature of an input for the backward pass, in bytes.
+        pack_bytes: what `pack` adds to each number of a frozen router row, in bytes.
     """
-    scores = guided = scores_of_directions(x, *gating.rows)
-    types = None
-    if gating.guide is not None:
-        guided, types = gating.guide(scores)
-    if gating.selection is None:
-        return Routing(scores, topk_weights(guided, gating.top_k, gating.temperature), types)
-    guided = guided.masked_fill(by_expert(gating.selection, gating.sizes, x.shape[:-1]) == 0, float("-inf"))
-    # A selected group may have no experts in this layer: a softmax over nothing would be NaN, also in its gradient.
-    nothing = guided.amax(-1, keepdim=True) == float("-inf")
-    weights = topk_weights(guided.masked_fill(nothing, 0.0), gating.top_k, gating.temperature)
-    return Routing(scores, weights.masked_fill(nothing, 0.0), types)
+
+    name: ClassVar[str] = ""
+    routes: ClassVar[bool] = True
+    scores_older: ClassVar[bool] = False
+    view_bytes: ClassVar[int] = 4
+    pack_bytes: ClassVar[int] = 0
+
+    def rows(self, experts: int, older: int) -> int:
+        """Router rows that a group of `experts` brings to a layer that has `older` ones."""
+        raise NotImplementedError
+
+    def saved_bytes(self, old: int, new: int, top_k: int) -> int:
+        """Bytes that a decision keeps of one token for its backward pass, with so many experts on each side.
+
+        A score and a weight of every expert and the candidates' softmax, in float32; where a side has more experts than
+        top_k, also the candidates' places.
+        """
+        candidates = min(old, top_k) + min(new, top_k)
+        return 8 * (old + new) + 4 * candidates + 8 * top_k * ((old > top_k) + (new > top_k))
+
+    def pack(self, routers: Sequence[Tensor]) -> Any:
+        """What frozen groups' router rows (rows, features) are kept as between forward passes, without gradient."""
+        return tuple(routers)
+
+    def view(self, x: Tensor) -> Any:
+        """What of an input (tokens, features) linears with the same input share."""
+        return x
+
+    def decide(self, x: Any, old: Any, new: Tensor | None, setting: Setting) -> Decision:
+        """Where the tokens go.
+
+        Args:
+            x: `view` of the layer's input.
+            old: `pack` of the frozen groups' router rows; None without frozen groups.
+            new: router rows of the group that trains, (rows, features), or None.
+            setting: see `Setting`.
+        """
+        raise NotImplementedError
 
 
-def uniform_gate(x: Tensor, gating: Gating) -> Routing:
-    """Weight 1 for every expert of every token, or what the selection gives its group."""
-    if gating.selection is None:
-        return Routing(None, torch.ones(sum(gating.sizes), dtype=torch.float32, device=x.device))
-    dtype = torch.promote_types(gating.selection.dtype, torch.float32)
-    return Routing(None, by_expert(gating.selection, gating.sizes, x.shape[:-1]).to(dtype))
+class Cosine(Gate):
+    """Cosine scores, guidance, softmax over the top k; groups that a selection leaves at 0 get no weight."""
+
+    name = "cosine"
+    pack_bytes = 4
+
+    def rows(self, experts: int, older: int) -> int:
+        """One for each expert."""
+        return experts
+
+    def pack(self, routers: Sequence[Tensor]) -> Tensor:
+        """Unit rows of all groups, (experts, features), float32 or wider."""
+        rows = torch.cat(list(routers))
+        return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1, eps=1e-12)
+
+    def view(self, x: Tensor) -> Tokens:
+        """The inputs in float32 with the inverse of their lengths."""
+        return Tokens.of(x)
+
+    def decide(self, x: Tokens, old: Tensor | None, new: Tensor | None, setting: Setting) -> Decision:
+        """Scores of each side apart, then `dymoe.routing.route`."""
+        nothing = x.wide.new_zeros(len(x.wide), 0)
+        by_old = nothing if old is None else routing.cosine_scores(x, old, unit=True)
+        by_new = nothing if new is None else routing.cosine_scores(x, new)
+        visible = None if setting.selection is None else setting.by_expert() != 0
+        return setting.route(by_old, by_new, True, visible)
 
 
-def linear_gate(x: Tensor, gating: Gating) -> Routing:
-    """Softmax over the top k of a linear router, which scores all experts that its group found or brought.
+class Linear(Gate):
+    """Softmax over the top k of a linear router, which scores all experts that its group met or brought.
 
     The last active group's router decides, or the routers that the selection names for a sample (a mixture where it
     names several).
-
-    Raises:
-        ValueError: a router does not fit the groups before it (they are not the ones it was trained with).
     """
-    total, ends = 0, []
-    for size in gating.sizes:
-        total += size
-        ends.append(total)
-    for rows, end in zip(gating.rows, ends, strict=True):
-        if rows.shape[0] != end:
-            raise ValueError(
-                f"a linear router for {rows.shape[0]} experts meets {end}: activate the groups it was trained with, in "
-                "their order"
-            )
-    if gating.selection is None:
-        scores = _linear_scores(x, gating.rows[-1])
-        return Routing(scores, topk_weights(scores, gating.top_k, gating.temperature))
-    shape = (x.shape[0], *[1] * (x.dim() - 1))
-    weights = x.new_zeros(*x.shape[:-1], total, dtype=gating.rows[-1].dtype)
-    for number, rows in enumerate(gating.rows):
-        share = gating.selection[:, number].view(shape).to(weights.dtype)
-        own = topk_weights(_linear_scores(x, rows), gating.top_k, gating.temperature)
-        weights = weights + share * torch.nn.functional.pad(own, (0, total - rows.shape[0]))
-    return Routing(None, weights)
+
+    name = "linear"
+    scores_older = True
+
+    def rows(self, experts: int, older: int) -> int:
+        """One for each expert and each older one."""
+        return older + experts
+
+    def view(self, x: Tensor) -> Tensor:
+        """The inputs in float32 or wider."""
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def decide(self, x: Tensor, old: Sequence[Tensor] | None, new: Tensor | None, setting: Setting) -> Decision:
+        """Scores of the last router; of several routers weights alone.
+
+        Raises:
+            ValueError: a router does not fit the groups before it (they are not the ones it was trained with).
+        """
+        rows = [*(old or ()), *([] if new is None else [new])]
+        total = 0
+        for size, router in zip(setting.sizes, rows, strict=True):
+            total += size
+            if router.shape[0] != total:
+                raise ValueError(
+                    f"a linear router for {router.shape[0]} experts meets {total}: activate the groups it was trained "
+                    "with, in their order"
+                )
+        sides = [setting.num_old, setting.num_new]
+        if setting.selection is None:
+            by_old, by_new = _linear_scores(x, rows[-1]).split(sides, -1)
+            return setting.route(by_old, by_new, False)
+        weights = x.new_zeros(len(x), total, dtype=rows[-1].dtype)
+        shares = setting.by_group()
+        for number, router in enumerate(rows):
+            scores = _linear_scores(x, router)
+            own = routing.route(scores, scores[:, :0], setting.routing).columns(0)
+            weights = weights + shares[:, number : number + 1].to(own.dtype) * F.pad(own, (0, total - len(router)))
+        by_old, by_new = weights.split(sides, -1)
+        return Decision(None, (by_old, by_new), (None, None), (sides[0], sides[1]))
 
 
 def _linear_scores(x: Tensor, rows: Tensor) -> Tensor:
     with torch.autocast(device_type=x.device.type, enabled=False):
-        return torch.nn.functional.linear(x.to(rows.dtype), rows)
+        return F.linear(x.to(rows.dtype), rows)
 
 
-Gate = Callable[[Tensor, Gating], Routing]
-GATES: dict[str, Gate] = {"cosine": cosine_gate, "uniform": uniform_gate, "linear": linear_gate}
+class Uniform(Gate):
+    """Weight 1 for every expert of every token, or what the selection gives its group."""
+
+    name = "uniform"
+    routes = False
+    view_bytes = 0
+
+    def rows(self, experts: int, older: int) -> int:
+        """None."""
+        return 0
+
+    def saved_bytes(self, old: int, new: int, top_k: int) -> int:
+        """Nothing: no weight depends on the token."""
+        return 0
+
+    def decide(self, x: Tensor, old: Any, new: Tensor | None, setting: Setting) -> Decision:
+        """One row of weights for all tokens, unless there is a selection."""
+        if setting.selection is None:
+            weights = torch.ones(1, sum(setting.sizes), dtype=torch.float32, device=x.device)
+        else:
+            weights = setting.by_expert()
+            weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        sides = (setting.num_old, setting.num_new)
+        by_old, by_new = weights.split(list(sides), -1)
+        return Decision(None, (by_old, by_new), (None, None), sides)
+
+
+GATES: dict[str, Gate] = {gate.name: gate for gate in (Cosine(), Uniform(), Linear())}

@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from operator import attrgetter
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dymoe import routing
+from dymoe.adapter.bank import BankOp, Block, reference, stacked
 from dymoe.adapter.config import DyMoEConfig
-from dymoe.adapter.gates import GATES, Gating, Routing
+from dymoe.adapter.gates import GATES, Gate, Setting
 from dymoe.adapter.holder import GroupHolder
-from dymoe.adapter.ops import OPS, Bank, Candidates, ExpertBlock, Rule, fused
-from dymoe.adapter.ops.candidates import token_statistics
-from dymoe.adapter.ops.triton import suits
-from dymoe.adapter.ops.triton.route import GUIDES, Guidance, group_mass, route
-from dymoe.adapter.trace import TERMS, LayerRouting, RoutingTrace
+from dymoe.adapter.trace import LayerRouting, RoutingTrace
+from dymoe.routing import Decision
 
 _compiling = torch.compiler.is_compiling
 
@@ -34,15 +31,13 @@ class Pack:
 
     Attributes:
         blocks: experts of equal rank, scale folded into B, in the compute dtype.
-        directions: unit router rows, float32.
-        rows: the same in the compute dtype.
+        rows: what the gate keeps of their router rows (`Gate.pack`).
         sources: the parameters that were packed.
         versions: torch's counters of their in-place changes at that time.
     """
 
-    blocks: tuple[ExpertBlock, ...]
-    directions: Tensor | None
-    rows: Tensor | None
+    blocks: tuple[Block, ...]
+    rows: Any
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
@@ -58,14 +53,48 @@ class Layout:
     Attributes:
         groups: all of them.
         sizes: experts of each.
-        frozen: those that are packed, without groups that brought no experts here; the last may be the newest one.
-        new: the group that trains, if it has experts here.
+        frozen: those that are packed; the last may be the newest one.
+        new: the group that trains, or None.
+        num_new: experts that it has here.
     """
 
     groups: tuple[str, ...]
     sizes: tuple[int, ...]
     frozen: tuple[str, ...]
     new: str | None
+    num_new: int
+
+
+def compute(
+    gate: Gate,
+    bank: BankOp,
+    setting: Setting,
+    result: Tensor,
+    x: Tensor,
+    view: Any,
+    old: tuple[Any, tuple[Block, ...]],
+    new: tuple[Tensor | None, Block | None],
+) -> tuple[Tensor, Decision]:
+    """What a layer adds to its base: where the tokens go and the output of the experts they go to.
+
+    Args:
+        gate: the bank's gate.
+        bank: how its experts are computed.
+        setting: what the gate is told.
+        result: the base's output, (tokens, out_features).
+        x: the layer's input, (tokens, in_features), in the compute dtype.
+        view: what the gate sees of the input.
+        old: router rows and blocks of the frozen groups, as packed.
+        new: router rows and block of the group that trains.
+
+    Returns:
+        The output, (tokens, out_features), and the decision.
+    """
+    decision = gate.decide(view, old[0], new[0], setting)
+    return bank(result, x, decision, old[1], new[1]), decision
+
+
+compiled = torch.compile(compute, dynamic=True)
 
 
 class DyMoELayer(GroupHolder):
@@ -117,7 +146,7 @@ class DyMoELayer(GroupHolder):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             self.dymoe_A[group] = nn.Parameter(a.view(experts, r, self.in_features))
             self.dymoe_B[group] = nn.Parameter(torch.zeros(experts, r, self.out_features, device=device))
-        routed = {"cosine": experts, "linear": older + experts, "uniform": 0}[config.gate]
+        routed = GATES[config.gate].rows(experts, older)
         if routed:
             rows = torch.empty(routed, self.in_features, dtype=torch.float32, device=device)
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
@@ -133,7 +162,7 @@ class DyMoELayer(GroupHolder):
         """Forget a group on purpose; the linear routers of later groups lose the columns of its experts."""
         names = list(self.group_configs)
         experts = self.experts_of(adapter_name)
-        if adapter_name in names and experts and self.group_configs[adapter_name].gate == "linear":
+        if adapter_name in names and experts and GATES[self.group_configs[adapter_name].gate].scores_older:
             place = names.index(adapter_name)
             start = sum(self.experts_of(name) for name in names[:place])
             for name in names[place + 1 :]:
@@ -184,12 +213,12 @@ class DyMoELayer(GroupHolder):
             sizes = tuple(self.experts_of(group) for group in groups)
             if not learning:
                 frozen, new = groups, None
-            held = tuple(group for group in frozen if self.experts_of(group))
-            found = Layout(tuple(groups), sizes, held, new if new is not None and self.experts_of(new) else None)
+            num_new = 0 if new is None else sizes[-1]
+            found = Layout(tuple(groups), sizes, tuple(frozen), new, num_new)
             self._layouts[learning] = found
         return found
 
-    def _pack(self, groups: tuple[str, ...], dtype: torch.dtype) -> Pack:
+    def _pack(self, groups: tuple[str, ...], gate: Gate, dtype: torch.dtype) -> Pack:
         """Return the packed groups in the compute dtype; packed anew only after one of them changed."""
         key = (groups, dtype)
         found = self._packs.get(key)
@@ -197,35 +226,35 @@ class DyMoELayer(GroupHolder):
             return found
         held = [getattr(self, attribute) for attribute in self.adapter_layer_names]
         sources = tuple(parameters[group] for parameters in held for group in groups if group in parameters)
-        with torch.no_grad(), torch.autocast(self.dymoe_A[groups[0]].device.type, enabled=False):
-            directions = self._pack_directions(groups)
-            rows = None if directions is None else directions.to(dtype)
+        with torch.no_grad(), torch.autocast(self._like().device.type, enabled=False):
+            rows = gate.pack([self._router(group).detach() for group in groups])
             versions = () if _compiling() else tuple(map(_version, sources))
-            pack = Pack(self._pack_blocks(groups, dtype), directions, rows, sources if versions else (), versions)
+            pack = Pack(self._pack_blocks(groups, dtype), rows, sources if versions else (), versions)
         self._packs = {key: pack}
         return pack
 
-    def _pack_blocks(self, groups: Sequence[str], dtype: torch.dtype) -> tuple[ExpertBlock, ...]:
-        blocks: list[ExpertBlock] = []
-        start = 0
-        while start < len(groups):
-            r = self.group_configs[groups[start]].r
-            stop = start + 1
-            while stop < len(groups) and self.group_configs[groups[stop]].r == r:
-                stop += 1
-            run = groups[start:stop]
-            a = torch.cat([self.dymoe_A[g].flatten(0, 1) for g in run]).to(dtype)
-            b = torch.cat([self.dymoe_B[g].flatten(0, 1) * self.group_configs[g].scaling for g in run]).to(dtype)
-            blocks.append(ExpertBlock(a.detach(), b.detach(), r))
-            start = stop
+    def _pack_blocks(self, groups: Sequence[str], dtype: torch.dtype) -> tuple[Block, ...]:
+        blocks: list[Block] = []
+        for r, run in groupby((g for g in groups if self.experts_of(g)), lambda g: self.group_configs[g].r):
+            names = list(run)
+            scaled = [self.dymoe_B[g] * self.group_configs[g].scaling for g in names]
+            a, b = (
+                torch.cat(list(parts)).transpose(0, 1).to(dtype).contiguous().detach()
+                for parts in ([self.dymoe_A[g] for g in names], scaled)
+            )
+            assert len(a) == r
+            blocks.append(Block(a, b))
         return tuple(blocks)
 
-    def _pack_directions(self, groups: Sequence[str]) -> Tensor | None:
-        """Unit router rows of all groups (cosine gate)."""
-        if self.group_configs[groups[0]].gate != "cosine":
-            return None
-        rows = torch.cat([self.dymoe_router[g] for g in groups])
-        return F.normalize(rows.float(), dim=-1, eps=1e-12).detach()
+    def _like(self) -> Tensor:
+        """One of the layer's parameters, for their dtype and device."""
+        return next(iter(self.dymoe_A.values()))
+
+    def _router(self, group: str) -> Tensor:
+        """A group's router rows; none for one that brought none."""
+        if group in self.dymoe_router:
+            return self.dymoe_router[group]
+        return self._like().new_zeros(0, self.in_features)
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
@@ -235,171 +264,68 @@ class DyMoELayer(GroupHolder):
         if self._disable_adapters:
             return result
         layout = self._layout(self.training or torch.is_grad_enabled())
-        groups, sizes, new = layout.groups, layout.sizes, layout.new
-        if not sum(sizes):
+        if not sum(layout.sizes):
             return result
-        config = self.group_configs[groups[-1]]
-        device = x.device.type
-        own = next(iter(self.dymoe_A.values())).dtype
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own
-        selection = self.trace.selection_for(groups, x)
-        plain = config.gate != "cosine" or selection is not None or _compiling()
-        if not plain and config.compute != "reference" and not self._by_kernels(x, config):
-            return self._fused(x, result, layout, config, dtype)
-        num_new = sizes[-1] if new is not None else 0
-        blocks, rows = self._bank(layout.frozen, new, config, dtype)
-        if config.gate == "linear":
-            none = x.new_zeros(0, self.in_features, dtype=own)  # a group that found and brought no experts here
-            rows = [self.dymoe_router.get(group, none) for group in groups]
-        decision = self._route(x, rows, sizes, config, num_new, selection)
-        # Only a softmax over the top k promises that nobody asks for the gradient of a weight that is 0.
-        sparse = config.gate != "uniform" and selection is None
-        output = OPS[config.compute](x.to(dtype), decision.weights, blocks, config.top_k if sparse else None)
-        result = result + output.to(result.dtype)
-        if self.training and num_new:
-            result = self._leave_terms(result, decision, config, num_new)
-        if self.trace.observers:
-            self._leave_routing(x, decision, groups, sizes)
-        return result
-
-    def _fused(self, x: Tensor, result: Tensor, layout: Layout, config: DyMoEConfig, dtype: torch.dtype) -> Tensor:
-        """The cosine gate and the bank as one function (`ops.fused`)."""
-        trace, new = self.trace, layout.new
-        training = self.training and new is not None
-        pack = self._pack(layout.frozen, dtype) if layout.frozen else None
-        mask = trace.mask_for(x.shape[:-1]) if training else None
-        mask = None if mask is None else mask.reshape(-1)
-        penalty = config.exclusivity > 0 or config.specialization > 0
-        # Before the regularization starts its terms are only reported.
-        regularize = penalty and (trace.rsr_active or trace.collect)
-        rule = Rule(
-            top_k=config.top_k,
-            temperature=config.temperature,
-            tau=config.tau,
-            guidance=config.guidance if training else "none",
-            load_balance=config.load_balance if training else 0.0,
-            balance_all=config.balance_over == "all",
-            exclusivity=config.exclusivity,
-            specialization=config.specialization,
-            rsr_temperature=config.rsr_temperature,
-            regularize=training and regularize,
-            layers=trace.num_layers,
-            statistics=training and trace.collect,
-        )
-        bank = Bank(
-            frozen=() if pack is None else pack.blocks,
-            directions=None if pack is None else pack.directions,
-            rows=None if pack is None else pack.rows,
-            rule=rule,
-            dtype=dtype,
-            r=config.r,
-            scaling=config.scaling,
-            dropout=config.lora_dropout if training else 0.0,
-            mask=mask,
-            scale=trace.scale,
-            upstream=trace.upstream,
-            # A linear of another kind, or a hook on it, may keep its output.
-            inplace=type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks,
-            training=self.training,
-        )
-        router = a = b = None
-        if new is not None:
-            router, a, b = self.dymoe_router[new], self.dymoe_A[new].flatten(0, 1), self.dymoe_B[new].flatten(0, 1)
-        result, outcome = fused(x, result, router, a, b, bank, trace.inverse_norm)
-        chosen = cast(Candidates, outcome.chosen)
-        if training and (chosen.total is not None or trace.collect):
-            zero = chosen.scores.new_zeros(())
-            terms = zero.expand(len(TERMS)) if chosen.terms is None else chosen.terms
-            trace.leave_terms(self.name, zero if chosen.total is None else chosen.total, terms, chosen.statistics)
+        config, trace, device = self.group_configs[layout.groups[-1]], self.trace, x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._like().dtype
+        gate, setting = GATES[config.gate], self._setting(x, layout, config)
+        with torch.autocast(device, enabled=False):  # what is computed in which dtype is said here
+            flat = x.reshape(-1, self.in_features)
+            old = self._pack(layout.frozen, gate, dtype) if layout.frozen else None
+            output, decision = (compiled if config.compute == "compiled" else compute)(
+                gate,
+                reference if config.compute == "reference" else stacked,
+                setting,
+                result.reshape(-1, result.shape[-1]),
+                flat.to(dtype),
+                trace.view(x, lambda x: gate.view(x.reshape(flat.shape))),
+                (None, ()) if old is None else (old.rows, old.blocks),
+                (None if layout.new is None else self._router(layout.new), self._new_block(layout, config, dtype)),
+            )
+            output = output.view(result.shape)
+        if decision.terms is not None and decision.total is not None:
+            total = decision.total / trace.num_layers
+            trace.leave_terms(self.name, total, decision.terms, decision.statistics)
+            if total.requires_grad or not torch.is_grad_enabled():
+                output = trace.inject(output, total)
         if trace.observers:
-            tokens = x.shape[:-1]
-            scores, weights = (values.view(*tokens, -1) for values in (outcome.scores(), outcome.weights()))
-            self._leave_routing(x, Routing(scores, weights), layout.groups, layout.sizes)
-        return result
+            self._leave_routing(x, decision, layout)
+        return output
 
-    def _bank(
-        self, frozen: tuple[str, ...], new: str | None, config: DyMoEConfig, dtype: torch.dtype
-    ) -> tuple[list[ExpertBlock], list[Tensor]]:
-        """Blocks of all active experts and, for the cosine gate, their unit router rows."""
-        blocks: list[ExpertBlock] = []
-        rows: list[Tensor] = []
-        if frozen:
-            pack = self._pack(frozen, dtype)
-            blocks.extend(pack.blocks)
-            if pack.directions is not None:
-                rows.append(pack.directions)
-        if new is not None:
-            dropout = config.lora_dropout if self.training else 0.0
-            a, b = self.dymoe_A[new].flatten(0, 1), self.dymoe_B[new].flatten(0, 1)
-            blocks.append(ExpertBlock(a.to(dtype), b.to(dtype), config.r, config.scaling, dropout))
-            if config.gate == "cosine":
-                rows.append(F.normalize(self.dymoe_router[new], dim=-1, eps=1e-12))
-        return blocks, rows
+    def _setting(self, x: Tensor, layout: Layout, config: DyMoEConfig) -> Setting:
+        """What the gate is told of the bank and of this forward pass."""
+        trace, tokens = self.trace, x.shape[:-1]
+        learns = self.training and layout.num_new > 0
+        mask = trace.mask_for(tokens) if learns else None
+        return Setting(
+            sizes=layout.sizes,
+            num_new=layout.num_new,
+            routing=config,
+            tokens=tuple(tokens),
+            selection=trace.selection_for(layout.groups, x),
+            learns=learns,
+            mask=None if mask is None else mask.reshape(-1).to(x.device),
+            scale=trace.scale.to(x.device) if trace.rsr_active else None,
+            report=trace.collect,
+        )
 
-    def _route(
-        self,
-        x: Tensor,
-        rows: list[Tensor],
-        sizes: tuple[int, ...],
-        config: DyMoEConfig,
-        num_new: int,
-        selection: Tensor | None,
-    ) -> Routing:
-        guide = None
-        guided = self.training and config.guidance != "none" and 0 < num_new < sum(sizes)
-        if config.gate == "cosine" and selection is None and self._by_kernels(x, config):
-            guidance = Guidance(num_new, config.tau, cast(routing.Mask, config.guidance)) if guided else None
-            return route(x, rows, config.top_k, config.temperature, guidance)
-        if guided:
+    def _new_block(self, layout: Layout, config: DyMoEConfig, dtype: torch.dtype) -> Block | None:
+        """The experts of the group that trains, in the compute dtype."""
+        if layout.new is None or not layout.num_new:
+            return None
+        a, b = (held[layout.new].transpose(0, 1).to(dtype) for held in (self.dymoe_A, self.dymoe_B))
+        return Block(a, b, config.scaling, config.lora_dropout if self.training else 0.0)
 
-            def guide(scores: Tensor) -> tuple[Tensor, Tensor]:
-                mask = cast(routing.Mask, config.guidance)
-                types = routing.token_types(scores, num_new, config.tau)
-                return routing.token_assignment_guidance(scores, num_new, config.tau, mask, types), types
+    def _leave_routing(self, x: Tensor, decision: Decision, layout: Layout) -> None:
+        tokens = x.shape[:-1]
 
-        return GATES[config.gate](x, Gating(sizes, tuple(rows), config.top_k, config.temperature, guide, selection))
+        def shaped(sides: Sequence[Tensor]) -> Tensor:
+            joined = torch.cat(list(sides), -1).detach()
+            return joined.expand(math.prod(tokens), -1).reshape(*tokens, -1)
 
-    @staticmethod
-    def _by_kernels(x: Tensor, config: DyMoEConfig) -> bool:
-        """Whether kernels compute the gate and the masses; the masks of the dilemma are not theirs."""
-        if config.guidance not in GUIDES:
-            return False
-        return config.compute == "triton" or (config.compute == "auto" and suits(x))
-
-    def _leave_terms(self, result: Tensor, decision: Routing, config: DyMoEConfig, num_new: int) -> Tensor:
-        """Leave the routing's loss terms in the trace and tie them to the result."""
-        trace, scores, weights = self.trace, decision.scores, decision.weights
-        regularize = config.exclusivity > 0 or config.specialization > 0
-        if scores is None or not (config.load_balance > 0 or regularize or trace.collect):
-            return result
-        mask = trace.mask_for(scores.shape[:-1])
-        zero = scores.new_zeros(())
-        evened = num_new if config.balance_over == "new" else weights.shape[-1]
-        balance = routing.load_balance_loss(weights, evened, mask) if config.load_balance > 0 else zero
-        exclusivity = specialization = zero
-        if regularize and num_new < scores.shape[-1] and (trace.rsr_active or trace.collect):
-            mass = group_mass if self._by_kernels(scores, config) else routing.group_mass
-            # Before the regularization starts its terms are only reported.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and trace.rsr_active):
-                exclusivity, specialization = routing.routing_score_regularization(
-                    scores, num_new, config.top_k, config.rsr_temperature, mask, mass
-                )
-        penalty = config.exclusivity * exclusivity + config.specialization * specialization
-        total = (config.load_balance * balance + trace.scale.to(penalty.device) * penalty) / trace.num_layers
-        statistics = None
-        if trace.collect:
-            with torch.no_grad():
-                types = decision.types
-                types = routing.token_types(scores, num_new, config.tau) if types is None else types
-                statistics = token_statistics(types, weights, num_new, mask)
-        trace.leave_terms(self.name, total, torch.stack([balance, exclusivity, specialization]), statistics)
-        return trace.inject(result, total) if total.requires_grad or not torch.is_grad_enabled() else result
-
-    def _leave_routing(self, x: Tensor, decision: Routing, groups: Sequence[str], sizes: tuple[int, ...]) -> None:
-        weights = decision.weights.detach().expand(*x.shape[:-1], -1)
-        scores = None if decision.scores is None else decision.scores.detach()
-        mask = self.trace.mask_for(x.shape[:-1])
-        self.trace.leave_routing(LayerRouting(self.name, tuple(groups), sizes, scores, weights, mask))
+        scores = None if decision.scores is None else shaped(decision.scores)
+        weights, mask = shaped([decision.columns(0), decision.columns(1)]), self.trace.mask_for(tokens)
+        self.trace.leave_routing(LayerRouting(self.name, layout.groups, layout.sizes, scores, weights, mask))
 
     def __repr__(self) -> str:
         groups = ", ".join(f"{g}: {c.num_experts} x r{c.r}" for g, c in self.group_configs.items())

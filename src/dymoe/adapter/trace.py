@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dymoe.adapter.ops.fused import inverse_norm
 from dymoe.routing import rsr_scale
 
 TERMS = ("load_balance", "exclusivity", "specialization")
@@ -102,7 +101,7 @@ class RoutingTrace:
         self._share: Tensor | float = 1.0
         self._items: Tensor | int | None = None
         self._attached: list[bool] = []
-        self._inverse: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+        self._view: tuple[weakref.ref[Tensor], int, bool, Any] | None = None
         self._totals: dict[str, Tensor] = {}
         self._terms: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
@@ -154,7 +153,7 @@ class RoutingTrace:
         self.upstream = torch.ones((), device=device)
         self._items, self._attached = items, []
         self._totals, self._terms, self._statistics = {}, {}, {}
-        self._inverse = None
+        self._view = None
 
     def selection_for(self, groups: Sequence[str], x: Tensor | None = None) -> Tensor | None:
         """Return the selection's columns for these groups, (samples, groups), or None when nothing was selected.
@@ -203,12 +202,18 @@ class RoutingTrace:
             return mask.reshape(-1)
         return None
 
-    def inverse_norm(self, x: Tensor) -> Tensor:
-        """`ops.fused.inverse_norm` of a layer's input; found once for linears in a row that get the same tensor."""
-        kept = self._inverse
-        if kept is None or kept[0]() is not x or kept[1] != _version(x):
-            kept = self._inverse = (weakref.ref(x), _version(x), inverse_norm(x))
-        return kept[2]
+    def end(self) -> None:
+        """End a forward pass: let go of what its linears shared."""
+        self._view = None
+
+    def view(self, x: Tensor, make: Callable[[Tensor], Any]) -> Any:
+        """`make(x)` of a layer's input; made once for linears in a row that get the same tensor."""
+        if torch.compiler.is_compiling():
+            return make(x)
+        now, kept = (_version(x), torch.is_grad_enabled()), self._view
+        if kept is None or kept[0]() is not x or kept[1:3] != now:
+            kept = self._view = (weakref.ref(x), *now, make(x))
+        return kept[3]
 
     def leave_terms(self, layer: str, total: Tensor, terms: Tensor, statistics: Tensor | None) -> None:
         """Record a layer's weighted loss (scalar), its unweighted terms (3,) and its token statistics (5,) or None."""

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 
 from dymoe.adapter import DyMoEConfig, LayerRouting
+from dymoe.adapter.gates import GATES
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import autocast, batches, evaluated, to_device
 from dymoe.files import read_json
@@ -150,7 +151,7 @@ class Learned:
         """
         config = next(iter(self.model.peft_config.values()))
         assert isinstance(config, DyMoEConfig)
-        if config.gate == "uniform" and config.selector == "none":
+        if not GATES[config.gate].routes and config.selector == "none":
             raise DymoeError(
                 f"{self.path}: method {self.recipe.method} routes nothing (each of its experts has weight 1 for every "
                 "token); give a run of a method with a gate, such as dymoe or incmoelora"

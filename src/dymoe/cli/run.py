@@ -22,7 +22,7 @@ Learn the recipe's stream and write a run folder (runs/NAME unless the recipe or
                 base      the base model's weights, configuration or processor
                 data      records or pictures of tasks that the run has begun
                 versions  Python and the packages that compute
-                machine   what computes: the kind of device, its kernels, the number of CPU threads
+                machine   what computes: the kind of device, the number of CPU threads
   --dry-run   random weights of the true shapes and made data: a few steps of each task, peak memory, projected hours;
               writes nothing unless --output names a JSON file
   --KEY VALUE set a key of the recipe, for example --training.steps_per_task 20 --seed 1

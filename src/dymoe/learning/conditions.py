@@ -33,7 +33,7 @@ ACCEPTABLE = ("base", "data", "versions", "machine")
 SHARED = ("training.gradient_accumulation", "training.samples_per_step")
 # Those that compute; of the second row what is installed.
 PACKAGES = ("dymoe", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")
-OPTIONAL = ("torchvision", "timm", "numba", "triton", "bitsandbytes", "deepspeed")
+OPTIONAL = ("torchvision", "timm", "bitsandbytes", "deepspeed")
 # It changes nothing but which records can be used, and these are compared as data.
 LENGTH = "model_options.max_length"
 
@@ -157,20 +157,14 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the run was computed on, and by which clock its seconds are counted (`learning.clock`).
-
-    `kernels` are those that choose the experts on a CPU: of Numba where it works, else torch's.
-    """
+    """What the run was computed on, and by which clock its seconds are counted (`learning.clock`)."""
     import torch
-
-    from dymoe.adapter.ops import numba
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "kernels": "numba" if numba.available() else "torch",
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "clock": clock.clock(),
@@ -290,7 +284,7 @@ def _computing(there: Description, here: Description) -> list[Difference]:
 
 def _compared(machine: Mapping[str, Any]) -> dict[str, Any]:
     """What of a machine decides over bits: on a GPU the CPU does not."""
-    names = ("system", "gpu") if machine.get("gpu") else ("system", "cpu", "gpu", "kernels", "threads")
+    names = ("system", "gpu") if machine.get("gpu") else ("system", "cpu", "gpu", "threads")
     return {name: machine.get(name) for name in names}
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dymoe.errors import DymoeError
 from dymoe.messages import brief
+from dymoe.routing_settings import RANGES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from dymoe.adapter import DyMoEConfig
     from dymoe.tasks import Sample, Task
 
-COMPUTE = ("stacked", "reference", "triton", "auto")  # as dymoe.adapter.config, which would import torch
+COMPUTE = ("stacked", "compiled", "reference")  # as dymoe.adapter.config, which would import torch
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Method:
         lora_dropout: dropout on the experts' input, 0.05 as CoIN trains its LoRA.
         target_modules: names of the linear layers that get experts; none for the seven projections (q, k, v,
             o, gate, up, down) of the language model.
-        compute: how the bank is computed, ``stacked`` (fast), ``reference`` (a loop over experts), ``triton`` (kernels
-            for GPUs) or ``auto`` (triton on a GPU that has it, else stacked).
+        compute: how a layer is computed, ``stacked`` (dense products), ``compiled`` (the same, compiled by torch;
+            needs a C++ compiler) or ``reference`` (a loop over experts).
     """
 
     name: ClassVar[str] = ""
@@ -121,6 +122,9 @@ class Method:
         require(self.lora_alpha > 0, "lora_alpha", "a number above 0", self.lora_alpha)
         require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
         require(self.target_modules != [], "target_modules", "at least one layer name", self.target_modules)
+        for key, allowed in RANGES.items():  # of the router's settings those that the method has
+            if hasattr(self, key):
+                require(allowed.holds(getattr(self, key)), key, allowed.words, getattr(self, key))
         require(self.compute in COMPUTE, "compute", f"one of {', '.join(COMPUTE)}", self.compute)
 
     # growth

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from dymoe.methods.base import Stage, require
+from dymoe.methods.base import Stage
 from dymoe.methods.incmoelora import IncMoELoRA
+from dymoe.routing_settings import Mask, Routing
 
 if TYPE_CHECKING:
     from dymoe.adapter import DyMoEConfig
@@ -25,7 +26,7 @@ class DyMoE(IncMoELoRA):
             reported), ``protect`` hides only the new group from the other tokens (the paper, as summarised). For the
             study of the token's dilemma the new group may be open to ambiguous tokens alone (``only-ambiguous``), to
             old ones (``only-old``) or to none (``no-token``).
-        tau: relative score difference up to which a token is ambiguous (0.2, the paper's).
+        tau: relative score difference up to which a token is ambiguous.
         load_balance: weight of the load-balancing term on the new group.
         exclusivity: weight of the exclusivity term.
         specialization: weight of the specialization term.
@@ -36,21 +37,13 @@ class DyMoE(IncMoELoRA):
     name: ClassVar[str] = "dymoe"
     summary: ClassVar[str] = "incmoelora with token assignment guidance and routing score regularization"
 
-    guidance: Literal["exclusive", "protect", "only-ambiguous", "only-old", "no-token", "none"] = "exclusive"
-    tau: float = 0.2
-    load_balance: float = 1e-3
-    exclusivity: float = 1e-3
-    specialization: float = 1e-3
-    rsr_temperature: float = 0.1
-    rsr_start: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Refuse negative weights and shares outside [0, 1]."""
-        super().__post_init__()
-        for key in ("tau", "load_balance", "exclusivity", "specialization"):
-            require(getattr(self, key) >= 0, key, "0 or more", getattr(self, key))
-        require(self.rsr_temperature > 0, "rsr_temperature", "a number above 0", self.rsr_temperature)
-        require(0 <= self.rsr_start < 1, "rsr_start", "a share in [0, 1)", self.rsr_start)
+    guidance: Mask = Routing.guidance
+    tau: float = Routing.tau
+    load_balance: float = Routing.load_balance
+    exclusivity: float = Routing.exclusivity
+    specialization: float = Routing.specialization
+    rsr_temperature: float = Routing.rsr_temperature
+    rsr_start: float = Routing.rsr_start
 
     def config(self, stage: Stage) -> DyMoEConfig:
         """IncMoELoRA's group with guidance and the three routing terms."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from dymoe.methods.base import Method, Stage, require
+from dymoe.routing_settings import Routing
 
 if TYPE_CHECKING:
     from dymoe.adapter import DyMoEConfig
@@ -20,8 +21,9 @@ class IncMoELoRA(Method):
     Attributes:
         num_experts: experts that a task adds (16, the paper's).
         rank: rank of each expert (4, the paper's).
-        top_k: experts that a token uses, over all groups (16, the paper's).
-        temperature: temperature of the routing softmax (0.01, reported of the authors' code).
+        top_k: experts that a token uses, over all groups; this and all settings of the router here and in `dymoe` have
+            default, range and source from `dymoe.routing_settings.Routing`.
+        temperature: temperature of the routing softmax.
     """
 
     name: ClassVar[str] = "incmoelora"
@@ -29,15 +31,14 @@ class IncMoELoRA(Method):
 
     num_experts: int = 16
     rank: int = 4
-    top_k: int = 16
-    temperature: float = 0.01
+    top_k: int = Routing.top_k
+    temperature: float = Routing.temperature
 
     def __post_init__(self) -> None:
-        """Refuse an empty bank and a temperature that is not positive."""
+        """Refuse an empty bank."""
         super().__post_init__()
-        for key in ("num_experts", "rank", "top_k"):
+        for key in ("num_experts", "rank"):
             require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
-        require(self.temperature > 0, "temperature", "a number above 0", self.temperature)
 
     def config(self, stage: Stage) -> DyMoEConfig:
         """The group's config with every routing term switched off."""

@@ -42,11 +42,10 @@ class MoELoRA(Method):
     load_balance: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse an empty bank and a negative weight."""
+        """Refuse an empty bank."""
         super().__post_init__()
         for key in ("num_experts", "rank"):
             require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
-        require(self.load_balance >= 0, "load_balance", "0 or more", self.load_balance)
 
     def group(self, stage: Stage) -> str:
         """The same group at every stage."""

@@ -96,13 +96,15 @@ def group_parameters(shape: Shape, config: "DyMoEConfig", older: int = 0) -> tup
         config: the group.
         older: experts that each linear already has; a linear router scores them too.
     """
-    pairs = routers = 0
+    from dymoe.adapter.gates import GATES
+
+    gate, pairs, routers = GATES[config.gate], 0, 0
     for linear in shape.linears:
         if not _wraps(config.target_modules, linear.name):
             continue
         experts = config.experts_in(linear.name)
         pairs += experts * config.r * (linear.inputs + linear.outputs)
-        routers += {"cosine": experts, "linear": older + experts, "uniform": 0}[config.gate] * linear.inputs
+        routers += gate.rows(experts, older) * linear.inputs
     return pairs, routers
 
 
@@ -211,38 +213,28 @@ def saved(shape: Shape, groups: Groups, dtype: str) -> float:
     """Bytes that one layer keeps of one token for its backward pass, as autograd saves them (compared in the tests).
 
     Frozen weights need no inputs, so a layer keeps: two norms in float32; queries, keys, values and attention's output;
-    the FFN's gate, its activation and the other half. A bank adds, for each linear, its input with dropout and the
-    dropout's mask, two values per rank (one under the cosine gate), with a router (or without dropout) the layer's
-    distinct inputs, and routing. Under the cosine gate routing is what `ops.fused` keeps of the candidates; other
-    routers keep two or three values per expert, more for the top k once there are more experts than k. On a CPU the
-    cosine gate keeps less where few tokens use the new group or the bank is large (`ops.sparse`).
+    the FFN's gate, its activation and the other half. A bank adds the layer's distinct inputs, as they are and as the
+    gate sees them; for each linear what the gate decides (`Gate.saved_bytes`), the ranks of all experts whose weight
+    depends on the token and, for B, those of the new group once more; with dropout also its input and the mask. On a
+    CPU less where guidance sends few tokens to the new group.
     """
+    from dymoe.adapter.gates import GATES
+
     size = BYTES[dtype]
     total = 2.0 * 4 * shape.hidden + size * (2 * shape.hidden + 2 * shape.keys + 3 * shape.inner)
     if not groups.configs:
         return total
     new = groups.configs[-1]
+    gate = GATES[new.gate]
     wide = sum(linear.inputs for linear in shape.linears) / shape.layers
     count = len(shape.linears) / shape.layers
-    ranks = sum(config.num_experts * config.r for config in groups.configs)
-    experts = sum(config.num_experts for config in groups.configs)
-    fused = new.gate == "cosine" and new.selector == "none"
+    older = sum(config.num_experts for config in groups.configs[:-1])
+    ranks = sum(config.num_experts * config.r for config in groups.configs) if gate.routes else 0
     if new.lora_dropout:
         total += wide * (size + 1)
-    total += count * (1 if fused else 2) * ranks * size
-    routed = new.gate != "uniform"
-    if routed or not new.lora_dropout:  # the inputs as they are, which linears share
-        total += size * (2 * shape.hidden + shape.inner)
-    if fused:
-        sides = (experts - new.num_experts, new.num_experts)
-        candidates = sum(min(new.top_k, side) for side in sides)
-        terms = new.load_balance > 0 or (sides[0] > 0 and new.exclusivity + new.specialization > 0)
-        index = 8 * new.top_k * sum(side > new.top_k for side in sides)
-        total += count * (4 + 4 * candidates * (2 + terms) + index)
-    elif routed:
-        chosen = experts > new.top_k
-        routing = experts * (5 + 2 * size) + 24 * new.top_k + 36 if chosen else experts * (8 + size)
-        total += count * routing
+    distinct = 3 * shape.hidden + shape.inner
+    total += distinct * ((0 if new.lora_dropout and not gate.routes else size) + gate.view_bytes)
+    total += count * (size * (ranks + new.num_experts * new.r) + gate.saved_bytes(older, new.num_experts, new.top_k))
     return total
 
 
@@ -278,6 +270,8 @@ def memory(recipe: "Recipe", shape: Shape, stage: int, tokens: int | None = None
         stage: how many tasks there are by then.
         tokens: longest sequence of a batch; a picture and `TEXT` tokens when None.
     """
+    from dymoe.adapter.gates import GATES
+
     method = recipe.build_method()
     training, options = recipe.training, recipe.model_options
     learns = recipe.trains
@@ -289,9 +283,8 @@ def memory(recipe: "Recipe", shape: Shape, stage: int, tokens: int | None = None
     inputs = distinct_inputs(shape, groups.configs[-1].target_modules) if groups.configs else ()
     state_numbers = method.state_size(trainable, inputs) if stage > 1 else 0
     size = BYTES[training.dtype]
-    cosine = bool(groups.configs) and groups.configs[-1].gate == "cosine"
-    rows = EXPERT_BYTES + (size if size != EXPERT_BYTES else 0)  # unit router rows, in float32 and in the compute dtype
-    packs = [pairs * size + (routers * rows if cosine else 0) for pairs, routers in sizes]
+    rows = GATES[groups.configs[-1].gate].pack_bytes if groups.configs else 0
+    packs = [pairs * size + routers * rows for pairs, routers in sizes]
     moments = 2 * EXPERT_BYTES * trainable
     paged = training.optimizer == "paged-adamw"
     spent = activations(shape, groups, training.batch_size, tokens, training.dtype, training.gradient_checkpointing)

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
 from dymoe.adapter import DyMoEConfig, tensors_hash
+from dymoe.adapter.gates import GATES
 from dymoe.adapter.selectors import SELECTORS
 from dymoe.errors import DymoeError
 from dymoe.files import parse_json, read_bytes
@@ -156,11 +157,9 @@ def shapes_of(config: DyMoEConfig, tensors: Mapping[str, Tensor], where: str) ->
         inputs = _last(tensors, a if experts else router)
         if experts:
             shapes[a], shapes[b] = (experts, config.r, inputs), (experts, config.r, _last(tensors, b))
-        if config.gate == "cosine" and experts:
-            shapes[router] = (experts, inputs)
-        if config.gate == "linear" and (experts or router in tensors):
-            rows = tensors[router].shape[:1] if router in tensors else ()
-            shapes[router] = (max(experts, *rows, 1), inputs)
+        held = len(tensors[router]) if router in tensors and tensors[router].dim() else 0
+        if rows := GATES[config.gate].rows(experts, max(held - experts, 0)):
+            shapes[router] = (rows, inputs)
     return shapes
 
 

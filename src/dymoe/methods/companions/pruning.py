@@ -84,10 +84,12 @@ def activation(model: Any, group: str, data: StageData, samples: Sequence[Sample
 
     The other groups are active too. The group still trains, so no selector that chooses a task has a say.
     """
+    from dymoe.adapter.gates import GATES
+
     tuner = model.base_model
     layers = {layer.name: layer for layer in tuner.layers() if layer.experts_of(group)}
     sums = _Sums(tuner.trace, group)
-    with tuner.trace.aside(), _watching(layers, sums, norms=model.peft_config[group].gate == "uniform"):
+    with tuner.trace.aside(), _watching(layers, sums, norms=not GATES[model.peft_config[group].gate].routes):
         observe_prompts(model, data, samples)
     return {name: sums.mean(name) for name in layers}
 

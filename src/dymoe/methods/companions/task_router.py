@@ -64,6 +64,7 @@ class TaskRouter(Companion):
         Raises:
             DymoeError: the method's own selector is trained with the experts.
         """
+        from dymoe.adapter.gates import GATES
         from dymoe.adapter.selectors import SELECTORS
 
         if config.selector != "none" and SELECTORS[config.selector].while_training:
@@ -72,7 +73,7 @@ class TaskRouter(Companion):
                 "cannot be replaced; leave task-router out"
             )
         # A mixture of several linear routers is not what any of them was trained for.
-        reach = "own" if config.gate == "linear" else self.reach
+        reach = "own" if GATES[config.gate].scores_older else self.reach
         options = {"tasks": [], "shrinkage": self.shrinkage, "reach": reach}
         return replace(config, selector="prototypes", selector_options=options)
 
