@@ -107,7 +107,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=640 if gpu else 50)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--compile", action="store_true", help="also measure `compute: compiled`")
     parser.add_argument("--quiet-steps", action="store_true", help="steps whose statistics nobody reads, as most are")
     parser.add_argument("--loop-to", type=int, default=8, help="most tasks for which the loop over experts is timed")
     parser.add_argument("--profile", action="store_true", help="print where our step's time goes, by torch's profiler")
@@ -124,7 +123,6 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     speed = base_speed(options, device)
     best = measure.ceilings() if gpu else {}
-    ways = {"": "stacked", **({", compiled": "compiled"} if options.compile else {})}  # by what names end with
     loop_fits = True
     for tasks in range(1, max(options.tasks) + 1):
         model = with_group(model, tasks).train()
@@ -141,9 +139,8 @@ def main() -> None:
             return run
 
         actions = {"base": base, "lora": lora}
-        for end, way in ways.items():
-            actions[f"dymoe{end}"] = with_settings(compute=way, **ours)
-            actions[f"incmoelora{end}"] = with_settings(compute=way, **incremental)
+        actions["dymoe"] = with_settings(compute="stacked", **ours)
+        actions["incmoelora"] = with_settings(compute="stacked", **incremental)
         loop = with_settings(compute="reference", **ours)
         if tasks <= options.loop_to:
             loop_fits = loop_fits and measure.fits(loop)
@@ -163,18 +160,12 @@ def main() -> None:
         work = operations(options, tasks, share)
         bank = (work["dymoe"] - work["base"]) / speed
         row["share of tokens on the new group"] = round(share, 3)
-        for end in ways:
-            name = f"dymoe{end}"
-            row[f"{name} / counted"] = spread([a / (b + bank) for a, b in zip(times[name], times["base"], strict=True)])
-            row[f"{name} / lora"] = ratio(times, name, "lora")
-            row[f"{name} / base"] = ratio(times, name, "base")
-            row[f"{name} / incmoelora"] = ratio(times, name, f"incmoelora{end}")
+        pairs = zip(times["dymoe"], times["base"], strict=True)
+        row["dymoe / counted"] = spread([a / (b + bank) for a, b in pairs])
+        for other in ("lora", "base", "incmoelora"):
+            row[f"dymoe / {other}"] = ratio(times, "dymoe", other)
         if best:
-            rates = {
-                name: work[name.partition(",")[0]] / statistics.median(times[name])
-                for name in actions
-                if name != "loop"
-            }
+            rates = {name: work[name] / statistics.median(times[name]) for name in actions if name != "loop"}
             row["operations a second"] = {name: float(f"{rate:.4g}") for name, rate in rates.items()}
             row["of ceiling"] = {name: round(rate / best["operations a second"], 3) for name, rate in rates.items()}
         if tasks <= options.loop_to and not loop_fits:

@@ -466,21 +466,6 @@ def test_compiled_layer_has_no_graph_break(training):
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.slow
-def test_compiled_layers_compute_what_stacked_ones_do(batch):
-    results = []
-    for way in ("stacked", "compiled"):
-        model = two_groups(compute=way, load_balance=0.1, specialization=0.3)
-        output = model.train()(**batch)
-        output.loss.backward()
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        with torch.no_grad():
-            results.append({"loss": output.loss.detach(), "logits": model.eval()(**batch).logits, **gradients})
-    assert results[0].keys() == results[1].keys()
-    for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, atol=1e-5, rtol=1e-3, msg=name)
-
-
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -18,7 +18,7 @@ class PeftType(str, enum.Enum):  # noqa: UP042 - as PEFT's own, whose text names
 
 
 PEFT_TYPE = PeftType.DYMOE
-COMPUTE = ("stacked", "compiled", "reference")
+COMPUTE = ("stacked", "reference")
 
 
 @dataclass
@@ -38,8 +38,7 @@ class DyMoEConfig(Routing, PeftConfig):
         gate: "cosine" (cosine scores, softmax over the top k), "uniform" (every expert has weight 1, no router: plain
             LoRA is one such expert) or "linear" (a linear router, softmax over the top k; the router of a group scores
             the experts of all groups up to its own).
-        compute: "stacked" (dense products for the bank), "compiled" (the same, compiled by torch: needs a C++ compiler,
-            on a GPU Triton) or "reference" (a loop over experts).
+        compute: "stacked" (dense products for the bank) or "reference" (a loop over experts).
         expert_pattern: experts in layers whose name is, ends with or as a regular expression fits a key, in place of
             num_experts; 0 leaves a layer without new experts. The scale stays that of num_experts.
         selector: what weighs whole groups for a whole sample before the gates do: "none" or a name of
@@ -58,7 +57,7 @@ class DyMoEConfig(Routing, PeftConfig):
     lora_alpha: float = field(default=128.0, metadata={"help": "scale: lora_alpha / (num_experts * r)"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the training experts' input"})
     gate: str = field(default="cosine", metadata={"help": "cosine | uniform | linear"})
-    compute: str = field(default="stacked", metadata={"help": "stacked | compiled | reference"})
+    compute: str = field(default="stacked", metadata={"help": "stacked | reference"})
     expert_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "experts by layer"})
     selector: str = field(default="none", metadata={"help": "none, or what weighs groups for a sample"})
     selector_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the selector's settings"})

@@ -94,9 +94,6 @@ def compute(
     return bank(result, x, decision, old[1], new[1]), decision
 
 
-compiled = torch.compile(compute, dynamic=True)
-
-
 class DyMoELayer(GroupHolder):
     """A linear (anything with in_features and out_features) with a bank of expert groups.
 
@@ -272,7 +269,7 @@ class DyMoELayer(GroupHolder):
         with torch.autocast(device, enabled=False):  # what is computed in which dtype is said here
             flat = x.reshape(-1, self.in_features)
             old = self._pack(layout.frozen, gate, dtype) if layout.frozen else None
-            output, decision = (compiled if config.compute == "compiled" else compute)(
+            output, decision = compute(
                 gate,
                 reference if config.compute == "reference" else stacked,
                 setting,

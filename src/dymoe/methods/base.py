@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dymoe.adapter import DyMoEConfig
     from dymoe.tasks import Sample, Task
 
-COMPUTE = ("stacked", "compiled", "reference")  # as dymoe.adapter.config, which would import torch
+COMPUTE = ("stacked", "reference")  # as dymoe.adapter.config, which would import torch
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ class Method:
         lora_dropout: dropout on the experts' input, 0.05 as CoIN trains its LoRA.
         target_modules: names of the linear layers that get experts; none for the seven projections (q, k, v,
             o, gate, up, down) of the language model.
-        compute: how a layer is computed, ``stacked`` (dense products), ``compiled`` (the same, compiled by torch;
-            needs a C++ compiler) or ``reference`` (a loop over experts).
+        compute: how the bank is computed, ``stacked`` (dense products) or ``reference`` (a loop over experts).
     """
 
     name: ClassVar[str] = ""
