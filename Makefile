@@ -69,7 +69,6 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/evaluation.py --dtype bfloat16 --name evaluation-bfloat16
 	$(BIN)/python benchmarks/pipeline.py
-	$(BIN)/python benchmarks/gpu_bank.py
 
 clean:
 	rm -rf .venv .venv-newest build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -77,13 +77,9 @@ REFUSED = ("found", "kept", "told", "made", "held", "asked", "said", "seen", "gi
 REFUSED += ("whole", "wanted")
 # Rooms and files whose names are still to be chosen; it only shrinks.
 UNNAMED = (
-    "adapter/gates.py",
-    "adapter/layer.py",
     "adapter/model.py",
-    "adapter/ops/",
     "adapter/trace.py",
     "methods/base.py",
-    "routing.py",
 )
 
 

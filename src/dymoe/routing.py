@@ -344,10 +344,10 @@ def reaches_new(types: Tensor, mask: Mask) -> Tensor:
     kinds = REACHES[mask]
     if not kinds:
         return torch.zeros_like(types, dtype=torch.bool)
-    seen = types == int(kinds[0])
+    reached = types == int(kinds[0])
     for kind in kinds[1:]:
-        seen = seen | (types == int(kind))
-    return seen
+        reached = reached | (types == int(kind))
+    return reached
 
 
 def token_assignment_guidance(

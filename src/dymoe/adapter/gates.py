@@ -199,8 +199,10 @@ class Linear(Gate):
         shares = setting.by_group()
         for number, router in enumerate(rows):
             scores = _linear_scores(x, router)
-            own = routing.route(scores, scores[:, :0], setting.routing).columns(0)
-            weights = weights + shares[:, number : number + 1].to(own.dtype) * F.pad(own, (0, total - len(router)))
+            weighted = routing.route(scores, scores[:, :0], setting.routing).columns(0)
+            weights = weights + shares[:, number : number + 1].to(weighted.dtype) * F.pad(
+                weighted, (0, total - len(router))
+            )
         by_old, by_new = weights.split(sides, -1)
         return Decision(None, (by_old, by_new), (None, None), (sides[0], sides[1]))
 

@@ -160,13 +160,13 @@ class DyMoELayer(GroupHolder):
         names = list(self.group_configs)
         experts = self.experts_of(adapter_name)
         if adapter_name in names and experts and GATES[self.group_configs[adapter_name].gate].scores_older:
-            place = names.index(adapter_name)
-            start = sum(self.experts_of(name) for name in names[:place])
-            for name in names[place + 1 :]:
+            position = names.index(adapter_name)
+            start = sum(self.experts_of(name) for name in names[:position])
+            for name in names[position + 1 :]:
                 rows = self.dymoe_router[name]
-                kept = torch.cat([rows[:start], rows[start + experts :]]).detach()
-                if len(kept):
-                    self.dymoe_router[name] = nn.Parameter(kept, requires_grad=rows.requires_grad)
+                rest = torch.cat([rows[:start], rows[start + experts :]]).detach()
+                if len(rest):
+                    self.dymoe_router[name] = nn.Parameter(rest, requires_grad=rows.requires_grad)
                 else:  # as in `add_group`: nothing to route to, no router
                     del self.dymoe_router[name]
         super().delete_adapter(adapter_name)
@@ -203,26 +203,26 @@ class DyMoELayer(GroupHolder):
 
     def _layout(self, learning: bool) -> Layout:
         """The layout; where nothing learns, the newest group counts as frozen."""
-        found = self._layouts.get(learning)
-        if found is None:
+        layout = self._layouts.get(learning)
+        if layout is None:
             frozen, new = self.group_order()
             groups = frozen if new is None else [*frozen, new]
             sizes = tuple(self.experts_of(group) for group in groups)
             if not learning:
                 frozen, new = groups, None
             num_new = 0 if new is None else sizes[-1]
-            found = Layout(tuple(groups), sizes, tuple(frozen), new, num_new)
-            self._layouts[learning] = found
-        return found
+            layout = Layout(tuple(groups), sizes, tuple(frozen), new, num_new)
+            self._layouts[learning] = layout
+        return layout
 
     def _pack(self, groups: tuple[str, ...], gate: Gate, dtype: torch.dtype) -> Pack:
         """Return the packed groups in the compute dtype; packed anew only after one of them changed."""
         key = (groups, dtype)
-        found = self._packs.get(key)
-        if found is not None and (_compiling() or found.current()):
-            return found
-        held = [getattr(self, attribute) for attribute in self.adapter_layer_names]
-        sources = tuple(parameters[group] for parameters in held for group in groups if group in parameters)
+        pack = self._packs.get(key)
+        if pack is not None and (_compiling() or pack.current()):
+            return pack
+        parameters_of = [getattr(self, attribute) for attribute in self.adapter_layer_names]
+        sources = tuple(parameters[group] for parameters in parameters_of for group in groups if group in parameters)
         with torch.no_grad(), torch.autocast(self._like().device.type, enabled=False):
             rows = gate.pack([self._router(group).detach() for group in groups])
             versions = () if _compiling() else tuple(map(_version, sources))
@@ -310,7 +310,7 @@ class DyMoELayer(GroupHolder):
         """The experts of the group that trains, in the compute dtype."""
         if layout.new is None or not layout.num_new:
             return None
-        a, b = (held[layout.new].transpose(0, 1).to(dtype) for held in (self.dymoe_A, self.dymoe_B))
+        a, b = (parameters[layout.new].transpose(0, 1).to(dtype) for parameters in (self.dymoe_A, self.dymoe_B))
         return Block(a, b, config.scaling, config.lora_dropout if self.training else 0.0)
 
     def _leave_routing(self, x: Tensor, decision: Decision, layout: Layout) -> None:

@@ -157,8 +157,8 @@ def shapes_of(config: DyMoEConfig, tensors: Mapping[str, Tensor], where: str) ->
         inputs = _last(tensors, a if experts else router)
         if experts:
             shapes[a], shapes[b] = (experts, config.r, inputs), (experts, config.r, _last(tensors, b))
-        held = len(tensors[router]) if router in tensors and tensors[router].dim() else 0
-        if rows := GATES[config.gate].rows(experts, max(held - experts, 0)):
+        stored = len(tensors[router]) if router in tensors and tensors[router].dim() else 0
+        if rows := GATES[config.gate].rows(experts, max(stored - experts, 0)):
             shapes[router] = (rows, inputs)
     return shapes
 
