@@ -168,9 +168,9 @@ class DyMoEModel(BaseTuner):
             decoder = self.model.get_decoder()  # type: ignore[operator]
             require_arguments(type(decoder), "forward", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
             embedding = decoder.get_input_embeddings().weight
-            made = SELECTORS[config.selector](embedding.shape[1]).to(embedding.device)
-            self.model.dymoe_selector = made
-            self._hooks.append(decoder.register_forward_pre_hook(Select(made, self.trace), with_kwargs=True))
+            new_selector = SELECTORS[config.selector](embedding.shape[1]).to(embedding.device)
+            self.model.dymoe_selector = new_selector
+            self._hooks.append(decoder.register_forward_pre_hook(Select(new_selector, self.trace), with_kwargs=True))
         selector = self.selector
         assert selector is not None
         selector.add_group(adapter_name, config.selector_options)
@@ -195,8 +195,8 @@ class DyMoEModel(BaseTuner):
     @property
     def selector(self) -> Selector | None:
         """What weighs whole groups for a sample, or None."""
-        found = getattr(self.model, "dymoe_selector", None)
-        return found if isinstance(found, Selector) else None
+        module = getattr(self.model, "dymoe_selector", None)
+        return module if isinstance(module, Selector) else None
 
     def holders(self) -> list[GroupHolder]:
         """Return everything that holds parameters of groups: the wrapped layers and the selector, if there is one."""
@@ -390,16 +390,16 @@ def group_tensors(model: nn.Module, group: str) -> dict[str, Tensor]:
     Raises:
         ValueError: the model has no such group.
     """
-    found = {}
+    tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, GroupHolder):
             for attribute in module.adapter_layer_names:
                 parameters = getattr(module, attribute)
                 if group in parameters:
-                    found[f"{name}.{attribute}"] = parameters[group].detach()
-    if not found:
+                    tensors[f"{name}.{attribute}"] = parameters[group].detach()
+    if not tensors:
         raise ValueError(f"the model has no expert group {group!r}")
-    return found
+    return tensors
 
 
 def group_hash(model: nn.Module, group: str) -> str:

@@ -175,18 +175,18 @@ class RoutingTrace:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Keep this pass's state while the block runs the model for another purpose (a teacher, a probe)."""
-        kept = dict(vars(self))
+        snapshot = dict(vars(self))
         self.observers = []
         try:
             yield
         finally:
-            vars(self).update(kept)
+            vars(self).update(snapshot)
 
-    def keep_samples(self, kept: Tensor) -> None:
-        """Go on with these samples of a batch in generation alone; `kept` holds their places, (samples,)."""
+    def keep_samples(self, index: Tensor) -> None:
+        """Go on with these samples of a batch in generation alone; `index` holds their places, (samples,)."""
         if self.selection is not None:
             names, weights = self.selection
-            self.selection = (names, weights[kept.to(weights.device)])
+            self.selection = (names, weights[index.to(weights.device)])
 
     def mask_for(self, tokens: torch.Size) -> Tensor | None:
         """Return the mask of the tokens that count for a layer input of shape (*tokens, features), or None for all.
@@ -210,10 +210,10 @@ class RoutingTrace:
         """`make(x)` of a layer's input; made once for linears in a row that get the same tensor."""
         if torch.compiler.is_compiling():
             return make(x)
-        now, kept = (_version(x), torch.is_grad_enabled()), self._view
-        if kept is None or kept[0]() is not x or kept[1:3] != now:
-            kept = self._view = (weakref.ref(x), *now, make(x))
-        return kept[3]
+        now, entry = (_version(x), torch.is_grad_enabled()), self._view
+        if entry is None or entry[0]() is not x or entry[1:3] != now:
+            entry = self._view = (weakref.ref(x), *now, make(x))
+        return entry[3]
 
     def leave_terms(self, layer: str, total: Tensor, terms: Tensor, statistics: Tensor | None) -> None:
         """Record a layer's weighted loss (scalar), its unweighted terms (3,) and its token statistics (5,) or None."""
@@ -341,13 +341,13 @@ class GroupWeights:
     @classmethod
     def joined(cls, parts: Sequence[GroupWeights]) -> GroupWeights:
         """The sums over several observers of one model, for example those of several processes."""
-        whole = cls()
+        total = cls()
         for part in parts:
-            whole.groups = part.groups or whole.groups
-            for sums, own in ((whole._sums, part._sums), (whole._tokens, part._tokens)):
-                for name, value in own.items():
+            total.groups = part.groups or total.groups
+            for sums, addends in ((total._sums, part._sums), (total._tokens, part._tokens)):
+                for name, value in addends.items():
                     sums[name] = sums[name] + value if name in sums else value
-        return whole
+        return total
 
     def by_name(self) -> dict[str, list[float]]:
         """Return the mean weight per group for every wrapped layer, keyed by the layer's name."""

@@ -150,9 +150,9 @@ class Method:
         """
         from dymoe.adapter import DyMoEConfig
 
-        own = {key: getattr(self, key) for key in ("lora_alpha", "lora_dropout", "target_modules", "compute")}
+        settings = {key: getattr(self, key) for key in ("lora_alpha", "lora_dropout", "target_modules", "compute")}
         off = {"guidance": "none", "load_balance": 0.0, "exclusivity": 0.0, "specialization": 0.0}
-        return DyMoEConfig(num_experts=num_experts, r=rank, **{**own, **off, **choices})
+        return DyMoEConfig(num_experts=num_experts, r=rank, **{**settings, **off, **choices})
 
     def probe(self, stage: Stage, data: StageData) -> Probe | None:
         """A temporary group to train first, all others frozen; None for none."""
