@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dymoe.cli import COMMANDS, main
+from dymoe.cli import COMMANDS, compare, main
 from dymoe.learning.catalog import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +26,17 @@ def test_the_numbers_are_the_leaderboards():
     table = "\n".join("| " + " | ".join(row[place] for place in places) + " |" for row in [rows[0], *rows[2:]])
     shown = (ROOT / "README.md").read_text().replace(f"{'|---' * len(columns)}|\n", "")
     assert table in shown, f"README.md's first numbers are not the leaderboard's:\n{table}"
+
+
+def test_the_next_budgets_numbers_are_those_of_its_records():
+    """Two rows and their difference as `dymoe compare` prints them; a verdict stands beside each difference."""
+    text = (ROOT / "README.md").read_text()
+    (pair,) = re.findall(r"^dymoe compare '(results/next/[^']*)' '(results/next/[^']*)'$", text, flags=re.MULTILINE)
+    printed = {line.split()[0]: re.split(r"\s{2,}", line) for line in compare.table(*pair)[5:]}
+    cells = [[printed[name][column] for name in ("MFT", "MFN", "BWT")] for column in (1, 2)]
+    cells.append([f"{printed[name][3]}: {printed[name][4]}" for name in ("MFT", "MFN", "BWT")])
+    for start, row in zip(("dymoe | 6e-4", "incmoelora | 6e-4", "difference |"), cells, strict=True):
+        assert f"| {start} | {' | '.join(row)} |" in text
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
@@ -67,7 +78,7 @@ def test_the_commands_name_what_there_is():
     text = "\n".join(blocks("sh")).replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in text.splitlines()]
     shown = [words[words.index("dymoe") + 1 :] for words in lines if "dymoe" in words]
-    expected = ["assemble", "doctor", "run", "run", "score", "analyze", "push", "sweep", "sweep"]
+    expected = ["assemble", "doctor", "run", "run", "score", "analyze", "push", "sweep", "sweep", "sweep", "compare"]
     assert [words[0] for words in shown] == expected
     assert all(words[0] in COMMANDS for words in shown)
     for name in [word for words in lines for word in words if word.startswith("recipes/")]:
