@@ -115,8 +115,8 @@ def test_every_key_of_a_stream(tmp_path, monkeypatch):
     task = {"train": "a.json", "test": "b.json"}
     base = {"name": "n", "images": "i", "tasks": {"t": task}}
     places = [
-        *((key, base) for key in own.KEYS),
-        *((f"tasks.t.{key}", base) for key in own.TASK_KEYS),
+        *((key, base) for key in ("name", "images", "tasks")),
+        *((f"tasks.t.{key}", base) for key in ("train", "test", "validation", "images", "scorer", "max_new_tokens")),
         ("tasks.t", base),
     ]
 
