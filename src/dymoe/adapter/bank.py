@@ -5,7 +5,7 @@ over the tokens that use it. Few tokens without gradient, as while decoding, gat
 Plain torch, differentiated by autograd.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,9 +39,6 @@ class Block(NamedTuple):
     def experts(self) -> int:
         """Number of experts in the block."""
         return self.a.shape[1]
-
-
-BankOp = Callable[[Tensor, Tensor, Decision, Sequence[Block], Block | None], Tensor]
 
 
 def reference(result: Tensor, x: Tensor, decision: Decision, old: Sequence[Block], new: Block | None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dymoe.adapter.bank import BankOp, Block, reference, stacked
+from dymoe.adapter.bank import Block, reference, stacked
 from dymoe.adapter.config import DyMoEConfig
 from dymoe.adapter.gates import GATES, Gate, Setting
 from dymoe.adapter.holder import GroupHolder
@@ -63,35 +63,6 @@ class Layout:
     frozen: tuple[str, ...]
     new: str | None
     num_new: int
-
-
-def compute(
-    gate: Gate,
-    bank: BankOp,
-    setting: Setting,
-    result: Tensor,
-    x: Tensor,
-    view: Any,
-    old: tuple[Any, tuple[Block, ...]],
-    new: tuple[Tensor | None, Block | None],
-) -> tuple[Tensor, Decision]:
-    """What a layer adds to its base: where the tokens go and the output of the experts they go to.
-
-    Args:
-        gate: the bank's gate.
-        bank: how its experts are computed.
-        setting: what the gate is told.
-        result: the base's output, (tokens, out_features).
-        x: the layer's input, (tokens, in_features), in the compute dtype.
-        view: what the gate sees of the input.
-        old: router rows and blocks of the frozen groups, as packed.
-        new: router rows and block of the group that trains.
-
-    Returns:
-        The output, (tokens, out_features), and the decision.
-    """
-    decision = gate.decide(view, old[0], new[0], setting)
-    return bank(result, x, decision, old[1], new[1]), decision
 
 
 class DyMoELayer(GroupHolder):
@@ -269,16 +240,13 @@ class DyMoELayer(GroupHolder):
         with torch.autocast(device, enabled=False):  # what is computed in which dtype is said here
             flat = x.reshape(-1, self.in_features)
             old = self._pack(layout.frozen, gate, dtype) if layout.frozen else None
-            output, decision = compute(
-                gate,
-                reference if config.compute == "reference" else stacked,
-                setting,
-                result.reshape(-1, result.shape[-1]),
-                flat.to(dtype),
-                trace.view(x, lambda x: gate.view(x.reshape(flat.shape))),
-                (None, ()) if old is None else (old.rows, old.blocks),
-                (None if layout.new is None else self._router(layout.new), self._new_block(layout, config, dtype)),
-            )
+            rows, blocks = (None, ()) if old is None else (old.rows, old.blocks)
+            new_rows = None if layout.new is None else self._router(layout.new)
+            view = trace.view(x, lambda x: gate.view(x.reshape(flat.shape)))
+            decision = gate.decide(view, rows, new_rows, setting)
+            bank = reference if config.compute == "reference" else stacked
+            new = self._new_block(layout, config, dtype)
+            output = bank(result.reshape(-1, result.shape[-1]), flat.to(dtype), decision, blocks, new)
             output = output.view(result.shape)
         if decision.terms is not None and decision.total is not None:
             total = decision.total / trace.num_layers
