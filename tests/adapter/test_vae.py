@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from dymoe import DyMoEConfig
 from dymoe.adapter import group_hash
+from dymoe.adapter.observation import prompt_features
 from dymoe.adapter.selectors import vae as module
 from dymoe.adapter.selectors.vae import TENSORS, Vae, VaeSelector, fit_vae
 from tests.adapter.conftest import randomise, tiny_llama
@@ -192,7 +193,7 @@ def learned(*groups: str, model=None):
         randomise(model, [group])
         selector = model.base_model.selector
         batches = [prompts(10 * number + k, 1 + 20 * number, 20 + 20 * number) for k in range(6)]
-        selector.fit(group, selector.take_features(model, batches), epochs=40)
+        selector.fit(group, prompt_features(model, batches), epochs=40)
     model.base_model.set_training_group(None)
     return model.eval()
 
@@ -209,7 +210,7 @@ def without_answer(batch):
 def test_features_are_the_frozen_models_last_prompt_token(two):
     plain = tiny_llama().eval()
     batch = prompts(50, 1, 60)
-    found = two.base_model.selector.take_features(two, [batch, without_answer(batch)])
+    found = prompt_features(two, [batch, without_answer(batch)])
     for row in range(4):
         kept = batch["attention_mask"][row, :7].bool()
         ids = batch["input_ids"][row, :7][kept].unsqueeze(0)
@@ -227,7 +228,7 @@ def test_each_sample_gets_the_router_it_is_located_at(two):
         logits = two(**batch).logits
     groups, weights = trace.selection
     assert groups == ("a", "b")
-    assert torch.equal(weights, torch.eye(2)[selector.locate(selector.take_features(two, [batch]), groups)])
+    assert torch.equal(weights, torch.eye(2)[selector.locate(prompt_features(two, [batch]), groups)])
     assert weights.argmax(1).tolist() == [0] * 4 + [1] * 4  # the two vocabularies are told apart
     trace.selection = None
     for number, active in enumerate((["a"], ["a", "b"])):

@@ -12,6 +12,7 @@ from peft import get_peft_model
 
 from dymoe import methods
 from dymoe.adapter import LayerRouting, group_hash
+from dymoe.adapter.observation import prompt_features
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json
 from dymoe.learning.groups import delete_group, freeze_all, train_group, trainable_parameters
@@ -302,7 +303,7 @@ def assert_same(before, after):
 
 def fit(model, group):
     selector = model.base_model.selector
-    selector.fit(group, selector.take_features(model, [BATCH]), epochs=2)
+    selector.fit(group, prompt_features(model, [BATCH]), epochs=2)
 
 
 def test_a_deleted_probe_leaves_the_model_bit_identical(tmp_path):

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from dymoe import methods
 from dymoe.adapter import group_hash
+from dymoe.adapter.observation import prompt_features
 from dymoe.adapter.selectors.prototypes import Prototypes
 from dymoe.errors import DymoeError
 from dymoe.learning.groups import freeze_all, load_group, save_group, train_group
 from dymoe.methods import Composed, Stage
-from dymoe.methods.companions.task_router import TaskRouter, prompt_features
+from dymoe.methods.companions.task_router import TaskRouter
 from tests.adapter.conftest import randomise, small, tiny_llama
 from tests.methods.toys import collate, data, stages, task
 
@@ -188,7 +189,7 @@ def test_the_report_counts_right_choices(tmp_path):
     found = report(tmp_path, 2)
     selector = model.base_model.selector
     for known in tasks:
-        rows = prompt_features(model, data([]), known.validation)
+        rows = prompt_features(model, data([]).batches(known.validation))
         names = ["a", "b", "x"]
         chosen = [names[place] for place in selector.nearest(rows, names).tolist()]
         row = found["tasks"][known.name]
@@ -204,7 +205,8 @@ def test_the_report_counts_right_choices(tmp_path):
 def test_features_are_those_of_the_frozen_base_at_the_last_prompt_token(tmp_path):
     model = learn(tmp_path, dymoe(), TaskRouter(), upto=1)
     base = tiny_llama().eval()
-    for sample, row in zip(TASKS[1].train, prompt_features(model, data([]), TASKS[1].train), strict=True):
+    rows = prompt_features(model, data([]).batches(TASKS[1].train))
+    for sample, row in zip(TASKS[1].train, rows, strict=True):
         ids = torch.tensor([[int(word) for word in sample.question.split()]])
         with torch.no_grad():
             torch.testing.assert_close(row, base.model(ids).last_hidden_state[0, -1], atol=1e-5, rtol=1e-4)

@@ -8,7 +8,8 @@ learn: its gradient comes back through the decoder's input (see `adapter.trace.S
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +38,7 @@ class Selector(GroupHolder):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
+        self._collected: list[Tensor] | None = None
 
     def add_group(self, group: str, options: Mapping[str, Any]) -> None:
         """Make the group's parameters (`options` are the config's `selector_options`)."""
@@ -45,6 +47,30 @@ class Selector(GroupHolder):
     def select(self, prompt: Prompt, groups: Sequence[str]) -> Tensor | None:
         """Weights over the active groups, (samples, groups), float32; None selects nothing."""
         raise NotImplementedError
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Tensor]]:
+        """Gather the features of prompts instead of choosing; each forward pass ends early by raising `Collected`."""
+        self._collected = []
+        try:
+            yield self._collected
+        finally:
+            self._collected = None
+
+    def decide(self, prompt: Prompt, groups: Sequence[str]) -> Tensor | None:
+        """As `select`, or while `collecting` nothing but the prompt's features.
+
+        Raises:
+            Collected: the features are taken.
+        """
+        if self._collected is not None:
+            self._collected.append(prompt.features())
+            raise Collected
+        return self.select(prompt, groups)
+
+
+class Collected(Exception):
+    """A forward pass gave its features and need not go on."""
 
 
 class Prompt:
@@ -138,7 +164,7 @@ class Select:
         mask = kwargs.get("attention_mask")
         mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else trace.token_mask
         prompt = Prompt(module, embeddings, mask, trace.prompt_mask, kwargs)
-        chosen = self.selector.select(prompt, groups)
+        chosen = self.selector.decide(prompt, groups)
         if chosen is None:
             return None
         trace.selection = (groups, chosen.detach())

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel
 
 from dymoe.adapter import DyMoEConfig, LayerRouting
 from dymoe.adapter.gates import GATES
+from dymoe.adapter.observation import observe
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import autocast, batches, evaluated, to_device
 from dymoe.files import read_json
@@ -141,7 +141,7 @@ class Learned:
 
     def observe(self, batch: dict[str, Any], observer: Observer) -> None:
         """One forward pass over a batch, the routing of every layer handed to `observer`."""
-        observe(self.model, batch, observer, self.recipe.training.dtype)
+        look(self.model, batch, observer, self.recipe.training.dtype)
 
     def require_routing(self) -> None:
         """Refuse a run whose experts all have weight 1.
@@ -158,22 +158,17 @@ class Learned:
             )
 
 
-def observe(model: PeftModel, batch: dict[str, Any], observer: Observer, dtype: str = "bfloat16") -> None:
-    """One forward pass over a batch without gradient, the routing of every layer handed to `observer`.
+def look(model: PeftModel, batch: dict[str, Any], observer: Observer, dtype: str = "bfloat16") -> None:
+    """One forward pass over a batch, the routing of every layer handed to `observer`; the trace is as it was after it.
 
     Args:
-        model: with its groups; it is left in evaluation mode.
+        model: with its groups.
         batch: what a collator makes, with or without `labels`, on the model's device.
         observer: called once per wrapped layer that has experts.
         dtype: of autocast, as in training.
     """
-    trace = trace_of(model)
-    model.eval()
-    with trace.aside(), torch.no_grad(), autocast(batch["input_ids"].device.type, dtype):
-        trace.observers.append(observer)
-        trace.labels = batch.get("labels")  # so that a selector does not see the answers
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        model(**inputs, logits_to_keep=1, use_cache=False)
+    with trace_of(model).aside():
+        observe(model, [batch], observer, autocast=lambda: autocast(batch["input_ids"].device.type, dtype))
 
 
 def open_run(run: "str | Path | Learned") -> Learned:

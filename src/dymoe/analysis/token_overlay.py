@@ -107,7 +107,7 @@ def token_routing(
 
     Args:
         lvlm: the base model and its processor.
-        peft_model: the model with its groups; it is left in evaluation mode.
+        peft_model: the model with its groups.
         collator: makes the batch.
         sample: the question, with or without a picture.
         answer: what stands behind the prompt, for example the generated answer; None or "" for the prompt alone.
@@ -124,7 +124,7 @@ def token_routing(
         DymoeError: a sample that the collator refuses, no such layer, or no layer with experts.
     """
     from dymoe.adapter.trace import place_of
-    from dymoe.analysis.learned import observe
+    from dymoe.analysis.learned import look
     from dymoe.evaluation.generate import to_device
 
     batch = collator([replace(sample, answer=answer, turns=())]) if answer else collator.prompts([sample])
@@ -144,7 +144,7 @@ def token_routing(
             served = pd.concat([tokens, _serve(routing, newest.tau)], axis=1)
             frames.append(served.assign(layer=index, projection=projection))
 
-    observe(peft_model, batch, note, dtype)
+    look(peft_model, batch, note, dtype)
     if not frames:
         raise DymoeError(f"layer {depth}: none of the active groups has experts there; give another layer")
     frame = pd.concat(frames, ignore_index=True)

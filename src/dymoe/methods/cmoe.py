@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dymoe.errors import DymoeError
 from dymoe.methods.base import Method, Probe, Stage, StageData, require
-from dymoe.methods.parameters import draw, observe
+from dymoe.methods.parameters import draw
 from dymoe.methods.reports import add_report, report_locator
 
 if TYPE_CHECKING:
@@ -165,10 +165,11 @@ class CMoE(Method):
 
     def probed(self, model: Any, group: str, stage: Stage, data: StageData) -> None:
         """Count how often the probe's experts and the old ones are used, decide, write the decision."""
+        from dymoe.adapter.observation import observe
         from dymoe.files import atomic_json
 
         activations = Activations()
-        observe(model, data, self._probe_samples(stage)[1], activations)
+        observe(model, data.batches(self._probe_samples(stage)[1]), activations, autocast=data.autocast)
         atomic_json(stage.memory / DECISION, self.decide(activations.frequencies(), group))
 
     def decide(self, frequencies: Mapping[str, Mapping[str, Sequence[float]]], group: str) -> dict[str, Any]:
@@ -211,6 +212,7 @@ class CMoE(Method):
 
     def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Fit the group's task locator to the task's own prompts, then report."""
+        from dymoe.adapter.observation import prompt_features
         from dymoe.adapter.selectors.vae import VaeSelector
 
         selector = model.base_model.selector
@@ -221,7 +223,7 @@ class CMoE(Method):
                 samples = draw(samples, self.locator_samples, stage.seed, ordered=False)
             selector.fit(
                 self.group(stage),
-                selector.take_features(model, data.batches(samples), data.autocast),
+                prompt_features(model, data.batches(samples), data.autocast),
                 self.locator_kl,
                 self.locator_epochs,
                 self.locator_lr,
@@ -249,12 +251,14 @@ class CMoE(Method):
 
     def _chosen(self, model: Any, selector: Any, tasks: Sequence[Task], data: StageData) -> dict[str, list[str]]:
         """Of every task seen: whose router the locator picks for each of its validation prompts."""
+        from dymoe.adapter.observation import prompt_features
+
         groups = list(selector.active_adapters)
         chosen = {}
         for task in tasks:
             samples = list(task.validation[: self.locator_report])
             if samples and task.name in groups:
-                features = selector.take_features(model, data.batches(samples), data.autocast)
+                features = prompt_features(model, data.batches(samples), data.autocast)
                 chosen[task.name] = [groups[position] for position in selector.locate(features, groups).tolist()]
         return chosen
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dymoe.methods.base import Stage, StageData, require
 from dymoe.methods.lora import LoRA
-from dymoe.methods.parameters import draw, evaluating, load_tensors, save_tensors, trainable
+from dymoe.methods.parameters import draw, load_tensors, save_tensors, trainable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,6 +123,8 @@ def fisher(model: Any, samples: Sequence[Sample], data: StageData) -> dict[str, 
         float16 gradients below its range count as 0; bfloat16 and float32 have no such limit.
     """
     import torch
+
+    from dymoe.adapter.observation import evaluating
 
     parameters = trainable(model)
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}

@@ -74,7 +74,7 @@ class LwF(LoRA):
         """Logits of the model before the task at the last `positions` positions, (batch, positions, vocabulary)."""
         import torch
 
-        from dymoe.methods.parameters import evaluating
+        from dymoe.adapter.observation import evaluating
 
         assert self._data is not None
         inputs = {key: value for key, value in batch.items() if key != "labels"}

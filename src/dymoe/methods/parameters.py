@@ -1,10 +1,9 @@
-"""What methods share: a group's A and B by layer, a look at samples or a draw of them, named tensors on disk."""
+"""What methods share: a group's A and B by layer, a draw of samples, named tensors on disk."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,8 +14,6 @@ from dymoe.files import atomic_write
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dymoe.methods.base import StageData
-    from dymoe.tasks import Sample
 
 T = TypeVar("T")
 
@@ -77,61 +74,6 @@ def trained_group(model: Any) -> str:
     if len(names) != 1 or None in names:
         raise RuntimeError(f"expected one training group, found {names}")
     return str(names.pop())
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Keep `model` in evaluation mode (no dropout) while the block runs; gradients stay possible."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def observe(model: Any, data: StageData, samples: Sequence[Sample], *observers: Any) -> None:
-    """Pass samples with their answers through the model, in evaluation mode and without gradient.
-
-    Args:
-        model: a PEFT model with expert groups.
-        data: makes the batches.
-        samples: what is passed through.
-        observers: each gets every wrapped layer's routing (`dymoe.adapter.RoutingTrace`); hooks see the rest.
-    """
-    import torch
-
-    trace = model.base_model.trace
-    with evaluating(model), torch.no_grad():
-        trace.observers += observers
-        try:
-            for batch in data.batches(samples):
-                data.loss(model, batch)
-        finally:
-            for observer in observers:
-                trace.observers.remove(observer)
-
-
-def observe_prompts(model: Any, data: StageData, samples: Sequence[Sample], *until: type[Exception]) -> None:
-    """Pass samples through the model as `observe` does, but only to read them: selectors do not see the answers.
-
-    To be called inside of ``trace.aside()``, so that the trace is as it was afterwards.
-
-    Args:
-        model: a PEFT model with expert groups.
-        data: makes the batches.
-        samples: what is passed through.
-        until: exceptions with which a batch may end, once all is seen.
-    """
-    import torch
-
-    trace = model.base_model.trace
-    with evaluating(model), torch.no_grad(), data.autocast():
-        for batch in data.batches(samples):
-            trace.labels = batch["labels"]
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            with suppress(*until):
-                model(**inputs, logits_to_keep=1, use_cache=False)
 
 
 def draw(samples: Sequence[T], count: int | None, key: int | str, ordered: bool = True) -> Sequence[T]:

@@ -11,7 +11,7 @@ from dymoe.errors import DymoeError
 from dymoe.methods.base import Stage, StageData, require
 from dymoe.methods.inputs import FILE, InputStatistics, layers_of
 from dymoe.methods.moelora import GROUP, MoELoRA
-from dymoe.methods.parameters import draw, observe
+from dymoe.methods.parameters import draw
 from dymoe.methods.shaping import (
     damped_inverse,
     decompose,
@@ -133,7 +133,7 @@ class SAME(MoELoRA):
         if self.freeze:
             now = InputStatistics()
             with now.observing(model, GROUP, covariance=False):
-                observe(model, data, draw(data.samples, self.samples, stage.seed))
+                self._observe(model, stage, data)
             for name, used in now.used.items():
                 importance = known.importance[name].to(used.device)
                 if importance.shape != used.shape:
@@ -142,6 +142,12 @@ class SAME(MoELoRA):
                         "does not go with pruning"
                     )
                 self._frozen[name] = frozen_experts(used, importance, self.freeze_below)
+
+    def _observe(self, model: Any, stage: Stage, data: StageData) -> None:
+        """Pass the samples that are measured through the model."""
+        from dymoe.adapter.observation import observe
+
+        observe(model, data.batches(draw(data.samples, self.samples, stage.seed)), autocast=data.autocast)
 
     def _guard(self, covariance: Tensor) -> Guard:
         """The decomposition of one covariance, as far as the settings need it."""
@@ -180,7 +186,7 @@ class SAME(MoELoRA):
         self._guards, self._start, self._frozen = {}, {}, {}
         statistics = InputStatistics()
         with statistics.observing(model, GROUP, importance=self.freeze):
-            observe(model, data, draw(data.samples, self.samples, stage.seed))
+            self._observe(model, stage, data)
         if stage.earlier:
             statistics = InputStatistics.load(stage.earlier[-1] / FOLDER / FILE).joined(statistics, self.decay)
         statistics.save(stage.memory / FOLDER)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from dymoe.adapter.observation import evaluating
 from dymoe.errors import DymoeError
 
 if TYPE_CHECKING:
@@ -63,8 +64,6 @@ def check_processor(lvlm: "Lvlm", name: str) -> None:
 def _image_tokens(lvlm: "Lvlm", picture: Any, name: str) -> int | None:
     """Image tokens that the model makes of the picture; None where the meta device cannot tell."""
     model = cast(Any, lvlm.model)
-    training = model.training
-    model.eval()
     try:
         inputs = dict(cast(Any, lvlm.processor).image_processor(images=[picture], return_tensors="pt"))
         inputs = {
@@ -72,7 +71,7 @@ def _image_tokens(lvlm: "Lvlm", picture: Any, name: str) -> int | None:
             for key, value in inputs.items()
             if isinstance(value, torch.Tensor)
         }
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             tokens = model.get_image_features(**inputs, return_dict=True).pooler_output
     except _FAULTS as error:
         if model.device.type == "meta" and not isinstance(error, ValueError):
@@ -81,8 +80,6 @@ def _image_tokens(lvlm: "Lvlm", picture: Any, name: str) -> int | None:
             f"model {name!r}: processor_config.json: image_processor: the model takes no such picture "
             f"({_first_line(error)})"
         ) from error
-    finally:
-        model.train(training)
     blocks = [tokens] if isinstance(tokens, torch.Tensor) else tokens
     return sum(block.numel() // block.shape[-1] for block in blocks)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from dymoe.adapter.observation import evaluating
 from dymoe.errors import DymoeError
 from dymoe.models.images import cores, decode
 from dymoe.pictures import opened
@@ -223,13 +224,8 @@ def encode(lvlm: "Lvlm", inputs: "dict[str, Any]") -> Sequence[torch.Tensor]:
         key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()
     }
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            output = model.get_image_features(**inputs, return_dict=True)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        output = model.get_image_features(**inputs, return_dict=True)
     tokens: Sequence[torch.Tensor] = output.pooler_output
     beside = {key for key, value in output.items() if value is not None} - _PLAIN_OUTPUT
     if beside or len(tokens) != pictures or tokens[0].dim() != 2:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +40,6 @@ class Prototypes(Selector):
         self.tasks: dict[str, list[str]] = {}
         self.shrinkage = 0.1
         self.reach = EXACT
-        self._collected: list[Tensor] | None = None
         self._rules: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     # ---- statistics ---------------------------------------------------------------------------------------------
@@ -131,9 +129,6 @@ class Prototypes(Selector):
 
     def select(self, prompt: Prompt, groups: Sequence[str]) -> Tensor | None:
         """One-hot (or, with reach "earlier", a run of ones), (samples, groups), float32."""
-        if self._collected is not None:
-            self._collected.append(prompt.features())
-            raise Collected
         classes = self.classes(groups)
         if self.training_group is not None or len(groups) < 2 or not classes:
             return None
@@ -142,19 +137,6 @@ class Prototypes(Selector):
         columns = torch.arange(len(groups), device=chosen.device)
         mask = columns <= owners[:, None] if self.reach == EARLIER else columns == owners[:, None]
         return mask.float()
-
-    @contextmanager
-    def collecting(self) -> Iterator[list[Tensor]]:
-        """Gather the features of prompts instead of choosing; each forward pass ends early by raising `Collected`."""
-        self._collected = []
-        try:
-            yield self._collected
-        finally:
-            self._collected = None
-
-
-class Collected(Exception):
-    """A forward pass gave its features and need not go on."""
 
 
 def shrunk(covariance: Tensor, shrinkage: float) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -137,10 +136,6 @@ def _start(features: int, hidden: int, latent: int, generator: torch.Generator |
     return weights
 
 
-class _Stop(Exception):
-    """Ends a forward pass whose prompt features have been taken."""
-
-
 class VaeSelector(Selector):
     """LLaVA-CMoE's probabilistic task locator (arXiv 2503.21227, section 3.2.3): a hard choice of one group.
 
@@ -160,7 +155,6 @@ class VaeSelector(Selector):
         super().__init__(width)
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ParameterDict())
-        self._collected: list[Tensor] | None = None
 
     def add_group(self, group: str, options: Mapping[str, Any]) -> None:
         """Make room for the group's autoencoder and statistics, float32; their deviation 0 says: not fitted yet.
@@ -189,34 +183,6 @@ class VaeSelector(Selector):
     def vae(self, group: str) -> Vae:
         """The group's autoencoder."""
         return Vae(**{name: getattr(self, f"dymoe_{name}")[group] for name in TENSORS})
-
-    def take_features(
-        self,
-        model: nn.Module,
-        batches: Iterable[Mapping[str, Any]],
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> Tensor:
-        """The features of the prompts in `batches`, as `select` would see them: (samples, width), float32.
-
-        Args:
-            model: the whole model that this selector is part of.
-            batches: its keyword arguments; answers are left out where `labels` tell them.
-            autocast: makes the context in which the model runs.
-        """
-        training = model.training
-        self._collected = []
-        try:
-            model.eval()
-            for batch in batches:
-                try:
-                    with torch.no_grad(), autocast():
-                        model(**batch)
-                except _Stop:
-                    continue
-            return torch.cat(self._collected)
-        finally:
-            self._collected = None
-            model.train(training)
 
     def fit(
         self,
@@ -272,9 +238,6 @@ class VaeSelector(Selector):
 
     def select(self, prompt: Prompt, groups: Sequence[str]) -> Tensor | None:
         """1 for the group located, 0 for the others; None while a group trains and where there is no choice."""
-        if self._collected is not None:
-            self._collected.append(prompt.features())
-            raise _Stop
         if self.training_group is not None or len(groups) < 2:
             return None
         return F.one_hot(self.locate(prompt.features(), groups), len(groups)).float()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dymoe.files import atomic_json, read_json
 from dymoe.methods.base import Stage, StageData, require
 from dymoe.methods.companions.base import Companion
-from dymoe.methods.parameters import draw, observe_prompts, trained_group
+from dymoe.methods.parameters import draw, trained_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,12 +85,13 @@ def activation(model: Any, group: str, data: StageData, samples: Sequence[Sample
     The other groups are active too. The group still trains, so no selector that chooses a task has a say.
     """
     from dymoe.adapter.gates import GATES
+    from dymoe.adapter.observation import observe
 
     tuner = model.base_model
     layers = {layer.name: layer for layer in tuner.layers() if layer.experts_of(group)}
     sums = _Sums(tuner.trace, group)
     with tuner.trace.aside(), _watching(layers, sums, norms=not GATES[model.peft_config[group].gate].routes):
-        observe_prompts(model, data, samples)
+        observe(model, data.batches(samples), autocast=data.autocast)
     return {name: sums.mean(name) for name in layers}
 
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from dymoe.errors import DymoeError
 from dymoe.methods.base import Stage, StageData, require
 from dymoe.methods.companions.base import Companion
-from dymoe.methods.parameters import draw, load_tensors, observe_prompts, save_tensors, trained_group
+from dymoe.methods.parameters import draw, load_tensors, save_tensors, trained_group
 from dymoe.methods.reports import report_locator
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dymoe.adapter import DyMoEConfig
-    from dymoe.tasks import Sample
 
 FEATURES = "task-router.safetensors"
 
@@ -79,16 +78,20 @@ class TaskRouter(Companion):
 
     def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Fit the new tasks' prototypes and report the router's accuracy over all tasks seen."""
+        from dymoe.adapter.observation import prompt_features
+
         selector, group = model.base_model.selector, trained_group(model)
         for task in stage.tasks:
             samples = draw(task.train, self.limit, f"task-router/{task.name}")
-            selector.fit(group, task.name, prompt_features(model, data, samples))
+            selector.fit(group, task.name, prompt_features(model, data.batches(samples), data.autocast))
         config = model.peft_config[group]
         config.selector_options = {**config.selector_options, "tasks": list(selector.tasks[group])}
         report_locator(stage, self._chosen(model, stage, data))
 
     def _chosen(self, model: Any, stage: Stage, data: StageData) -> dict[str, list[str]]:
         """Of every task seen that has validation prompts: the task chosen for each of them."""
+        from dymoe.adapter.observation import prompt_features
+
         selector = model.base_model.selector
         group, groups = trained_group(model), list(selector.active_adapters)
         names = [task for _, task in selector.classes(groups)]
@@ -100,7 +103,8 @@ class TaskRouter(Companion):
             if task.name not in known:
                 # The features are those of the frozen base, so later stages need not compute them again.
                 samples = draw(task.validation, self.check, f"task-router/{task.name}")
-                known[task.name] = fresh[task.name] = prompt_features(model, data, samples).cpu()
+                features = prompt_features(model, data.batches(samples), data.autocast)
+                known[task.name] = fresh[task.name] = features.cpu()
             nearest = selector.nearest(known[task.name].to(selector.dymoe_means[group].device), groups)
             chosen[task.name] = [names[index] for index in nearest.tolist()]
         if fresh:
@@ -115,14 +119,3 @@ def _earlier_features(folders: Sequence[Path]) -> dict[str, Tensor]:
         if (folder / FEATURES).is_file():
             by_task.update(load_tensors(folder / FEATURES))
     return by_task
-
-
-def prompt_features(model: Any, data: StageData, samples: Sequence[Sample]) -> Tensor:
-    """What the selector sees of these prompts, answers left out: (samples, width), float32."""
-    import torch
-
-    from dymoe.adapter.selectors.prototypes import Collected
-
-    with model.base_model.trace.aside(), model.base_model.selector.collecting() as rows:
-        observe_prompts(model, data, samples, Collected)
-    return torch.cat(rows)
