@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from dymoe import analysis
-from dymoe.methods.companions.pruning import keep
+from dymoe.methods.pruning import keep
 from tests.analysis.conftest import TASKS
 from tests.analysis.oracle import EXPERTS, close, place, sample_routing, task_samples
 
@@ -55,7 +55,7 @@ def test_an_expert_is_dead_if_no_task_uses_it():
     assert analysis.dead(frame, below=0.0001).empty
 
 
-def test_pruning_removes_by_the_companions_criterion(frame):
+def test_pruning_removes_by_the_plugins_criterion(frame):
     for share in (1 / 8, 1 / 4, 1 / 2):
         gone = analysis.pruned(frame, share)
         for stage, group in enumerate(TASKS, start=1):

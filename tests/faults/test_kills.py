@@ -14,13 +14,13 @@ KILLS = 2  # in a row, of one run
 FEW = [("dymoe", None), ("same", None)]  # in the default suite
 
 
-def killed_and_resumed(tiny_folder: Path, folder: Path, method: str, companion: str | None, seed: int) -> None:
+def killed_and_resumed(tiny_folder: Path, folder: Path, method: str, plugin: str | None, seed: int) -> None:
     """Learn once undisturbed and once with kills at random changes; both must end the same."""
-    whole = recipe(folder / "whole", tiny_folder, method, companion, save_steps=2)
+    whole = recipe(folder / "whole", tiny_folder, method, plugin, save_steps=2)
     changes = run_child(lambda: run(whole, display=Quiet()), folder / "whole")
     assert changes > 50  # or the hook does not see what it should
-    settings = recipe(folder / "run", tiny_folder, method, companion, save_steps=2)
-    dice = random.Random(f"{seed}/{method}/{companion}")
+    settings = recipe(folder / "run", tiny_folder, method, plugin, save_steps=2)
+    dice = random.Random(f"{seed}/{method}/{plugin}")
     for _ in range(KILLS):
         try:
             run_child(lambda: run(settings, resume=True, display=Quiet()), folder / "run", dice.randint(1, changes))
@@ -32,16 +32,16 @@ def killed_and_resumed(tiny_folder: Path, folder: Path, method: str, companion: 
     assert not left
 
 
-@pytest.mark.parametrize("method, companion", FEW)
-def test_a_killed_run_ends_the_same(tiny_folder, tmp_path, method, companion):
-    killed_and_resumed(tiny_folder, tmp_path, method, companion, seed=0)
+@pytest.mark.parametrize("method, plugin", FEW)
+def test_a_killed_run_ends_the_same(tiny_folder, tmp_path, method, plugin):
+    killed_and_resumed(tiny_folder, tmp_path, method, plugin, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
-@pytest.mark.parametrize("method, companion", CASES)
-def test_every_method_killed_at_random_changes_ends_the_same(tiny_folder, tmp_path, method, companion, seed):
-    killed_and_resumed(tiny_folder, tmp_path, method, companion, seed)
+@pytest.mark.parametrize("method, plugin", CASES)
+def test_every_method_killed_at_random_changes_ends_the_same(tiny_folder, tmp_path, method, plugin, seed):
+    killed_and_resumed(tiny_folder, tmp_path, method, plugin, seed)
 
 
 @pytest.mark.slow

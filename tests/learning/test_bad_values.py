@@ -64,9 +64,9 @@ def recipe_cases() -> Cases:
             if (key, kind) not in tried:  # many methods share a setting
                 tried.add((key, kind))
                 yield f"settings.{key}", {**BASE, "method": name}
-    for name in methods.companions():
+    for name in methods.plugins():
         yield f"with.{name}", BASE
-        yield from ((f"with.{name}.{key}", BASE) for key in keys(methods.companion_settings(name)))
+        yield from ((f"with.{name}.{key}", BASE) for key in keys(methods.plugin_settings(name)))
 
 
 def test_every_key_of_a_recipe(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dymoe.methods import Stage
-from dymoe.methods.companions.asd import BOX_INSTRUCTIONS, INSTRUCTIONS, AnswerStyles
+from dymoe.methods.asd import BOX_INSTRUCTIONS, INSTRUCTIONS, AnswerStyles
 from dymoe.tasks import Sample, Task
 from dymoe.tasks.instructions import TYPES, apply, instruction, strip
 from dymoe.tasks.scoring import lenient, scorer

@@ -1,4 +1,4 @@
-"""The one matrix that every method and every companion passes: learn, freeze, save, load, resume, cost.
+"""The one matrix that every method and every plugin passes: learn, freeze, save, load, resume, cost.
 
 Each method learns two tasks with a tiny model through the ordinary run. A method that needs an exception here does not
 fit the shared layer or the shared loop, and they are to be mended.
@@ -41,14 +41,14 @@ SETTINGS: dict[str, dict] = {
     "same": {"num_experts": 4, "rank": 2},
     "sefe": {"rank": 4},
 }
-COMPANIONS: dict[str, dict] = {
+PLUGINS: dict[str, dict] = {
     "replay": {"size": 2},
     "asd": {"share": 0.5},
     "task-router": {},
     "pruning": {"share": 0.25},
 }
-CASES = [*((name, None) for name in SETTINGS), *(("dymoe", name) for name in COMPANIONS)]
-ALL = [(method, companion) for method in SETTINGS for companion in COMPANIONS if (method, companion) not in CASES]
+CASES = [*((name, None) for name in SETTINGS), *(("dymoe", name) for name in PLUGINS)]
+ALL = [(method, plugin) for method in SETTINGS for plugin in PLUGINS if (method, plugin) not in CASES]
 STEPS = 5
 
 
@@ -70,13 +70,13 @@ class Quiet(Display):
             raise KeyboardInterrupt
 
 
-def recipe(folder: Path, model: Path, method: str, companion: str | None, **training):
+def recipe(folder: Path, model: Path, method: str, plugin: str | None, **training):
     values = {
         "model": str(model),
         "tasks": TASKS,
         "method": method,
         "settings": {"lora_dropout": 0.0, **SETTINGS[method]},
-        "with": {companion: COMPANIONS[companion]} if companion else {},
+        "with": {plugin: PLUGINS[plugin]} if plugin else {},
         "training": {
             "steps_per_task": STEPS,
             "batch_size": 4,
@@ -111,11 +111,11 @@ def learned(tiny_folder, tmp_path_factory):
     """Whole runs by case, each learned once."""
     found: dict = {}
 
-    def get(method: str, companion: str | None) -> Path:
-        if (method, companion) not in found:
-            folder = tmp_path_factory.mktemp("whole") / f"{method}-{companion}"
-            found[method, companion] = run(recipe(folder, tiny_folder, method, companion), display=Quiet())
-        return found[method, companion]
+    def get(method: str, plugin: str | None) -> Path:
+        if (method, plugin) not in found:
+            folder = tmp_path_factory.mktemp("whole") / f"{method}-{plugin}"
+            found[method, plugin] = run(recipe(folder, tiny_folder, method, plugin), display=Quiet())
+        return found[method, plugin]
 
     return get
 
@@ -124,23 +124,23 @@ def stages(folder: Path) -> list[Path]:
     return sorted((folder / "stages").iterdir())
 
 
-def test_the_matrix_holds_every_method_and_every_companion():
+def test_the_matrix_holds_every_method_and_every_plugin():
     assert set(SETTINGS) == set(methods.available()) - {"zero-shot"}
-    assert set(COMPANIONS) == set(methods.companions())
+    assert set(PLUGINS) == set(methods.plugins())
 
 
-@pytest.mark.parametrize("method, companion", CASES)
-def test_learns_a_tiny_task(learned, method, companion):
-    folder = learned(method, companion)
+@pytest.mark.parametrize("method, plugin", CASES)
+def test_learns_a_tiny_task(learned, method, plugin):
+    folder = learned(method, plugin)
     for stage in range(1, len(stages(folder)) + 1):
         found = losses(folder, stage)
         assert all(map(math.isfinite, found))
         assert found[-1] < found[0]  # every step sees the same four samples (joint: eight)
 
 
-@pytest.mark.parametrize("method, companion", CASES)
-def test_frozen_groups_stay_bit_identical(learned, method, companion):
-    records = [json.loads((stage / "training.json").read_text()) for stage in stages(learned(method, companion))]
+@pytest.mark.parametrize("method, plugin", CASES)
+def test_frozen_groups_stay_bit_identical(learned, method, plugin):
+    records = [json.loads((stage / "training.json").read_text()) for stage in stages(learned(method, plugin))]
     for earlier, later in itertools.pairwise(records):
         frozen = {name: value for name, value in earlier["hashes"].items() if name != later["group"]}
         assert {name: later["hashes"][name] for name in frozen} == frozen
@@ -161,9 +161,9 @@ def load_stage(folder: Path, tiny_folder: Path, upto: int) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("method, companion", CASES)
-def test_loads_in_plain_peft_with_the_parameters_it_claims(learned, tiny_folder, method, companion):
-    folder = learned(method, companion)
+@pytest.mark.parametrize("method, plugin", CASES)
+def test_loads_in_plain_peft_with_the_parameters_it_claims(learned, tiny_folder, method, plugin):
+    folder = learned(method, plugin)
     record = json.loads((stages(folder)[-1] / "training.json").read_text())
     model = load_stage(folder, tiny_folder, len(stages(folder)))
     assert {name: group_hash(model, name) for name in model.peft_config} == record["hashes"]
@@ -175,9 +175,9 @@ def test_loads_in_plain_peft_with_the_parameters_it_claims(learned, tiny_folder,
     assert all(tensor.dtype in (torch.float32, torch.int32, torch.int64) for tensor in kept.values())
 
 
-@pytest.mark.parametrize("method, companion", CASES)
-def test_is_shared_with_a_config_that_names_its_layers(learned, tiny_folder, tmp_path, method, companion):
-    folder = learned(method, companion)
+@pytest.mark.parametrize("method, plugin", CASES)
+def test_is_shared_with_a_config_that_names_its_layers(learned, tiny_folder, tmp_path, method, plugin):
+    folder = learned(method, plugin)
     push(folder, tmp_path / "shared")
     model = dymoe.load_stage(tmp_path / "shared", load(str(tiny_folder), "float32").model)
     as_saved = load_stage(folder, tiny_folder, len(stages(folder)))
@@ -191,10 +191,10 @@ def test_is_shared_with_a_config_that_names_its_layers(learned, tiny_folder, tmp
     assert wrapped[0] == wrapped[1]
 
 
-@pytest.mark.parametrize("method, companion", CASES)
-def test_interrupted_twice_ends_bit_for_bit_the_same(learned, tiny_folder, tmp_path, method, companion):
-    whole = learned(method, companion)
-    settings = recipe(tmp_path / "run", tiny_folder, method, companion, save_steps=2)
+@pytest.mark.parametrize("method, plugin", CASES)
+def test_interrupted_twice_ends_bit_for_bit_the_same(learned, tiny_folder, tmp_path, method, plugin):
+    whole = learned(method, plugin)
+    settings = recipe(tmp_path / "run", tiny_folder, method, plugin, save_steps=2)
     for stage in range(1, len(stages(whole)) + 1):
         with pytest.raises(KeyboardInterrupt):
             run(settings, resume=True, display=Quiet(stage, 3))
@@ -213,22 +213,22 @@ def same_run(folder: Path, whole: Path) -> None:
         assert one[key] == other[key], key
 
 
-@pytest.mark.parametrize("method, companion", CASES)
-def test_accumulation_and_checkpointing_change_rounding_alone(learned, tiny_folder, tmp_path, method, companion):
+@pytest.mark.parametrize("method, plugin", CASES)
+def test_accumulation_and_checkpointing_change_rounding_alone(learned, tiny_folder, tmp_path, method, plugin):
     parts = {"batch_size": 2, "gradient_accumulation": 2, "gradient_checkpointing": True}
-    folder = run(recipe(tmp_path / "run", tiny_folder, method, companion, **parts), display=Quiet())
-    for one, other in zip(steps(folder), steps(learned(method, companion)), strict=True):
+    folder = run(recipe(tmp_path / "run", tiny_folder, method, plugin, **parts), display=Quiet())
+    for one, other in zip(steps(folder), steps(learned(method, plugin)), strict=True):
         assert one["next_token"] == pytest.approx(other["next_token"], rel=2e-3), (one["stage"], one["step"])
 
 
-@pytest.mark.parametrize("method, companion", CASES)
-def test_bfloat16_keeps_the_groups_in_float32(learned, tiny_folder, tmp_path, method, companion):
-    folder = run(recipe(tmp_path / "run", tiny_folder, method, companion, dtype="bfloat16"), display=Quiet())
-    for one, other in zip(steps(folder), steps(learned(method, companion)), strict=True):
+@pytest.mark.parametrize("method, plugin", CASES)
+def test_bfloat16_keeps_the_groups_in_float32(learned, tiny_folder, tmp_path, method, plugin):
+    folder = run(recipe(tmp_path / "run", tiny_folder, method, plugin, dtype="bfloat16"), display=Quiet())
+    for one, other in zip(steps(folder), steps(learned(method, plugin)), strict=True):
         assert one["next_token"] == pytest.approx(other["next_token"], rel=0.05), (one["stage"], one["step"])
     kept, full = (
         load_file(stages(one)[-1] / "adapter" / "adapter_model.safetensors")
-        for one in (folder, learned(method, companion))
+        for one in (folder, learned(method, plugin))
     )
     assert torch.bfloat16 not in {tensor.dtype for tensor in kept.values()}
     # B begins at 0: what it became in so few steps says that as much was learned.
@@ -237,25 +237,25 @@ def test_bfloat16_keeps_the_groups_in_float32(learned, tiny_folder, tmp_path, me
     assert grown[1] > 0 or method == "zero-shot"
 
 
-@pytest.mark.parametrize("method, companion", CASES)
-def test_inference_costs_what_the_method_says(learned, tiny_folder, method, companion):
+@pytest.mark.parametrize("method, plugin", CASES)
+def test_inference_costs_what_the_method_says(learned, tiny_folder, method, plugin):
     """One pass of the decoder per token; a task locator adds one per prompt, and says so."""
-    model = load_stage(learned(method, companion), tiny_folder, 2)
+    model = load_stage(learned(method, plugin), tiny_folder, 2)
     base = model.get_base_model()
     passes = []
     base.get_decoder().layers[0].register_forward_hook(lambda *_: passes.append(1))
     base.eval()
     tokens = torch.tensor([[5, 6, 7, 8]])
     base.generate(input_ids=tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    located = method == "cmoe" or companion == "task-router"
+    located = method == "cmoe" or plugin == "task-router"
     assert len(passes) == 3 + located
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, companion", ALL)
-def test_every_companion_goes_with_every_method(tiny_folder, tmp_path, method, companion):
-    if (method, companion) == ("proglora", "task-router"):
+@pytest.mark.parametrize("method, plugin", ALL)
+def test_every_plugin_goes_with_every_method(tiny_folder, tmp_path, method, plugin):
+    if (method, plugin) == ("proglora", "task-router"):
         pytest.skip("refused: proglora's selector is trained (docs/methods/task-router.md)")
-    folder = run(recipe(tmp_path / "run", tiny_folder, method, companion), display=Quiet())
+    folder = run(recipe(tmp_path / "run", tiny_folder, method, plugin), display=Quiet())
     assert json.loads((folder / "results.json").read_text())["metrics"]
     assert load_stage(folder, tiny_folder, len(stages(folder))) is not None

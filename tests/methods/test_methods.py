@@ -101,7 +101,7 @@ def test_a_method_takes_the_ways_to_compute_that_the_adapter_has():
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 1e-320, 1e300])
 def test_no_setting_takes_a_number_that_cannot_be_computed_with(value):
     parts = [methods.settings_of(name) for name in methods.available()]
-    parts += [methods.companion_settings(name) for name in methods.companions()]
+    parts += [methods.plugin_settings(name) for name in methods.plugins()]
     asked = 0
     for part in parts:
         for field in fields(part):

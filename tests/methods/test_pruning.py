@@ -11,8 +11,8 @@ from dymoe import methods
 from dymoe.adapter import group_hash
 from dymoe.learning.groups import freeze_all, load_group, save_group, train_group
 from dymoe.methods import Composed
-from dymoe.methods.companions.pruning import Pruning, activation, adjust, dropped, keep, shrink
-from dymoe.methods.companions.task_router import TaskRouter
+from dymoe.methods.pruning import Pruning, activation, adjust, dropped, keep, shrink
+from dymoe.methods.task_router import TaskRouter
 from tests.adapter.conftest import randomise, small, tiny_llama
 from tests.methods.toys import data, stages, task, tokens
 
@@ -187,13 +187,13 @@ def test_the_scale_does_not_change(experts, rank, alpha, share):
     assert config.expert_pattern == left
 
 
-# ---- the companion ----------------------------------------------------------------------------------------------
+# ---- the plugin ----------------------------------------------------------------------------------------------
 
 TASKS = [TASK, task("b", 9), task("c", 9)]
 
 
-def learn(folder, method, companions, tasks=TASKS):
-    composed, model, base = Composed(method, companions), None, tiny_llama()
+def learn(folder, method, plugins, tasks=TASKS):
+    composed, model, base = Composed(method, plugins), None, tiny_llama()
     for stage in stages(folder, tasks):
         group = composed.group(stage)
         torch.manual_seed(stage.index)
@@ -212,7 +212,7 @@ def bank(name, **settings):
     return methods.create(name, **{"rank": 2, "top_k": 3, "lora_dropout": 0.0, **settings})
 
 
-@pytest.mark.parametrize("companions", [[Pruning(share=0.25)], [TaskRouter(), Pruning(share=0.25)]])
+@pytest.mark.parametrize("plugins", [[Pruning(share=0.25)], [TaskRouter(), Pruning(share=0.25)]])
 @pytest.mark.parametrize(
     "method",
     [
@@ -221,8 +221,8 @@ def bank(name, **settings):
     ],
     ids=["cosine", "linear"],
 )
-def test_a_pruned_run_is_saved_and_loaded_bit_for_bit(tmp_path, method, companions):
-    model = learn(tmp_path, method, companions)
+def test_a_pruned_run_is_saved_and_loaded_bit_for_bit(tmp_path, method, plugins):
+    model = learn(tmp_path, method, plugins)
     loaded = None
     for number, name in enumerate("abc"):
         config = model.peft_config[name]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json
-from dymoe.methods.companions.replay import Replay, _reservoir, quotas
+from dymoe.methods.replay import Replay, _reservoir, quotas
 from tests.methods.toys import stages, task
 
 
@@ -56,9 +56,9 @@ def test_the_reservoir_keeps_every_sample_with_the_same_chance():
     assert abs(statistic - (total - 1)) < 5 * math.sqrt(2 * (total - 1))
 
 
-def learn(companion, found):
+def learn(plugin, found):
     for stage in found:
-        companion.after_task(None, stage, None)
+        plugin.after_task(None, stage, None)
     return [json.loads((stage.memory / "replay.json").read_text()) for stage in found]
 
 
@@ -79,12 +79,12 @@ def test_balanced_shares_are_exact_and_only_shrink(tasks, tmp_path):
 @pytest.mark.parametrize("policy", ["balanced", "reservoir"])
 def test_a_stage_replays_what_the_one_before_kept(policy, tasks, tmp_path):
     found = stages(tmp_path, tasks)
-    companion = Replay(size=8, policy=policy)
-    states = learn(companion, found)
-    assert companion.training_samples(list(tasks[0].train), found[0]) == tasks[0].train
+    plugin = Replay(size=8, policy=policy)
+    states = learn(plugin, found)
+    assert plugin.training_samples(list(tasks[0].train), found[0]) == tasks[0].train
     for stage, state in zip(found[1:], states, strict=False):
         own = list(stage.tasks[0].train)
-        trained = companion.training_samples(own, stage)
+        trained = plugin.training_samples(own, stage)
         assert trained[: len(own)] == own
         assert [sample.id for sample in trained[len(own) :]] == [name for _, name in state["slots"]]
         assert len(state["slots"]) == 8
@@ -106,11 +106,11 @@ def test_a_stage_done_again_ends_with_the_same_buffer(policy, tasks, tmp_path):
 @pytest.mark.parametrize("share, replayed", [(0.25, 4), (0.5, 12), (0.8, 48), (0.01, 0)])
 def test_the_share_is_reached_with_as_few_repetitions_as_possible(share, replayed, tasks, tmp_path):
     found = stages(tmp_path, tasks)
-    companion = Replay(size=5, share=share)
-    learn(companion, found)
-    trained = companion.training_samples(list(tasks[3].train), found[3])
+    plugin = Replay(size=5, share=share)
+    learn(plugin, found)
+    trained = plugin.training_samples(list(tasks[3].train), found[3])
     assert len(trained) == 12 + replayed
-    assert companion.training_samples(list(tasks[3].train), found[3]) == trained
+    assert plugin.training_samples(list(tasks[3].train), found[3]) == trained
     again = Counter(sample.id for sample in trained[12:])
     buffer = [name for _, name in json.loads((found[2].memory / "replay.json").read_text())["slots"]]
     times = [again[name] for name in buffer]

@@ -16,7 +16,7 @@ from dymoe.adapter.selectors.prototypes import Prototypes
 from dymoe.errors import DymoeError
 from dymoe.learning.groups import freeze_all, load_group, save_group, train_group
 from dymoe.methods import Composed, Stage
-from dymoe.methods.companions.task_router import TaskRouter
+from dymoe.methods.task_router import TaskRouter
 from tests.adapter.conftest import randomise, small, tiny_llama
 from tests.methods.toys import collate, data, stages, task
 
@@ -129,9 +129,9 @@ def test_statistics_never_train():
 TASKS = [task("a", 12, 6, range(1, 4)), task("b", 12, 6, range(20, 23)), task("c", 12, 6, range(40, 43))]
 
 
-def learn(folder, method, companion, tasks=TASKS, upto=3):
+def learn(folder, method, plugin, tasks=TASKS, upto=3):
     """Go through the stages without training: what a router knows does not depend on it."""
-    composed, model, base = Composed(method, [companion]), None, tiny_llama()
+    composed, model, base = Composed(method, [plugin]), None, tiny_llama()
     for stage in stages(folder, tasks)[:upto]:
         group = composed.group(stage)
         model = train_group(base, model, group, composed.config(stage))

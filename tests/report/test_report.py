@@ -474,7 +474,7 @@ def test_a_zero_shot_run_is_a_level_too(tmp_path: Path) -> None:
     assert read_run(beside).level is None  # a run that learns keeps its stages
 
 
-def test_companions_are_part_of_a_methods_name(tmp_path: Path) -> None:
+def test_plugins_are_part_of_a_methods_name(tmp_path: Path) -> None:
     kinds = ({}, {"replay": {"size": 10}}, {"replay": {"size": 20}}, {"asd": {}, "replay": {"size": 10}})
     runs = [
         matrix_run(tmp_path / str(i), "dymoe", [[80], [70, 70]], settings={"tau": 0.2}, **{"with": kind})

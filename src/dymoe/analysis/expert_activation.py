@@ -10,7 +10,7 @@ import pandas as pd
 from dymoe.analysis.figures import Figure, Key, look, positions, room, scatter
 from dymoe.analysis.runs import Analysed
 from dymoe.analysis.storage import joined
-from dymoe.methods.companions.pruning import keep
+from dymoe.methods.pruning import keep
 from dymoe.numbers import number
 
 if TYPE_CHECKING:
@@ -127,9 +127,9 @@ def dead(frame: pd.DataFrame, stage: int | None = None, below: float = DEAD) -> 
 
 
 def pruned(frame: pd.DataFrame, share: float) -> pd.DataFrame:
-    """What the companion `pruning` would remove from each group after its stage, by its own criterion.
+    """What the plugin `pruning` would remove from each group after its stage, by its own criterion.
 
-    The weights are those of the task's evaluation samples, prompts and answers; the companion measures on training
+    The weights are those of the task's evaluation samples, prompts and answers; the plugin measures on training
     prompts. A group that several tasks share is judged by the mean over those of its first stage.
 
     Args:

@@ -329,21 +329,21 @@ def gather(runs: Sequence[Run]) -> list[Method]:
 
 
 def _name(run: Run) -> str:
-    """The sweep's row, or the method with its companions, as in "dymoe with replay"."""
+    """The sweep's row, or the method with its plugins, as in "dymoe with replay"."""
     if run.label:
         return run.label
-    companions = run.facts.get("with")
-    return f"{run.method} with {', '.join(companions)}" if companions else run.method
+    plugins = run.facts.get("with")
+    return f"{run.method} with {', '.join(plugins)}" if plugins else run.method
 
 
 def _settings(run: Run) -> dict[str, object]:
-    """The method's settings and, as "replay.size", those of its companions; none where a sweep names the row."""
+    """The method's settings and, as "replay.size", those of its plugins; none where a sweep names the row."""
     if run.label:
         return {}
     settings = dict(run.facts.get("settings") or {})
-    companions = run.facts.get("with") or {}
-    for name in companions:
-        values = companions[name] if isinstance(companions, dict) else None
+    plugins = run.facts.get("with") or {}
+    for name in plugins:
+        values = plugins[name] if isinstance(plugins, dict) else None
         settings |= {f"{name}.{key}": value for key, value in (values or {}).items()}
     return settings
 

@@ -22,10 +22,10 @@ def main(argv: Sequence[str]) -> int:
         raise DymoeError(f"list: {what}: unknown; {nearest(what, WHAT)}")
     _print({"methods": methods, "streams": streams, "recipes": recipes}[what]())
     if what == "methods":
-        from dymoe.methods import companions
+        from dymoe.methods import plugins
 
-        print("\ncompanions, which go with a method (with: [NAME] in a recipe):")
-        _print(companions())
+        print("\nplugins, which go with a method (with: [NAME] in a recipe):")
+        _print(plugins())
     if what == "recipes":
         from dymoe.learning.catalog import FOLDER, LAUNCHER
 

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from dymoe import plugins
+from dymoe import extensions
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_write
 from dymoe.learning import clock
@@ -148,12 +148,12 @@ def data_description(stream: "Stream") -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that compute; of a user's own files (`dymoe.plugins`) the SHA-256."""
+    """Versions of Python and of the packages that compute; of a user's own files (`dymoe.extensions`) the SHA-256."""
     result = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     for name in OPTIONAL:
         with suppress(PackageNotFoundError):
             result[name] = version(name)
-    return {**result, **plugins.digests()}
+    return {**result, **extensions.digests()}
 
 
 def machine() -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Learner:
 
     Args:
         recipe: what is learned and how.
-        method: of the recipe, with its companions.
+        method: of the recipe, with its plugins.
         stream: the tasks.
         folder: the run's.
         stages: folders of all stages.

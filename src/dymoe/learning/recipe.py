@@ -11,7 +11,7 @@ from dymoe.errors import DymoeError
 from dymoe.files import expand
 from dymoe.learning.catalog import locate, suggestion
 from dymoe.messages import brief, shorten
-from dymoe.methods import Composed, Method, companion_settings, settings_of
+from dymoe.methods import Composed, Method, plugin_settings, settings_of
 from dymoe.methods.base import require
 from dymoe.methods.settings import build
 from dymoe.models.options import ModelOptions
@@ -166,7 +166,7 @@ class Recipe:
         tasks: only these tasks of the stream, none for all.
         method: the method's name, see ``dymoe list methods``, or a class of your own, ``my_method.py:Mine``.
         settings: the method's own settings, see `dymoe.methods`.
-        with_: companions by name or as classes of your own (``my_plugin.py:Mine``), each with its settings (key
+        with_: plugins by name or as classes of your own (``my_plugin.py:Mine``), each with its settings (key
             ``with``; a list of names takes their defaults).
         training: how each task is trained.
         evaluation: how each stage is evaluated.
@@ -204,17 +204,17 @@ class Recipe:
         return settings_of(self.method).trains
 
     def build_method(self, where: str = "recipe") -> Method:
-        """The method with this recipe's settings and companions.
+        """The method with this recipe's settings and plugins.
 
         Raises:
-            DymoeError: an unknown setting or companion, or one of a wrong type or range; `where` is named.
+            DymoeError: an unknown setting or plugin, or one of a wrong type or range; `where` is named.
         """
         method = build(settings_of(self.method), self.settings, where, "settings.")
-        companions = [
-            build(companion_settings(name, where), settings, where, f"with.{name}.")
+        plugins = [
+            build(plugin_settings(name, where), settings, where, f"with.{name}.")
             for name, settings in self.with_.items()
         ]
-        return Composed(method, companions) if companions else method
+        return Composed(method, plugins) if plugins else method
 
     def task_names(self) -> tuple[str, ...]:
         """The tasks' names in their order, without loading them.
@@ -274,7 +274,7 @@ class Recipe:
         return tuple(names[len(self.task_names()) :])
 
     def resolved(self) -> dict[str, Any]:
-        """All keys with their values, defaults of method and companions included; what a run folder keeps.
+        """All keys with their values, defaults of method and plugins included; what a run folder keeps.
 
         The key ``data`` is there only with a stream that is read from files, ``model_options``,
         ``training.optimizer``, ``training.samples_per_step``, ``training.workers`` and ``evaluation.watch`` only where
@@ -283,9 +283,9 @@ class Recipe:
         from dymoe.tasks import from_files
 
         method = self.build_method()
-        companions: dict[str, Any] = {}
+        plugins: dict[str, Any] = {}
         if isinstance(method, Composed):
-            companions = {name: asdict(each) for name, each in zip(self.with_, method.companions, strict=True)}
+            plugins = {name: asdict(each) for name, each in zip(self.with_, method.plugins, strict=True)}
             method = method.method
         values = {key.removesuffix("_"): value for key, value in asdict(self).items()}
         if not any(map(from_files, (self.stream, *self.evaluation.watch))):
@@ -299,7 +299,7 @@ class Recipe:
         for key in ("samples_per_step", "workers"):
             if values["training"][key] is None:
                 del values["training"][key]
-        return {**values, "settings": asdict(method), "with": companions}
+        return {**values, "settings": asdict(method), "with": plugins}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -317,7 +317,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = read_keys(path)
     changes = parse_overrides(overrides)
     for key, value in changes.items():
-        set_key(values, key, _companions(value, "command line") if key == "with" else value)
+        set_key(values, key, _plugins(value, "command line") if key == "with" else value)
     where = str(path)
     if changes:
         # A mistake on the command line is told as such: the file alone is checked first.
@@ -375,7 +375,7 @@ def read_keys(path: Path) -> dict[str, Any]:
             raise DymoeError(f"{path}: inherit: a recipe cannot inherit from itself")
         visited.add(os.path.realpath(path))
         if "with" in values:
-            values["with"] = _companions(values["with"], str(path))
+            values["with"] = _plugins(values["with"], str(path))
         base = values.pop("inherit", None)
         chain.append(values)
         if base is None:
@@ -391,11 +391,11 @@ def read_keys(path: Path) -> dict[str, Any]:
     return merged
 
 
-def _companions(value: Any, where: str) -> Any:
+def _plugins(value: Any, where: str) -> Any:
     """The key ``with`` as a mapping from name to settings; a list of names has default settings.
 
     Raises:
-        DymoeError: a companion that is there twice.
+        DymoeError: a plugin that is there twice.
     """
     settings_by_name: dict[str, Any] = {}
     for entry in value if isinstance(value, list) else [value]:

@@ -1,15 +1,15 @@
-"""The methods by name; each is one file that makes the four choices of `dymoe.methods.base`."""
+"""Methods and plugins by name, a file each: the four choices of `dymoe.methods.base`, and what goes with any method."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from dymoe import plugins
+from dymoe import extensions
 from dymoe.errors import DymoeError
 from dymoe.messages import brief, nearest, unknown
+from dymoe.methods.asd import AnswerStyles
 from dymoe.methods.base import Method, Probe, Stage, StageData
 from dymoe.methods.cmoe import CMoE
-from dymoe.methods.companions import COMPANIONS, Companion, Composed
 from dymoe.methods.dymoe import DyMoE
 from dymoe.methods.ewc import EWC
 from dymoe.methods.inclora import IncLoRA
@@ -19,10 +19,14 @@ from dymoe.methods.lora import LoRA
 from dymoe.methods.lwf import LwF
 from dymoe.methods.moelora import MoELoRA
 from dymoe.methods.olora import OLoRA
+from dymoe.methods.plugin import Composed, Plugin
 from dymoe.methods.proglora import ProgLoRA
+from dymoe.methods.pruning import Pruning
+from dymoe.methods.replay import Replay
 from dymoe.methods.same import SAME
 from dymoe.methods.sefe import SEFE
 from dymoe.methods.settings import build
+from dymoe.methods.task_router import TaskRouter
 from dymoe.methods.zero_shot import ZeroShot
 
 _METHODS: dict[str, type[Method]] = {
@@ -44,20 +48,21 @@ _METHODS: dict[str, type[Method]] = {
         SEFE,
     )
 }
+_PLUGINS: dict[str, type[Plugin]] = {plugin.name: plugin for plugin in (Replay, AnswerStyles, TaskRouter, Pruning)}
 
 T = TypeVar("T")
 
 __all__ = [
-    "Companion",
     "Composed",
     "Method",
+    "Plugin",
     "Probe",
     "Stage",
     "StageData",
     "available",
-    "companion_settings",
-    "companions",
     "create",
+    "plugin_settings",
+    "plugins",
     "settings_of",
 ]
 
@@ -68,7 +73,7 @@ def available() -> dict[str, str]:
 
 
 def settings_of(name: str) -> type[Method]:
-    """The dataclass whose fields are the settings of the method `name`, which may be of a file (`dymoe.plugins`).
+    """The dataclass whose fields are the settings of the method `name`, which may be of a file (`dymoe.extensions`).
 
     Raises:
         DymoeError: no such method (the nearest name is given), or what has this name is no method.
@@ -78,27 +83,27 @@ def settings_of(name: str) -> type[Method]:
     return method
 
 
-def companions() -> dict[str, str]:
-    """Every companion's name with one line on what it is, those of installed packages included."""
-    return _summaries(COMPANIONS, "dymoe.companions", Companion)
+def plugins() -> dict[str, str]:
+    """Every plugin's name with one line on what it is, those of installed packages included."""
+    return _summaries(_PLUGINS, "dymoe.plugins", Plugin)
 
 
-def companion_settings(name: str, where: str = "with") -> type[Companion]:
-    """The dataclass whose fields are the settings of the companion `name`, which may be of a file (`dymoe.plugins`).
+def plugin_settings(name: str, where: str = "with") -> type[Plugin]:
+    """The dataclass whose fields are the settings of the plugin `name`, which may be of a file (`dymoe.extensions`).
 
     Raises:
-        DymoeError: no such companion (the nearest name is given), or what has this name is no companion.
+        DymoeError: no such plugin (the nearest name is given), or what has this name is no plugin.
     """
-    if (companion := _outside(name, COMPANIONS, "dymoe.companions", Companion)) is None:
-        raise DymoeError(f"{where}: with: {brief(name)}: unknown companion; {nearest(name, companions())}")
-    return companion
+    if (plugin := _outside(name, _PLUGINS, "dymoe.plugins", Plugin)) is None:
+        raise DymoeError(f"{where}: with: {brief(name)}: unknown plugin; {nearest(name, plugins())}")
+    return plugin
 
 
 def _outside(name: str, known: Mapping[str, type[T]], group: str, kind: type[T]) -> Any:
     """The class of this name: a known one, else of a file or an installed package, else None."""
     if name in known:
         return known[name]
-    cls = plugins.find(name, group)
+    cls = extensions.find(name, group)
     if cls is not None and not (
         isinstance(cls, type) and issubclass(cls, kind) and dataclasses.is_dataclass(cls) and cls.name  # type: ignore[attr-defined]
     ):
@@ -107,7 +112,7 @@ def _outside(name: str, known: Mapping[str, type[T]], group: str, kind: type[T])
 
 
 def _summaries(known: Mapping[str, Any], group: str, kind: type) -> dict[str, str]:
-    classes = {name: _outside(name, known, group, kind) for name in (*known, *plugins.names(group))}
+    classes = {name: _outside(name, known, group, kind) for name in (*known, *extensions.names(group))}
     return {name: each.summary for name, each in classes.items()}
 
 

@@ -3,7 +3,7 @@
 The loop (`dymoe.learning.learner`) and the trainer (`dymoe.learning.trainer`) know only this class. A method
 keeps its settings as dataclass fields; what it has to remember between tasks (a Fisher matrix, statistics) it
 writes below `Stage.memory` in `after_task` and reads from `Stage.earlier` in `before_task`, so that a
-resumed run finds it again. A companion (`dymoe.methods.companions`) has the same hooks and changes what a
+resumed run finds it again. A plugin (`dymoe.methods.plugins`) has the same hooks and changes what a
 method chose.
 """
 
@@ -192,7 +192,7 @@ class Method:
         return 0
 
     def brings(self, hook: str) -> bool:
-        """Whether the method, or a companion with it, has a hook of its own: how training is spread depends on it."""
+        """Whether the method, or a plugin with it, has a hook of its own: how training is spread depends on it."""
         return getattr(type(self), hook) is not getattr(Method, hook)
 
     # data

@@ -217,7 +217,7 @@ class CMoE(Method):
 
         selector = model.base_model.selector
         add_report(stage, growth=self._growth(model, stage))
-        if isinstance(selector, VaeSelector):  # a companion may have put another in its place
+        if isinstance(selector, VaeSelector):  # a plugin may have put another in its place
             samples = self.training_samples(stage)
             if self.locator_samples is not None and self.locator_samples < len(samples):
                 samples = draw(samples, self.locator_samples, stage.seed, ordered=False)

@@ -13,7 +13,7 @@ FILE = "report.json"
 
 
 def add_report(stage: Stage, **parts: Any) -> None:
-    """Set parts of the stage's report, beside what the method or a companion has set before.
+    """Set parts of the stage's report, beside what the method or a plugin has set before.
 
     Raises:
         DymoeError: the file is damaged, or cannot be written.

@@ -17,7 +17,7 @@ FILE = "keys.safetensors"
 
 @dataclass
 class SEFE(IncLoRA):
-    """RegLoRA, one half of SEFE (arXiv 2505.02486); the other, answer style diversification, is the companion `asd`.
+    """RegLoRA, one half of SEFE (arXiv 2505.02486); the other, answer style diversification, is the plugin `asd`.
 
     Growth and gate: `inclora`'s; the sum of the frozen LoRAs is what the authors merge into the base. After each task
     the positions of the largest |dW| of every linear are kept, dW = scale * B A of the task's own LoRA. Loss term, from

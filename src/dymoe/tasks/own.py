@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
-from dymoe import plugins
+from dymoe import extensions
 from dymoe.errors import DymoeError
 from dymoe.files import expand
 from dymoe.messages import shorten, unknown
@@ -148,7 +148,7 @@ def load(path: Path, names: Sequence[str], instructions: str, source: Source) ->
 def _load(task: TaskFiles, source: Source) -> tuple[Task, dict[str, Index]]:
     def one(path: Path, test: bool) -> Index:
         # A rule of the user's may change in its file: what is kept of the records belongs to the rule as it is.
-        rule = f"own/{task.scorer}{plugins.digests().get(task.scorer.rpartition(':')[0], '')}"
+        rule = f"own/{task.scorer}{extensions.digests().get(task.scorer.rpartition(':')[0], '')}"
         plan = Plan(
             path,
             task.images,

@@ -3,7 +3,7 @@
 The pocket stream's rules have plain names ("letter"). CoIN's eight tasks have two rules each: "coin/grounding" does
 what CoIN's published code does, flaw for flaw, so that numbers can be compared with published ones;
 "corrected/grounding" does what a careful benchmark would do. The task may be in any case. `runner` scores whole files.
-A rule from outside (`dymoe.plugins`) is a function ``my_rule.py:rule``, its own lenient twin, or an object with
+A rule from outside (`dymoe.extensions`) is a function ``my_rule.py:rule``, its own lenient twin, or an object with
 `strict`, `lenient` and `readable` as the modules here have them. What else a module may have stands at `Rule`.
 
 Both are functions (prediction, reference) -> float in [0, 1]. A prediction may be any text: what cannot be read
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from dymoe import plugins
+from dymoe import extensions
 from dymoe.errors import DymoeError
 from dymoe.messages import brief, unknown
 from dymoe.tasks.scoring import (
@@ -112,9 +112,9 @@ def rule(name: str) -> Rule:
     Raises:
         DymoeError: no such rule; the message names the nearest one.
     """
-    entry = _RULES.get(name) or _RULES.get(str(name).lower()) or plugins.find(str(name), "dymoe.scorers")
+    entry = _RULES.get(name) or _RULES.get(str(name).lower()) or extensions.find(str(name), "dymoe.scorers")
     if entry is None:
-        raise DymoeError(unknown("scoring rule", name, (*_RULES, *plugins.names("dymoe.scorers"))))
+        raise DymoeError(unknown("scoring rule", name, (*_RULES, *extensions.names("dymoe.scorers"))))
     functions = {part: getattr(entry, part) for part in ("strict", "lenient", "readable") if hasattr(entry, part)}
     if len(functions) == 3:
         more = {"right": "right", "policy": "POLICY"} | {name: name for name in ("skipped", "remarks", "measures")}

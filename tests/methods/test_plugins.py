@@ -1,4 +1,4 @@
-"""Companions: their order, and the forms in which a recipe names them."""
+"""Plugins: their order, and the forms in which a recipe names them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,10 @@ from dymoe import methods
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.recipe import load_recipe
-from dymoe.methods import Companion, Composed, Probe, Stage, companion_settings
-from dymoe.methods.companions.asd import AnswerStyles
-from dymoe.methods.companions.replay import Replay
-from dymoe.methods.companions.task_router import TaskRouter
+from dymoe.methods import Composed, Plugin, Probe, Stage, plugin_settings
+from dymoe.methods.asd import AnswerStyles
+from dymoe.methods.replay import Replay
+from dymoe.methods.task_router import TaskRouter
 from tests.methods.test_asd import task as asked
 from tests.methods.toys import stages, task
 
@@ -22,12 +22,12 @@ GOOD = {"method": "dymoe", "training": {"steps_per_task": 5}}
 
 
 def test_names():
-    assert list(methods.companions()) == NAMES
-    assert all(methods.companions().values())
+    assert list(methods.plugins()) == NAMES
+    assert all(methods.plugins().values())
 
 
 @dataclass
-class Mark(Companion):
+class Mark(Plugin):
     """Writes down that it was called."""
 
     sign: str = ""
@@ -55,7 +55,7 @@ class Mark(Companion):
         return {self.sign: 1.0}
 
 
-def test_the_method_acts_first_and_the_companions_in_their_order(tmp_path):
+def test_the_method_acts_first_and_the_plugins_in_their_order(tmp_path):
     log: list = []
     method = methods.create("dymoe", lora_alpha=8.0)
     composed = Composed(method, [Mark("x", log), Mark("y", log)])
@@ -125,14 +125,14 @@ def test_the_forms_of_with(tmp_path, given, words, expected):
     method = recipe.build_method()
     assert isinstance(method, Composed)
     assert method.name == "dymoe"
-    assert [companion.name for companion in method.companions] == list(expected)
+    assert [plugin.name for plugin in method.plugins] == list(expected)
     resolved = recipe.resolved()["with"]
     for name, settings in expected.items():
-        assert isinstance(method.companions[list(expected).index(name)], companion_settings(name))
+        assert isinstance(method.plugins[list(expected).index(name)], plugin_settings(name))
         assert settings.items() <= resolved[name].items()
 
 
-def test_inherited_companions_stay(tmp_path):
+def test_inherited_plugins_stay(tmp_path):
     write(tmp_path / "base.yaml", {**GOOD, "with": ["replay"]})
     path = write(tmp_path / "run.yaml", {"inherit": "base.yaml", "with": {"replay": {"size": 9}, "asd": {}}})
     assert load_recipe(path).with_ == {"replay": {"size": 9}, "asd": {}}
@@ -141,7 +141,7 @@ def test_inherited_companions_stay(tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["reply"], "with: 'reply': unknown companion; did you mean replay?"),
+        (["reply"], "with: 'reply': unknown plugin; did you mean replay?"),
         ({"replay": {"sise": 5}}, "with.replay.sise: unknown key; did you mean with.replay.size?"),
         ({"replay": {"size": 0}}, "with.replay.size: expected 1 or more, got 0"),
         ({"replay": {"size": "many"}}, "with.replay.size: expected int, got 'many'"),
@@ -171,9 +171,9 @@ def test_a_mistake_is_one_line(tmp_path, capsys, given, message):
     "words, message",
     [
         (["--with.replay.sise", "5"], "command line: with.replay.sise: unknown key; did you mean with.replay.size?"),
-        (["--with.reply.size", "5"], "command line: with: 'reply': unknown companion; did you mean replay?"),
+        (["--with.reply.size", "5"], "command line: with: 'reply': unknown plugin; did you mean replay?"),
         (["--with.replay.size"], "command line: --with.replay.size: expected a value after it"),
-        (["--with", "[pruner]"], "command line: with: 'pruner': unknown companion"),
+        (["--with", "[pruner]"], "command line: with: 'pruner': unknown plugin"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_told_as_such(tmp_path, words, message):
@@ -183,21 +183,21 @@ def test_a_mistake_on_the_command_line_is_told_as_such(tmp_path, words, message)
     assert "\n" not in str(caught.value)
 
 
-def test_the_recipes_of_the_repository_use_every_companion():
-    found = [load_recipe(path) for path in sorted(Path("recipes/pocket/companions").glob("*.yaml"))]
+def test_the_recipes_of_the_repository_use_every_plugin():
+    found = [load_recipe(path) for path in sorted(Path("recipes/pocket/plugins").glob("*.yaml"))]
     assert {name for recipe in found for name in recipe.with_} == set(NAMES)
     assert {recipe.method for recipe in found} == {"dymoe"}
 
 
-def test_the_list_shows_companions_apart(capsys):
+def test_the_list_shows_plugins_apart(capsys):
     assert main(["list", "methods"]) == 0
     first, second = capsys.readouterr().out.split("\n\n")
     heading, *rows = second.splitlines()
-    assert heading.startswith("companions")
+    assert heading.startswith("plugins")
     assert [row.split()[0] for row in rows] == NAMES
     assert "dymoe" in [row.split()[0] for row in first.splitlines()]
 
 
-def test_a_stage_can_be_made_without_companions():
+def test_a_stage_can_be_made_without_plugins():
     assert not isinstance(load_recipe("recipes/pocket/dymoe.yaml").build_method(), Composed)
     assert Stage(1, "a", (), Path("m")).earlier_tasks == ()

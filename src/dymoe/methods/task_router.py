@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dymoe.errors import DymoeError
 from dymoe.methods.base import Stage, StageData, require
-from dymoe.methods.companions.base import Companion
 from dymoe.methods.parameters import draw, load_tensors, save_tensors, trained_group
+from dymoe.methods.plugin import Plugin
 from dymoe.methods.reports import report_locator
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ FEATURES = "task-router.safetensors"
 
 
 @dataclass
-class TaskRouter(Companion):
+class TaskRouter(Plugin):
     """A task-level router before the token-level one (arXiv 2603.27481, supplement B.6 and Table 12).
 
     The supplement says that the task router decides "which experts are activated for each task" and names no

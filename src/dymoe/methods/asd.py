@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dymoe.methods.base import Stage, require
-from dymoe.methods.companions.base import Companion
+from dymoe.methods.plugin import Plugin
 
 if TYPE_CHECKING:
     from dymoe.tasks import Sample, Task
@@ -34,7 +34,7 @@ UNSEEN = ("Since the picture does not show enough", "With so little to be seen h
 
 
 @dataclass
-class AnswerStyles(Companion):
+class AnswerStyles(Plugin):
     """Answer style diversification of SEFE (arXiv 2505.02486): the model keeps answering in other forms than the newest
     task's.
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dymoe.files import atomic_json, read_json
 from dymoe.methods.base import Stage, StageData, require
-from dymoe.methods.companions.base import Companion
 from dymoe.methods.parameters import draw, trained_group
+from dymoe.methods.plugin import Plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ FILE = "pruning.json"
 
 
 @dataclass
-class Pruning(Companion):
+class Pruning(Plugin):
     """Drop the least activated experts of the group that a stage added (arXiv 2603.27481, supplement B.7).
 
     In every wrapped layer floor(share x experts) experts go. Activation is the routing weight that an expert gets from

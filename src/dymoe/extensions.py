@@ -1,8 +1,8 @@
-"""Methods, companions and scoring rules from outside the package.
+"""Methods, plugins and scoring rules from outside the package.
 
 A name with a file in it, ``my_method.py:Mine``, is what that Python file calls ``Mine``; the path is relative to the
 current folder. Any other name that dymoe does not know is looked up among the entry points of installed packages
-(groups ``dymoe.methods``, ``dymoe.companions``, ``dymoe.scorers``). The file is run: a recipe that names one is code,
+(groups ``dymoe.methods``, ``dymoe.plugins``, ``dymoe.scorers``). The file is run: a recipe that names one is code,
 to be trusted as code is. A run keeps the SHA-256 of every file it used beside the versions of its packages.
 """
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json, read_json
 from dymoe.methods.base import Stage, StageData, require
-from dymoe.methods.companions.base import Companion
 from dymoe.methods.parameters import draw
+from dymoe.methods.plugin import Plugin
 
 if TYPE_CHECKING:
     from dymoe.tasks import Sample, Task
@@ -20,12 +20,12 @@ FILE = "replay.json"
 
 
 @dataclass
-class Replay(Companion):
+class Replay(Plugin):
     """Experience replay (arXiv 2603.27481, supplement B.5: "a standard replay buffer" of 200, 500 or 1000 samples).
 
     How the authors' buffer is filled and mixed in is not stated. The defaults here are the plainest reading: equal
     parts per task, and the whole buffer appended once to the new task's samples. The buffer keeps samples as the
-    tasks have them, not as another companion rewrote them.
+    tasks have them, not as another plugin rewrote them.
 
     Attributes:
         size: samples that the buffer holds, over all earlier tasks (200, 500 and 1000 in the supplement).

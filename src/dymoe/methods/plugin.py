@@ -1,4 +1,4 @@
-"""What a companion is: a change to the choices of whatever method it goes with."""
+"""What a plugin is: a change to the choices of whatever method it goes with."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Companion:
-    """Base of every companion: each hook takes what the method (and the companions before) chose."""
+class Plugin:
+    """Base of every plugin: each hook takes what the method (and the plugins before) chose."""
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
@@ -45,18 +45,18 @@ class Companion:
 
 
 class Composed(Method):
-    """A method with its companions; they act after the method, in the order given.
+    """A method with its plugins; they act after the method, in the order given.
 
     Args:
         method: the method.
-        companions: at least one.
+        plugins: at least one.
     """
 
-    def __init__(self, method: Method, companions: Sequence[Companion]) -> None:
+    def __init__(self, method: Method, plugins: Sequence[Plugin]) -> None:
         self.name = method.name  # type: ignore[misc]  # whatever goes with it, the method is the same
         self.method = method
-        self.companions = tuple(companions)
-        self.parts: tuple[Method | Companion, ...] = (method, *self.companions)
+        self.plugins = tuple(plugins)
+        self.parts: tuple[Method | Plugin, ...] = (method, *self.plugins)
 
     def rounds(self, tasks: Sequence[Task]) -> list[tuple[str, tuple[Task, ...]]]:
         """The method's stages."""
@@ -71,17 +71,17 @@ class Composed(Method):
         return self.method.state_size(trainable, inputs)
 
     def brings(self, hook: str) -> bool:
-        """Whether the method or a companion has a hook of its own."""
-        overrides = (getattr(type(one), hook) is not getattr(Companion, hook) for one in self.companions)
+        """Whether the method or a plugin has a hook of its own."""
+        overrides = (getattr(type(one), hook) is not getattr(Plugin, hook) for one in self.plugins)
         return self.method.brings(hook) or any(overrides)
 
     def config(self, stage: Stage) -> DyMoEConfig:
-        """The method's config as the companions change it."""
+        """The method's config as the plugins change it."""
         return self._changed(self.method.config(stage), stage)
 
     def _changed(self, config: DyMoEConfig, stage: Stage) -> DyMoEConfig:
-        for companion in self.companions:
-            config = companion.config(config, stage)
+        for plugin in self.plugins:
+            config = plugin.config(config, stage)
         return config
 
     def probe(self, stage: Stage, data: StageData) -> Probe | None:
@@ -116,8 +116,8 @@ class Composed(Method):
             part.after_task(model, stage, data)
 
     def training_samples(self, stage: Stage) -> Sequence[Sample]:
-        """The method's samples as the companions change them."""
+        """The method's samples as the plugins change them."""
         samples = self.method.training_samples(stage)
-        for companion in self.companions:
-            samples = companion.training_samples(samples, stage)
+        for plugin in self.plugins:
+            samples = plugin.training_samples(samples, stage)
         return samples

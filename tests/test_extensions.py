@@ -1,4 +1,4 @@
-"""Methods, companions and scoring rules from outside: learned, resumed and refused as those of the house are."""
+"""Methods, plugins and scoring rules from outside: learned, resumed and refused as those of the house are."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dymoe import methods, plugins
+from dymoe import extensions, methods
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.recipe import load_recipe
@@ -19,12 +19,12 @@ from dymoe.tasks.scoring import lenient, scorer
 from tests.learning.tiny import write_recipe
 
 ANCHOR = "examples/anchor.py:Anchor"
-COMPANION = """
+PLUGIN = """
 from dataclasses import dataclass
-from dymoe.methods import Companion
+from dymoe.methods import Plugin
 
 @dataclass
-class Half(Companion):
+class Half(Plugin):
     name = "half"
     summary = "half of the samples"
     least: int = 1
@@ -49,7 +49,7 @@ SMALL = {"steps_per_task": 3, "limit": 8, "save_steps": 1}
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(COMPANION)
+    (tmp_path / "mine.py").write_text(PLUGIN)
     (tmp_path / "rule.py").write_text(RULE)
     shutil.copy("examples/anchor.py", tmp_path / "anchor.py")
     monkeypatch.chdir(tmp_path)
@@ -121,7 +121,7 @@ def test_a_run_knows_the_file_it_was_learned_with(tiny_folder, files, capsys):
         ({"method": "anchor.py:Anchor", "settings": {"pull": -1.0}}, "settings.pull: expected 0 or more"),
         (
             {"with": {"anchor.py:Anchor": {}}},
-            "must be a dataclass with a name that inherits from dymoe.methods.Companion",
+            "must be a dataclass with a name that inherits from dymoe.methods.Plugin",
         ),
         ({"with": {"mine.py:Half": {"least": "x"}}}, "with.mine.py:Half.least: expected int"),
     ],
@@ -156,7 +156,7 @@ def test_an_installed_package_brings_methods_and_rules(files, monkeypatch, capsy
     def entry_points(group: str, name: str | None = None) -> list[EntryPoint]:
         return [each for each in points.get(group, []) if name in (None, each.name)]
 
-    monkeypatch.setattr(plugins, "entry_points", entry_points)
+    monkeypatch.setattr(extensions, "entry_points", entry_points)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     assert methods.create("outside", pull=2.0).pull == 2.0
     assert methods.available()["outside"] == methods.settings_of(str(files / ANCHOR.split("/")[1])).summary
