@@ -55,6 +55,7 @@ __all__ = [
     "routing_score_regularization",
     "rsr_scale",
     "specialization_loss",
+    "straight_through",
     "token_assignment_guidance",
     "token_statistics",
     "token_types",
@@ -231,27 +232,41 @@ def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Tokens(NamedTuple):
-    """A layer's inputs as a router sees them; linears with the same input may share them.
+    """A layer's inputs as a router sees them.
 
     Attributes:
         wide: (..., features), float32 or float64.
         inverse: 1 / |x|, (..., 1); 0 for a zero vector, which thus scores 0 and gets no gradient.
+        narrow: bfloat16 inputs and their inverse lengths in bfloat16, through which the gradient goes; None where it
+            goes through `wide`, or nowhere.
     """
 
     wide: Tensor
     inverse: Tensor
+    narrow: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, x: Tensor) -> "Tokens":
         """Of inputs (..., features), any float dtype."""
-        wide = _wide(x)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            square = torch.linalg.vecdot(wide, wide).unsqueeze(-1)  # whose gradient is cheaper than a norm's
-        return cls(wide, square.masked_fill(square == 0, float("inf")).rsqrt())
+            narrow = None
+            if x.dtype == torch.bfloat16 and torch.is_grad_enabled():
+                narrow, x = (x, _inverse_length(x)), x.detach()
+            wide = _wide(x)
+            return cls(wide, _inverse_length(wide), narrow)
+
+
+def _inverse_length(x: Tensor) -> Tensor:
+    """1 / |x| of vectors (..., features), (..., 1), in their dtype; 0 for a zero vector."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return length.masked_fill(length == 0, float("inf")).reciprocal()
 
 
 def cosine_scores(x: Tensor | Tokens, router: Tensor, unit: bool = False) -> Tensor:
     """Cosine between each token and each router row: s_e = (x / |x|) . (r_e / |r_e|).
+
+    The value is float32's. The gradient of bfloat16 inputs is that of the same formula in bfloat16, as autocast gives
+    it to every other weight: otherwise a float32 copy of the tokens would wait in each layer for the backward pass.
 
     Args:
         x: layer inputs, (..., features), any float dtype, or their `Tokens`.
@@ -265,14 +280,22 @@ def cosine_scores(x: Tensor | Tokens, router: Tensor, unit: bool = False) -> Ten
         ValueError: the feature sizes differ.
     """
     tokens = x if isinstance(x, Tokens) else Tokens.of(x)
-    wide = tokens.wide
-    if wide.shape[-1] != router.shape[-1]:
-        raise ValueError(f"tokens have {wide.shape[-1]} features but router rows have {router.shape[-1]}")
-    with torch.autocast(device_type=wide.device.type, enabled=False):
-        rows = router.to(wide.dtype)
+    if tokens.wide.shape[-1] != router.shape[-1]:
+        raise ValueError(f"tokens have {tokens.wide.shape[-1]} features but router rows have {router.shape[-1]}")
+    with torch.autocast(device_type=tokens.wide.device.type, enabled=False):
+        rows = router.to(tokens.wide.dtype)
         if not unit:
             rows = F.normalize(rows, dim=-1, eps=1e-12)
-        return F.linear(wide, rows) * tokens.inverse
+        if tokens.narrow is None:
+            return F.linear(tokens.wide, rows) * tokens.inverse
+        narrow, inverse = tokens.narrow
+        value = F.linear(tokens.wide, rows.detach()) * tokens.inverse
+        return straight_through(value, F.linear(narrow, rows.to(narrow.dtype)) * inverse)
+
+
+def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
+    """The value of one tensor, which has no gradient, with the gradient of another of the same shape."""
+    return value + (surrogate - surrogate.detach())
 
 
 def topk_weights(scores: Tensor, top_k: int, temperature: float) -> Tensor:

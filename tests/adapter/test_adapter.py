@@ -13,7 +13,7 @@ from torch import nn
 
 from dymoe import DyMoEConfig, group_hash, routing
 from dymoe.adapter.layer import DyMoELayer
-from dymoe.adapter.trace import GroupWeights, LayerRouting, RoutingTrace
+from dymoe.adapter.trace import GroupWeights, LayerRouting
 
 from .conftest import randomise, small, tiny_llama
 
@@ -260,32 +260,6 @@ def test_autocast_keeps_scores_in_float32_and_parameters_too(batch):
     with torch.no_grad():
         difference = (inside.float() - model(**batch).logits).abs()
     assert difference.mean() < 0.02, "rounding only (a token at the border between two experts may differ more)"
-
-
-def test_what_linears_see_of_an_input_is_made_once_for_those_that_share_it():
-    made = []
-
-    def length(x):
-        made.append(x)
-        return x.norm(dim=-1)
-
-    trace = RoutingTrace()
-    x = torch.randn(2, 3, 4)
-    first, again = trace.view(x, length), trace.view(x, length)
-    assert first is again
-    torch.testing.assert_close(first, x.norm(dim=-1))
-    x.mul_(2)
-    torch.testing.assert_close(trace.view(x, length), 2 * first)
-    assert trace.view(x.clone(), length).shape == (2, 3)
-    assert len(made) == 3
-    trace.begin({})
-    trace.view(x, length)
-    assert len(made) == 4
-    with torch.no_grad():
-        trace.view(x, length)
-    assert len(made) == 5, "what was made with a graph serves no pass without one"
-    with torch.inference_mode():
-        assert trace.view(torch.zeros(1, 4), length).item() == 0
 
 
 def test_the_graph_lets_go_of_the_linears_inputs_with_its_backward_pass(batch):

@@ -77,9 +77,7 @@ def decided(gate, x, rows, sizes, top_k, temperature=TEMPERATURE, selection=None
     setting = Setting(
         sizes, sizes[-1] if new else 0, Routing(top_k=top_k, temperature=temperature), x.shape[:-1], selection
     )
-    return kind.decide(
-        kind.view(flat), kind.pack(frozen) if frozen else None, rows[-1] if new and rows else None, setting
-    )
+    return kind.decide(flat, kind.pack(frozen) if frozen else None, rows[-1] if new and rows else None, setting)
 
 
 def weights_of(decision, tokens):

@@ -87,8 +87,9 @@ def autograd_saves(model: torch.nn.Module, layers: range, rows: int, tokens: int
         [DyMoEConfig(num_experts=1, r=16, top_k=1, lora_dropout=0.0, **LORA)],
         [DyMoEConfig(num_experts=8, r=2, top_k=8, lora_dropout=0.0)],
         [DyMoEConfig(num_experts=8, r=2, top_k=8, lora_dropout=0.0) for _ in range(3)],
+        [DyMoEConfig(num_experts=8, r=2, top_k=8, lora_dropout=0.0) for _ in range(5)],
     ],
-    ids=["lora", "one group", "three groups"],
+    ids=["lora", "one group", "three groups", "five groups"],
 )
 def test_a_layer_keeps_what_autograd_saves(configs: list[DyMoEConfig]) -> None:
     base = tiny()
@@ -99,7 +100,7 @@ def test_a_layer_keeps_what_autograd_saves(configs: list[DyMoEConfig]) -> None:
     model.train()
     # Without dropout: a GPU keeps its mask in bytes, a CPU in the compute dtype.
     expected = saved(shape, Groups(tuple(configs)), "bfloat16")
-    assert autograd_saves(model, range(1, 4), 2, 97) == pytest.approx(expected, rel=0.12)
+    assert autograd_saves(model, range(1, 4), 2, 97) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["lora", "moelora", "inclora", "dymoe"])

@@ -68,15 +68,15 @@ def reference(result: Tensor, x: Tensor, decision: Decision, old: Sequence[Block
 
 def stacked(result: Tensor, x: Tensor, decision: Decision, old: Sequence[Block], new: Block | None) -> Tensor:
     """Base output plus bank output by dense products; arguments and result as for `reference`."""
-    index = decision.indices[0]
-    if len(old) == 1 and index is not None and _gathers(index, old[0]):
-        result = _add_gathered(result, x, decision.weights[0], index, old[0])
-    elif old:
-        rows, parts = _own_tokens(decision.tokens[0]), decision.columns(0).split([block.experts for block in old], -1)
-        for block, weights in zip(old, parts, strict=True):
-            result = _add_block(result, x, weights, block, rows)
-    if new is not None:
-        result = _add_block(result, x, decision.columns(1), new, _own_tokens(decision.tokens[1]))
+    for side, blocks in enumerate((old, [] if new is None else [new])):
+        rows, index = _own_tokens(decision.tokens[side]), decision.indices[side]
+        if len(blocks) == 1 and index is not None:
+            add = _add_gathered if _gathers(index, blocks[0]) else _add_block
+            result = add(result, x, decision.weights[side], index, blocks[0], rows)
+        elif blocks:
+            parts = decision.columns(side).split([block.experts for block in blocks], -1)
+            for block, weights in zip(blocks, parts, strict=True):
+                result = _add_block(result, x, weights, None, block, rows)
     return result
 
 
@@ -91,23 +91,33 @@ def _own_tokens(use: Tensor | None) -> Tensor | None:
     return rows if len(rows) <= OWN_TOKENS * len(use) else None
 
 
-def _add_block(result: Tensor, x: Tensor, weights: Tensor, block: Block, rows: Tensor | None) -> Tensor:
+def _add_block(
+    result: Tensor, x: Tensor, weights: Tensor, index: Tensor | None, block: Block, rows: Tensor | None
+) -> Tensor:
     """Add a block's output.
 
     Args:
         result: (tokens, out_features).
         x: (tokens, in_features).
-        weights: (tokens, experts), or one row for all tokens.
+        weights: (tokens, candidates), or one row for all tokens.
+        index: the candidates' positions among the block's experts, (tokens, candidates); None for all in order.
         block: the block.
-        rows: places of the tokens that use it, or None for all.
+        rows: positions of the tokens that use it, or None for all.
     """
     if rows is not None:
         x, weights = x.index_select(0, rows), weights.index_select(0, rows)
+        index = None if index is None else index.index_select(0, rows)
     if block.dropout:
         x = F.dropout(x, block.dropout)
     if block.scale != 1.0:
         weights = weights * block.scale
-    gated, b = _gated(F.linear(x, block.a.flatten(0, 1)), weights, len(block.a)), block.b.flatten(0, 1)
+    hidden = F.linear(x, block.a.flatten(0, 1)).unflatten(-1, (len(block.a), -1))
+    if index is None:
+        gated = _gated(hidden, weights)
+    else:
+        index = index.unsqueeze(-2).expand(-1, len(block.a), -1)
+        gated = torch.zeros_like(hidden).scatter(-1, index, _gated(hidden.gather(-1, index), weights))
+    gated, b = gated.flatten(1), block.b.flatten(0, 1)
     if rows is not None:
         return result.index_add(0, rows, (gated @ b).to(result.dtype))
     if result.dtype == b.dtype:
@@ -115,10 +125,10 @@ def _add_block(result: Tensor, x: Tensor, weights: Tensor, block: Block, rows: T
     return result + (gated @ b).to(result.dtype)
 
 
-def _gated(hidden: Tensor, weights: Tensor, r: int) -> Tensor:
-    """Hidden values (tokens, r * experts) times their experts' weights (tokens, experts), in the values' dtype."""
+def _gated(hidden: Tensor, weights: Tensor) -> Tensor:
+    """Hidden values (tokens, r, experts) times their experts' weights (tokens, experts), in the values' dtype."""
     # The weights stay in float32: their gradient is a sum over ranks whose terms nearly cancel in the softmax.
-    return (hidden.unflatten(-1, (r, -1)) * weights.unsqueeze(-2)).to(hidden.dtype).flatten(-2)
+    return (hidden * weights.unsqueeze(-2)).to(hidden.dtype)
 
 
 def _gathers(index: Tensor, block: Block) -> bool:
@@ -126,13 +136,16 @@ def _gathers(index: Tensor, block: Block) -> bool:
     return not torch.is_grad_enabled() and block.experts >= GATHERED_FROM * index.shape[-1]
 
 
-def _add_gathered(result: Tensor, x: Tensor, weights: Tensor, index: Tensor, block: Block) -> Tensor:
-    """Add the output of each token's own experts, whose places are `index` (tokens, candidates)."""
+def _add_gathered(
+    result: Tensor, x: Tensor, weights: Tensor, index: Tensor, block: Block, rows: Tensor | None
+) -> Tensor:
+    """`_add_block` that reads the rows of each token's own experts alone."""
+    assert rows is None, "passes without gradient guide no token"
     a, b, (r, experts) = block.a.flatten(0, 1), block.b.flatten(0, 1), block.a.shape[:2]
     ranks = (index.unsqueeze(1) + experts * torch.arange(r, device=index.device).unsqueeze(1)).flatten(1)
     if ranks.numel() <= len(a):  # few tokens: their rows alone are read
         hidden = torch.bmm(a[ranks], x.unsqueeze(2)).squeeze(2)
     else:
         hidden = F.linear(x, a).gather(1, ranks)
-    gated = _gated(hidden, weights * block.scale, r)
+    gated = _gated(hidden.unflatten(-1, (r, -1)), weights * block.scale).flatten(1)
     return result + F.embedding_bag(ranks, b, mode="sum", per_sample_weights=gated).to(result.dtype)

@@ -87,42 +87,37 @@ class Gate:
         name: what a config's `gate` says.
         routes: a token's weights depend on the token.
         scores_older: a group's rows score the experts of earlier groups too, as they were when it trained.
-        view_bytes: what `view` keeps of each feature of an input for the backward pass, in bytes.
         pack_bytes: what `pack` adds to each number of a frozen router row, in bytes.
     """
 
     name: ClassVar[str] = ""
     routes: ClassVar[bool] = True
     scores_older: ClassVar[bool] = False
-    view_bytes: ClassVar[int] = 4
     pack_bytes: ClassVar[int] = 0
 
     def rows(self, experts: int, older: int) -> int:
         """Router rows that a group of `experts` brings to a layer that has `older` ones."""
         raise NotImplementedError
 
-    def saved_bytes(self, old: int, new: int, top_k: int) -> int:
+    def saved_bytes(self, old: int, new: int, top_k: int, size: int) -> int:
         """Bytes that a decision keeps of one token for its backward pass, with so many experts on each side.
 
-        A score and a weight of every expert and the candidates' softmax, in float32; where a side has more experts than
-        top_k, also the candidates' places.
+        A product of every expert in the compute dtype, of `size` bytes; the softmax and the weight of every candidate
+        in float32; where a side has more experts than top_k, the candidates' positions twice: for the largest scores,
+        and for the hidden values that they choose.
         """
         candidates = min(old, top_k) + min(new, top_k)
-        return 8 * (old + new) + 4 * candidates + 8 * top_k * ((old > top_k) + (new > top_k))
+        return size * (old + new) + 8 * candidates + 16 * top_k * ((old > top_k) + (new > top_k))
 
     def pack(self, routers: Sequence[Tensor]) -> Any:
         """What frozen groups' router rows (rows, features) are kept as between forward passes, without gradient."""
         return tuple(routers)
 
-    def view(self, x: Tensor) -> Any:
-        """What of an input (tokens, features) linears with the same input share."""
-        return x
-
-    def decide(self, x: Any, old: Any, new: Tensor | None, setting: Setting) -> Decision:
+    def decide(self, x: Tensor, old: Any, new: Tensor | None, setting: Setting) -> Decision:
         """Where the tokens go.
 
         Args:
-            x: `view` of the layer's input.
+            x: the layer's input, (tokens, features).
             old: `pack` of the frozen groups' router rows; None without frozen groups.
             new: router rows of the group that trains, (rows, features), or None.
             setting: see `Setting`.
@@ -145,15 +140,12 @@ class Cosine(Gate):
         rows = torch.cat(list(routers))
         return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1, eps=1e-12)
 
-    def view(self, x: Tensor) -> Tokens:
-        """The inputs in float32 with the inverse of their lengths."""
-        return Tokens.of(x)
-
-    def decide(self, x: Tokens, old: Tensor | None, new: Tensor | None, setting: Setting) -> Decision:
+    def decide(self, x: Tensor, old: Tensor | None, new: Tensor | None, setting: Setting) -> Decision:
         """Scores of each side apart, then `dymoe.routing.route`."""
-        nothing = x.wide.new_zeros(len(x.wide), 0)
-        by_old = nothing if old is None else routing.cosine_scores(x, old, unit=True)
-        by_new = nothing if new is None else routing.cosine_scores(x, new)
+        tokens = Tokens.of(x)
+        nothing = tokens.wide.new_zeros(len(x), 0)
+        by_old = nothing if old is None else routing.cosine_scores(tokens, old, unit=True)
+        by_new = nothing if new is None else routing.cosine_scores(tokens, new)
         visible = None if setting.selection is None else setting.by_expert() != 0
         return setting.route(by_old, by_new, True, visible)
 
@@ -171,10 +163,6 @@ class Linear(Gate):
     def rows(self, experts: int, older: int) -> int:
         """One for each expert and each older one."""
         return older + experts
-
-    def view(self, x: Tensor) -> Tensor:
-        """The inputs in float32 or wider."""
-        return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def decide(self, x: Tensor, old: Sequence[Tensor] | None, new: Tensor | None, setting: Setting) -> Decision:
         """Scores of the last router; of several routers weights alone.
@@ -208,7 +196,11 @@ class Linear(Gate):
 
 
 def _linear_scores(x: Tensor, rows: Tensor) -> Tensor:
+    """Products in the rows' dtype; their gradient is bfloat16's where the inputs are, as in `routing.cosine_scores`."""
     with torch.autocast(device_type=x.device.type, enabled=False):
+        if x.dtype == torch.bfloat16 and torch.is_grad_enabled():
+            value = F.linear(x.detach().to(rows.dtype), rows.detach())
+            return routing.straight_through(value, F.linear(x, rows.to(x.dtype)))
         return F.linear(x.to(rows.dtype), rows)
 
 
@@ -217,13 +209,12 @@ class Uniform(Gate):
 
     name = "uniform"
     routes = False
-    view_bytes = 0
 
     def rows(self, experts: int, older: int) -> int:
         """None."""
         return 0
 
-    def saved_bytes(self, old: int, new: int, top_k: int) -> int:
+    def saved_bytes(self, old: int, new: int, top_k: int, size: int) -> int:
         """Nothing: no weight depends on the token."""
         return 0
 

@@ -242,8 +242,7 @@ class DyMoELayer(GroupHolder):
             old = self._pack(layout.frozen, gate, dtype) if layout.frozen else None
             rows, blocks = (None, ()) if old is None else (old.rows, old.blocks)
             new_rows = None if layout.new is None else self._router(layout.new)
-            view = trace.view(x, lambda x: gate.view(x.reshape(flat.shape)))
-            decision = gate.decide(view, rows, new_rows, setting)
+            decision = gate.decide(flat, rows, new_rows, setting)
             bank = reference if config.compute == "reference" else stacked
             new = self._new_block(layout, config, dtype)
             output = bank(result.reshape(-1, result.shape[-1]), flat.to(dtype), decision, blocks, new)

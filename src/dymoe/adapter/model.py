@@ -345,13 +345,12 @@ class _Begin:
 
 
 class _AttachLoss:
-    """Forward hook: ends a pass in the trace and adds the layers' loss terms to a loss that the model computed."""
+    """Forward hook: adds the layers' loss terms to a loss that the model computed."""
 
     def __init__(self, trace: RoutingTrace) -> None:
         self.trace = trace
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        self.trace.end()
         if not module.training:
             return output
         if isinstance(output, tuple):  # return_dict=False

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,7 +100,6 @@ class RoutingTrace:
         self._share: Tensor | float = 1.0
         self._items: Tensor | int | None = None
         self._attached: list[bool] = []
-        self._view: tuple[weakref.ref[Tensor], int, bool, Any] | None = None
         self._totals: dict[str, Tensor] = {}
         self._terms: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
@@ -153,7 +151,6 @@ class RoutingTrace:
         self.upstream = torch.ones((), device=device)
         self._items, self._attached = items, []
         self._totals, self._terms, self._statistics = {}, {}, {}
-        self._view = None
 
     def selection_for(self, groups: Sequence[str], x: Tensor | None = None) -> Tensor | None:
         """Return the selection's columns for these groups, (samples, groups), or None when nothing was selected.
@@ -201,19 +198,6 @@ class RoutingTrace:
         if len(tokens) == 1 and tokens[0] == mask.numel():
             return mask.reshape(-1)
         return None
-
-    def end(self) -> None:
-        """End a forward pass: let go of what its linears shared."""
-        self._view = None
-
-    def view(self, x: Tensor, make: Callable[[Tensor], Any]) -> Any:
-        """`make(x)` of a layer's input; made once for linears in a row that get the same tensor."""
-        if torch.compiler.is_compiling():
-            return make(x)
-        now, entry = (_version(x), torch.is_grad_enabled()), self._view
-        if entry is None or entry[0]() is not x or entry[1:3] != now:
-            entry = self._view = (weakref.ref(x), *now, make(x))
-        return entry[3]
 
     def leave_terms(self, layer: str, total: Tensor, terms: Tensor, statistics: Tensor | None) -> None:
         """Record a layer's weighted loss (scalar), its unweighted terms (3,) and its token statistics (5,) or None."""
@@ -301,11 +285,6 @@ class RoutingTrace:
         finally:
             self.observers.remove(weights)
             weights.fetch()
-
-
-def _version(x: Tensor) -> int:
-    """Torch's counter of in-place changes; inference tensors have none."""
-    return 0 if x.is_inference() else x._version
 
 
 class GroupWeights:

@@ -213,9 +213,9 @@ def saved(shape: Shape, groups: Groups, dtype: str) -> float:
     """Bytes that one layer keeps of one token for its backward pass, as autograd saves them (compared in the tests).
 
     Frozen weights need no inputs, so a layer keeps: two norms in float32; queries, keys, values and attention's output;
-    the FFN's gate, its activation and the other half. A bank adds the layer's distinct inputs, as they are and as the
-    gate sees them; for each linear what the gate decides (`Gate.saved_bytes`), the ranks of all experts whose weight
-    depends on the token and, for B, those of the new group once more; with dropout also its input and the mask. On a
+    the FFN's gate, its activation and the other half. A bank adds the layer's distinct inputs; for each linear what the
+    gate decides (`Gate.saved_bytes`), the ranks of all experts whose weight depends on the token, those that top-k
+    chose of the old ones and, for B, those of the new group once more; with dropout also its input and the mask. On a
     CPU less where guidance sends few tokens to the new group.
     """
     from dymoe.adapter.gates import GATES
@@ -229,12 +229,15 @@ def saved(shape: Shape, groups: Groups, dtype: str) -> float:
     wide = sum(linear.inputs for linear in shape.linears) / shape.layers
     count = len(shape.linears) / shape.layers
     older = sum(config.num_experts for config in groups.configs[:-1])
-    ranks = sum(config.num_experts * config.r for config in groups.configs) if gate.routes else 0
+    ranks = new.num_experts * new.r
+    if gate.routes:
+        ranks += sum(config.num_experts * config.r for config in groups.configs)
+        ranks += new.top_k * new.r if older > new.top_k else 0
     if new.lora_dropout:
         total += wide * (size + 1)
     distinct = 3 * shape.hidden + shape.inner
-    total += distinct * ((0 if new.lora_dropout and not gate.routes else size) + gate.view_bytes)
-    total += count * (size * (ranks + new.num_experts * new.r) + gate.saved_bytes(older, new.num_experts, new.top_k))
+    total += distinct * (0 if new.lora_dropout and not gate.routes else size)
+    total += count * (size * ranks + gate.saved_bytes(older, new.num_experts, new.top_k, size))
     return total
 
 
