@@ -3,7 +3,7 @@
 import enum
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftConfig
 
@@ -87,6 +87,13 @@ class DyMoEConfig(Routing, PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+
+    @property
+    def weights_depend_on(self) -> Literal["token", "sample", "nothing"]:
+        """What an expert's weight depends on once nothing trains; where on nothing, the groups are one plain LoRA."""
+        if GATES[self.gate].routes:
+            return "token"
+        return "nothing" if self.selector == "none" else "sample"
 
     @property
     def scaling(self) -> float:

@@ -21,6 +21,13 @@ from dymoe.routing import Decision
 
 _compiling = torch.compiler.is_compiling
 
+# By what the experts' weights depend on: how a stage leaves for something that knows no expert groups.
+WAYS_OUT = {
+    "token": "its weights depend on the token; serve the stage as it is (examples/serve.py)",
+    "sample": "its weights depend on the sample; `dymoe export RUN --as groups` writes a LoRA for each group, and what "
+    "weighs them",
+    "nothing": "its groups stay as they are; `dymoe export RUN --as merged` writes a whole model, `--as lora` one LoRA",
+}
 
 _version = attrgetter("_version")  # asked of every frozen parameter at every call
 
@@ -148,10 +155,9 @@ class DyMoELayer(GroupHolder):
         self._layouts.clear()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Not possible: the weight of an expert depends on the token."""
-        raise NotImplementedError(
-            "an expert bank cannot be merged into the base layer: its weights depend on the token"
-        )
+        """Not in place, which would end a group that is to stay as it is; says which way out there is."""
+        depends = next(iter(self.group_configs.values())).weights_depend_on
+        raise NotImplementedError(f"an expert bank cannot be merged into the base layer: {WAYS_OUT[depends]}")
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""

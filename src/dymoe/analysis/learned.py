@@ -8,7 +8,6 @@ from typing import Any, cast
 from peft import PeftModel
 
 from dymoe.adapter import DyMoEConfig, LayerRouting
-from dymoe.adapter.gates import GATES
 from dymoe.adapter.observation import observe
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import autocast, batches, evaluated, to_device
@@ -151,7 +150,7 @@ class Learned:
         """
         config = next(iter(self.model.peft_config.values()))
         assert isinstance(config, DyMoEConfig)
-        if not GATES[config.gate].routes and config.selector == "none":
+        if config.weights_depend_on == "nothing":
             raise DymoeError(
                 f"{self.path}: method {self.recipe.method} routes nothing (each of its experts has weight 1 for every "
                 "token); give a run of a method with a gate, such as dymoe or incmoelora"

@@ -18,6 +18,7 @@ COMMANDS = {
     "score": "score a file of answers as CoIN's code does, or as a careful benchmark would",
     "push": "share a run's groups, recipe and numbers: to a folder or a Hub repository",
     "pull": "fetch what was shared and check all of it",
+    "export": "write a stage as a plain LoRA, a whole model, or a LoRA for each group",
     "list": "list methods, streams or recipes",
     "demo": "learn three pocket tasks with IncMoELoRA and DyMoE and compare what they forget",
 }

@@ -151,13 +151,21 @@ def load_group(base: nn.Module, model: PeftModel | None, name: str, folder: Path
         DymoeError: the folder holds no group or a broken one, or it does not fit the model; `base` and `model` are as
             they were.
     """
+    return add_group(base, model, name, *read_saved(name, folder), f"{folder}: expert group {name!r}")
+
+
+def read_saved(name: str, folder: Path) -> tuple[DyMoEConfig, dict[str, Tensor]]:
+    """Config and tensors of the group `name`, saved in `folder`.
+
+    Raises:
+        DymoeError: the folder holds no group or a broken one.
+    """
     where = f"{folder}: expert group {name!r}"
     try:
         config = check_config(PeftConfig.from_pretrained(str(folder)), where)
-        tensors = read_tensors(folder / WEIGHTS)
+        return config, read_tensors(folder / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DymoeError(f"{where} cannot be loaded ({error})") from error
-    return add_group(base, model, name, config, tensors, where)
 
 
 def add_group(

@@ -24,6 +24,7 @@ from dymoe.share.manifest import (
     file_of,
 )
 from dymoe.share.paths import base_kind, base_name, without_paths
+from dymoe.share.stages import chosen
 from dymoe.yamls import dump_yaml, read_yaml
 
 LOCAL = ("root", "images", "instructions_folder")  # of a recipe's `data`: where things are on one machine
@@ -108,10 +109,7 @@ def _collect(run: Path, new: Path, stage: int | None, licence: str | None, name:
         DymoeError: the run is not as it should be.
     """
     description, results = _description(run), read_json(run / "results.json")
-    done = _done(run)
-    if stage is not None and (isinstance(stage, bool) or not 1 <= stage <= len(done)):
-        raise DymoeError(f"{run}: --stage {stage}: stages 1 to {len(done)} are finished")
-    done = done[:stage]
+    done = chosen(run, stage)
     recipe = description["recipe"]
     base = recipe.get("model")
     if not isinstance(base, str) or not isinstance(results, dict):
@@ -147,25 +145,6 @@ def _description(run: Path) -> dict[str, Any]:
         raise DymoeError(f"{file}: expected a mapping with the key recipe; this is no run's description")
     json_text(values, file)
     return values
-
-
-def _done(run: Path) -> list[tuple[str, StageFolder]]:
-    """Name and folder of the finished stages, from the first up to one that is not finished.
-
-    Raises:
-        DymoeError: there is none.
-    """
-    by_number = {
-        int(match[1]): (match[2], StageFolder(folder))
-        for folder in sorted(run.glob("stages/*"))
-        if folder.is_dir() and (match := re.fullmatch(r"(\d+)-(.+)", folder.name))
-    }
-    done: list[tuple[str, StageFolder]] = []
-    while (entry := by_number.get(len(done) + 1)) and entry[1].trained and entry[1].done is not None:
-        done.append(entry)
-    if not done:
-        raise DymoeError(f"{run}: no stage is finished, so there is no group to push")
-    return done
 
 
 def _groups(done: list[tuple[str, StageFolder]], new: Path, base: str) -> list[tuple[str, tuple[Group, ...]]]:
