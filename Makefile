@@ -1,7 +1,7 @@
 # make demo         learn three small tasks with two methods and see what was forgotten
 # make test         lint, type check and the default test suite
 # make test-slow    the tests that take minutes
-# make test-play    the tests of the page that is asked, which need Gradio
+# make test-play    the tests of the page and of the endpoint that are asked, which need Gradio and what it brings
 # make test-newest  the default test suite with the newest versions that pyproject.toml allows
 # make lock         take today's newest versions into requirements.lock; run the tests before you commit it
 # make bench        measure speed and memory side by side; needs a quiet machine, ten minutes on a CPU

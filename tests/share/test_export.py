@@ -52,16 +52,16 @@ def learned(tiny_folder, tmp_path_factory):
     """Runs of two tasks by method, each learned once."""
     runs: dict = {}
 
-    def get(method: str, *companions: str) -> Path:
-        if (method, *companions) not in runs:
+    def get(method: str, *plugins: str) -> Path:
+        if (method, *plugins) not in runs:
             path = tmp_path_factory.mktemp(method) / "run"
-            changes = {"method": method, "with": list(companions), "training": TRAINING, "evaluation": {"limit": 2}}
+            changes = {"method": method, "with": list(plugins), "training": TRAINING, "evaluation": {"limit": 2}}
             recipe = write_recipe(path.with_suffix(".yaml"), tiny_folder, **changes)
             values = yaml.safe_load(recipe.read_text())
             recipe.write_text(yaml.safe_dump({**values, "settings": {"lora_dropout": 0.0, **SETTINGS[method]}}))
             assert main(["run", str(recipe)]) == 0
-            runs[method, *companions] = path
-        return runs[method, *companions]
+            runs[method, *plugins] = path
+        return runs[method, *plugins]
 
     return get
 
