@@ -9,10 +9,10 @@ import torch
 from peft import get_peft_model
 
 from dymoe import group_hash
-from dymoe.adapter.gates import GATES, Setting
+from dymoe.adapter.gates import GATES, Gate, Setting
 from dymoe.errors import DymoeError
 from dymoe.learning.groups import delete_group, load_group, save_group, stored_parameters, train_group
-from dymoe.routing import Routing
+from dymoe.routing import Decision, Routing
 
 from .conftest import randomise, small, tiny_llama
 
@@ -226,11 +226,11 @@ def patterned(gate, groups=2, unequal=1):
     return model
 
 
-def layer_by_loops(layer, x, groups):
+def layer_by_loops(layer, x, groups, gate=None):
     """The layer's output for tokens (tokens, features) in evaluation, expert by expert."""
     result = layer.base_layer(x)
     sizes = [layer.experts_of(g) for g in groups]
-    gate = layer.group_configs[groups[0]].gate
+    gate = gate or layer.group_configs[groups[0]].gate
     held = layer.dymoe_router
     rows = [held[g].tolist() if g in held else [] for g in groups]
     config = layer.group_configs[groups[-1]]
@@ -372,3 +372,95 @@ def test_a_trained_on_linear_group_after_a_deleted_probe_is_as_if_there_had_been
     save_group(model, "g1", tmp_path / "g1")
     with pytest.raises(DymoeError, match=r"'alone' holds .*dymoe_router of shape"):
         load_group(tiny_llama(), None, "alone", tmp_path / "g1")
+
+
+# ---- gates by layer, gates from outside -----------------------------------------------------------------------------
+
+
+def by_layer(groups=2):
+    """A model whose first decoder layer is uniform, its other v_proj linear, the rest cosine."""
+    torch.manual_seed(0)
+    base, model = tiny_llama(), None
+    pattern = {r".*\.0\..*": "uniform", "v_proj": "linear"}
+    for number in range(groups):
+        config = small(gate="cosine", gate_pattern=pattern, guidance="none", temperature=TEMPERATURE)
+        model = train_group(base, model, f"g{number}", config)
+    randomise(model)
+    return model
+
+
+def gate_by_name(layer):
+    return "uniform" if ".0." in layer.name else "linear" if layer.name.endswith("v_proj") else "cosine"
+
+
+def test_each_layer_has_the_gate_of_its_pattern(tmp_path, batch):
+    model = by_layer()
+    kinds = {gate_by_name(layer) for layer in model.base_model.layers()}
+    assert kinds == {"cosine", "uniform", "linear"}
+    model.eval()
+    for layer in model.base_model.layers():
+        x = torch.randn(3, layer.in_features)
+        expected = layer_by_loops(layer, x, ["g0", "g1"], gate_by_name(layer))
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        before = model(**batch).logits
+    for group in ("g0", "g1"):
+        save_group(model, group, tmp_path / group)
+    torch.manual_seed(0)
+    base, again = tiny_llama(), None
+    for group in ("g0", "g1"):
+        again = load_group(base if again is None else again.base_model.model, again, group, tmp_path / group)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch).logits, before)
+
+
+def test_groups_of_one_bank_share_their_gates_by_layer():
+    model = train_group(tiny_llama(), None, "a", small(gate_pattern={"v_proj": "uniform"}))
+    with pytest.raises(ValueError, match=r"group 'b' has gate_pattern \{\} but group 'a' has \{'v_proj': 'uniform'\}"):
+        train_group(model.base_model.model, model, "b", small())
+
+
+@pytest.mark.parametrize("settings", [{"gate": "mean"}, {"gate_pattern": {"v_proj": "mean"}}])
+def test_a_gate_that_nobody_knows_is_refused(settings):
+    with pytest.raises(ValueError, match=r"must be one of cosine, linear, uniform, got 'mean'; a gate from outside"):
+        small(**settings)
+
+
+def test_a_gate_from_outside_is_known_by_its_class():
+    """Weights halve with every position of a group; nothing of the package names it."""
+
+    class Halving(Gate):
+        name = "halving"
+
+        def rows(self, experts, older):
+            return 0
+
+        def decide(self, x, old, new, setting):
+            weights = torch.cat([torch.full((size,), 0.5**g) for g, size in enumerate(setting.sizes)])
+            sides = (setting.num_old, setting.num_new)
+            by_old, by_new = weights.expand(len(x), -1).split(list(sides), -1)
+            return Decision(None, (by_old, by_new), (None, None), sides)
+
+    model = train_group(tiny_llama(), None, "a", small(gate="halving"))
+    model = train_group(model.base_model.model, model, "b", small(gate="halving"))
+    randomise(model)
+    model.eval()
+    layer = model.base_model.layers()[0]
+    x = torch.randn(3, layer.in_features)
+    parts = [
+        layer.group_configs[g].scaling * torch.einsum("ti,eri,ero->to", x, layer.dymoe_A[g], layer.dymoe_B[g])
+        for g in ("a", "b")
+    ]
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.base_layer(x) + parts[0] + parts[1] / 2, atol=1e-5, rtol=1e-4)
+    del GATES["halving"]
+
+
+def test_a_gates_name_has_one_class():
+    with pytest.raises(TypeError, match=r"gate 'cosine' is dymoe.adapter.gates.Cosine; take another name"):
+
+        class Cosine(Gate):
+            name = "cosine"
+
+    assert type(GATES["cosine"]).__module__ == "dymoe.adapter.gates"

@@ -3,11 +3,11 @@
 import enum
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from peft import PeftConfig
 
-from dymoe.adapter.gates import GATES
+from dymoe.adapter.gates import GATES, Gate
 from dymoe.routing_settings import Routing
 
 
@@ -18,6 +18,7 @@ class PeftType(str, enum.Enum):  # noqa: UP042 - as PEFT's own, whose text names
 
 
 PEFT_TYPE = PeftType.DYMOE
+T = TypeVar("T")
 COMPUTE = ("stacked", "reference")
 
 
@@ -38,6 +39,8 @@ class DyMoEConfig(Routing, PeftConfig):
         gate: "cosine" (cosine scores, softmax over the top k), "uniform" (every expert has weight 1, no router: plain
             LoRA is one such expert) or "linear" (a linear router, softmax over the top k; the router of a group scores
             the experts of all groups up to its own).
+        gate_pattern: gates in layers whose name is, ends with or as a regular expression fits a key, in place of
+            `gate`; for example uniform in early layers and cosine in later ones.
         compute: "stacked" (dense products for the bank) or "reference" (a loop over experts).
         expert_pattern: experts in layers whose name is, ends with or as a regular expression fits a key, in place of
             num_experts; 0 leaves a layer without new experts. The scale stays that of num_experts.
@@ -57,6 +60,7 @@ class DyMoEConfig(Routing, PeftConfig):
     lora_alpha: float = field(default=128.0, metadata={"help": "scale: lora_alpha / (num_experts * r)"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the training experts' input"})
     gate: str = field(default="cosine", metadata={"help": "cosine | uniform | linear"})
+    gate_pattern: dict[str, str] = field(default_factory=dict, metadata={"help": "gates by layer"})
     compute: str = field(default="stacked", metadata={"help": "stacked | reference"})
     expert_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "experts by layer"})
     selector: str = field(default="none", metadata={"help": "none, or what weighs groups for a sample"})
@@ -68,9 +72,15 @@ class DyMoEConfig(Routing, PeftConfig):
         Routing.__post_init__(self)
         PeftConfig.__post_init__(self)
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]
-        for name, known in (("gate", GATES), ("compute", COMPUTE)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        gates = {"gate": self.gate} | {f"gate_pattern: {key!r}": name for key, name in self.gate_pattern.items()}
+        for where, name in gates.items():
+            if name not in GATES:
+                raise ValueError(
+                    f"{where} must be one of {', '.join(GATES)}, got {name!r}; a gate from outside is known once the "
+                    "file with its class is imported"
+                )
+        if self.compute not in COMPUTE:
+            raise ValueError(f"compute must be one of {', '.join(COMPUTE)}, got {self.compute!r}")
         for name in ("num_experts", "r"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -91,7 +101,7 @@ class DyMoEConfig(Routing, PeftConfig):
     @property
     def weights_depend_on(self) -> Literal["token", "sample", "nothing"]:
         """What an expert's weight depends on once nothing trains; where on nothing, the groups are one plain LoRA."""
-        if GATES[self.gate].routes:
+        if any(gate.routes for gate in self.gates):
             return "token"
         return "nothing" if self.selector == "none" else "sample"
 
@@ -100,11 +110,23 @@ class DyMoEConfig(Routing, PeftConfig):
         """Factor on the group's output: lora_alpha / (num_experts * r)."""
         return self.lora_alpha / (self.num_experts * self.r)
 
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """Every gate that some layer may have."""
+        return tuple(GATES[name] for name in sorted({self.gate, *self.gate_pattern.values()}))
+
+    def gate_in(self, layer: str) -> Gate:
+        """The gate of the layer of this name."""
+        return GATES[_of_layer(self.gate_pattern, layer, self.gate)]
+
     def experts_in(self, layer: str) -> int:
         """Experts that the group adds to the layer of this name."""
-        if layer in self.expert_pattern:
-            return self.expert_pattern[layer]
-        for key, count in self.expert_pattern.items():
-            if layer == key or layer.endswith(f".{key}") or re.fullmatch(key, layer):
-                return count
-        return self.num_experts
+        return _of_layer(self.expert_pattern, layer, self.num_experts)
+
+
+def _of_layer(pattern: dict[str, T], layer: str, default: T) -> T:
+    """What a pattern says of a layer: by its whole name first, then by the first key that fits."""
+    if layer in pattern:
+        return pattern[layer]
+    fits = (key for key in pattern if layer.endswith(f".{key}") or re.fullmatch(key, layer))
+    return next((pattern[key] for key in fits), default)

@@ -1,7 +1,10 @@
 """Gates: which router rows a group brings, how a bank of groups is scored, what that costs.
 
-A gate is a class; nothing outside asks for its name. `dymoe.routing.route` makes weights and losses of its scores.
+A gate is a class; nothing outside asks for its name. `dymoe.routing.route` makes weights and losses of its scores. A
+class with a name registers itself: a user's, beside his method, is known as soon as its file is imported.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -80,11 +83,14 @@ class Setting(NamedTuple):
         )
 
 
+GATES: dict[str, Gate] = {}  # by name
+
+
 class Gate:
-    """Base of all gates.
+    """Base of all gates; a subclass with a `name` of its own registers an instance in `GATES`.
 
     Attributes:
-        name: what a config's `gate` says.
+        name: what a config's `gate` says; unlike that of any other module's gate.
         routes: a token's weights depend on the token.
         scores_older: a group's rows score the experts of earlier groups too, as they were when it trained.
         pack_bytes: what `pack` adds to each number of a frozen router row, in bytes.
@@ -94,6 +100,18 @@ class Gate:
     routes: ClassVar[bool] = True
     scores_older: ClassVar[bool] = False
     pack_bytes: ClassVar[int] = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            return
+        other = GATES.get(cls.name)
+        # A file that is run again after a change brings its gates again.
+        if other is not None and (type(other).__module__ == __name__ or type(other).__qualname__ != cls.__qualname__):
+            raise TypeError(
+                f"gate {cls.name!r} is {type(other).__module__}.{type(other).__qualname__}; take another name"
+            )
+        GATES[cls.name] = cls()
 
     def rows(self, experts: int, older: int) -> int:
         """Router rows that a group of `experts` brings to a layer that has `older` ones."""
@@ -228,6 +246,3 @@ class Uniform(Gate):
         sides = (setting.num_old, setting.num_new)
         by_old, by_new = weights.split(list(sides), -1)
         return Decision(None, (by_old, by_new), (None, None), sides)
-
-
-GATES: dict[str, Gate] = {gate.name: gate for gate in (Cosine(), Uniform(), Linear())}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dymoe.adapter.bank import Block, reference, stacked
 from dymoe.adapter.config import DyMoEConfig
-from dymoe.adapter.gates import GATES, Gate, Setting
+from dymoe.adapter.gates import Gate, Setting
 from dymoe.adapter.holder import GroupHolder
 from dymoe.adapter.trace import LayerRouting, RoutingTrace
 from dymoe.routing import Decision
@@ -121,7 +121,7 @@ class DyMoELayer(GroupHolder):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             self.dymoe_A[group] = nn.Parameter(a.view(experts, r, self.in_features))
             self.dymoe_B[group] = nn.Parameter(torch.zeros(experts, r, self.out_features, device=device))
-        routed = GATES[config.gate].rows(experts, older)
+        routed = config.gate_in(self.name).rows(experts, older)
         if routed:
             rows = torch.empty(routed, self.in_features, dtype=torch.float32, device=device)
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
@@ -137,7 +137,7 @@ class DyMoELayer(GroupHolder):
         """Forget a group on purpose; the linear routers of later groups lose the columns of its experts."""
         names = list(self.group_configs)
         experts = self.experts_of(adapter_name)
-        if adapter_name in names and experts and GATES[self.group_configs[adapter_name].gate].scores_older:
+        if adapter_name in names and experts and self.group_configs[adapter_name].gate_in(self.name).scores_older:
             position = names.index(adapter_name)
             start = sum(self.experts_of(name) for name in names[:position])
             for name in names[position + 1 :]:
@@ -242,7 +242,7 @@ class DyMoELayer(GroupHolder):
             return result
         config, trace, device = self.group_configs[layout.groups[-1]], self.trace, x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._like().dtype
-        gate, setting = GATES[config.gate], self._setting(x, layout, config)
+        gate, setting = config.gate_in(self.name), self._setting(x, layout, config)
         with torch.autocast(device, enabled=False):  # what is computed in which dtype is said here
             flat = x.reshape(-1, self.in_features)
             old = self._pack(layout.frozen, gate, dtype) if layout.frozen else None

@@ -206,10 +206,10 @@ class DyMoEModel(BaseTuner):
         selector = getattr(self.peft_config[adapter_name], "selector", "none")
         if selector != "none" and selector not in SELECTORS:
             raise ValueError(f"selector must be none or one of {', '.join(SELECTORS)}, got {selector!r}")
-        for key in ("gate", "selector"):
+        for key in ("gate", "gate_pattern", "selector"):
             values = {name: getattr(config, key) for name, config in self.peft_config.items()}
-            if len(set(values.values())) > 1:
-                other = next(name for name in values if values[name] != values[adapter_name])
+            other = next((name for name in values if values[name] != values[adapter_name]), None)
+            if other is not None:
                 raise ValueError(
                     f"group {adapter_name!r} has {key} {values[adapter_name]!r} but group {other!r} has "
                     f"{values[other]!r}: all groups of a bank share one {key}"

@@ -84,13 +84,15 @@ def activation(model: Any, group: str, data: StageData, samples: Sequence[Sample
 
     The other groups are active too. The group still trains, so no selector that chooses a task has a say.
     """
-    from dymoe.adapter.gates import GATES
     from dymoe.adapter.observation import observe
 
     tuner = model.base_model
     layers = {layer.name: layer for layer in tuner.layers() if layer.experts_of(group)}
     sums = _Sums(tuner.trace, group)
-    with tuner.trace.aside(), _watching(layers, sums, norms=not GATES[model.peft_config[group].gate].routes):
+    config = model.peft_config[group]
+    without = [layer for name, layer in layers.items() if not config.gate_in(name).routes]
+    sums.routed = layers.keys() - {layer.name for layer in without}
+    with tuner.trace.aside(), _watching(without, sums):
         observe(model, data.batches(samples), autocast=data.autocast)
     return {name: sums.mean(name) for name in layers}
 
@@ -101,12 +103,13 @@ class _Sums:
     def __init__(self, trace: RoutingTrace, group: str) -> None:
         self.trace = trace
         self.group = group
+        self.routed: set[str] = set()  # layers whose weights depend on the token
         self.totals: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
 
     def __call__(self, routing: LayerRouting) -> None:
         """Add the group's columns of one layer's routing weights."""
-        if self.group in routing.groups:
+        if routing.layer in self.routed and self.group in routing.groups:
             position = routing.groups.index(self.group)
             columns = routing.weights.split(list(routing.sizes), dim=-1)[position]
             if columns.shape[-1]:
@@ -128,17 +131,14 @@ class _Sums:
 
 
 @contextmanager
-def _watching(layers: Mapping[str, Any], sums: _Sums, norms: bool) -> Iterator[None]:
-    """Let `sums` see the routing weights, or the norms of the experts' outputs."""
-    if not norms:
-        sums.trace.observers.append(sums)  # `aside` restores the list
-        yield
-        return
+def _watching(without: Sequence[Any], sums: _Sums) -> Iterator[None]:
+    """Let `sums` see the routing weights, in layers without routing the norms of the experts' outputs."""
+    sums.trace.observers.append(sums)  # `aside` restores the list
 
     def hook(layer: Any, arguments: tuple[Any, ...]) -> None:
         sums.add(layer.name, output_norms(layer, sums.group, arguments[0]))
 
-    handles = [layer.register_forward_pre_hook(hook) for layer in layers.values()]
+    handles = [layer.register_forward_pre_hook(hook) for layer in without]
     try:
         yield
     finally:

@@ -63,7 +63,6 @@ class TaskRouter(Plugin):
         Raises:
             DymoeError: the method's own selector is trained with the experts.
         """
-        from dymoe.adapter.gates import GATES
         from dymoe.adapter.selectors import SELECTORS
 
         if config.selector != "none" and SELECTORS[config.selector].while_training:
@@ -72,7 +71,7 @@ class TaskRouter(Plugin):
                 "cannot be replaced; leave task-router out"
             )
         # A mixture of several linear routers is not what any of them was trained for.
-        reach = "own" if GATES[config.gate].scores_older else self.reach
+        reach = "own" if any(gate.scores_older for gate in config.gates) else self.reach
         options = {"tasks": [], "shrinkage": self.shrinkage, "reach": reach}
         return replace(config, selector="prototypes", selector_options=options)
 

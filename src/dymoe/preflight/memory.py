@@ -86,8 +86,8 @@ def shape_of(model: Any) -> Shape:
     )
 
 
-def group_parameters(shape: Shape, config: "DyMoEConfig", older: int = 0) -> tuple[int, int]:
-    """(A and B, router rows) of the group that `config` adds to every linear of the language model.
+def group_parameters(shape: Shape, config: "DyMoEConfig", older: int = 0) -> tuple[int, int, int]:
+    """(A and B, router rows, bytes of packed rows) of the group that `config` adds to the language model's linears.
 
     A selector's own parameters are not counted.
 
@@ -96,16 +96,16 @@ def group_parameters(shape: Shape, config: "DyMoEConfig", older: int = 0) -> tup
         config: the group.
         older: experts that each linear already has; a linear router scores them too.
     """
-    from dymoe.adapter.gates import GATES
-
-    gate, pairs, routers = GATES[config.gate], 0, 0
+    pairs = routers = packed = 0
     for linear in shape.linears:
         if not _wraps(config.target_modules, linear.name):
             continue
         experts = config.experts_in(linear.name)
         pairs += experts * config.r * (linear.inputs + linear.outputs)
-        routers += gate.rows(experts, older) * linear.inputs
-    return pairs, routers
+        gate = config.gate_in(linear.name)
+        numbers = gate.rows(experts, older) * linear.inputs
+        routers, packed = routers + numbers, packed + numbers * gate.pack_bytes
+    return pairs, routers, packed
 
 
 def distinct_inputs(shape: Shape, targets: Any) -> tuple[int, ...]:
@@ -218,26 +218,23 @@ def saved(shape: Shape, groups: Groups, dtype: str) -> float:
     chose of the old ones and, for B, those of the new group once more; with dropout also its input and the mask. On a
     CPU less where guidance sends few tokens to the new group.
     """
-    from dymoe.adapter.gates import GATES
-
     size = BYTES[dtype]
     total = 2.0 * 4 * shape.hidden + size * (2 * shape.hidden + 2 * shape.keys + 3 * shape.inner)
     if not groups.configs:
         return total
     new = groups.configs[-1]
-    gate = GATES[new.gate]
     wide = sum(linear.inputs for linear in shape.linears) / shape.layers
-    count = len(shape.linears) / shape.layers
     older = sum(config.num_experts for config in groups.configs[:-1])
-    ranks = new.num_experts * new.r
-    if gate.routes:
-        ranks += sum(config.num_experts * config.r for config in groups.configs)
-        ranks += new.top_k * new.r if older > new.top_k else 0
+    new_ranks, all_ranks = new.num_experts * new.r, sum(config.num_experts * config.r for config in groups.configs)
+    all_ranks += new.top_k * new.r if older > new.top_k else 0
     if new.lora_dropout:
         total += wide * (size + 1)
-    distinct = 3 * shape.hidden + shape.inner
-    total += distinct * (0 if new.lora_dropout and not gate.routes else size)
-    total += count * (size * ranks + gate.saved_bytes(older, new.num_experts, new.top_k, size))
+    gates = [new.gate_in(linear.name) for linear in shape.linears]
+    routes = any(gate.routes for gate in gates)
+    total += (3 * shape.hidden + shape.inner) * (0 if new.lora_dropout and not routes else size)
+    for gate in gates:
+        ranks = new_ranks + (all_ranks if gate.routes else 0)
+        total += (size * ranks + gate.saved_bytes(older, new.num_experts, new.top_k, size)) / shape.layers
     return total
 
 
@@ -273,21 +270,18 @@ def memory(recipe: "Recipe", shape: Shape, stage: int, tokens: int | None = None
         stage: how many tasks there are by then.
         tokens: longest sequence of a batch; a picture and `TEXT` tokens when None.
     """
-    from dymoe.adapter.gates import GATES
-
     method = recipe.build_method()
     training, options = recipe.training, recipe.model_options
     learns = recipe.trains
     groups = groups_after(method, stage) if learns else Groups(())
     tokens = tokens or shape.image_tokens + TEXT
     sizes = [group_parameters(shape, config, older) for config, older in zip(groups.configs, groups.older, strict=True)]
-    stored = sum(map(sum, sizes))
-    trainable = sum(sizes[-1]) if sizes else 0
+    stored = sum(pairs + routers for pairs, routers, _ in sizes)
+    trainable = sum(sizes[-1][:2]) if sizes else 0
     inputs = distinct_inputs(shape, groups.configs[-1].target_modules) if groups.configs else ()
     state_numbers = method.state_size(trainable, inputs) if stage > 1 else 0
     size = BYTES[training.dtype]
-    rows = GATES[groups.configs[-1].gate].pack_bytes if groups.configs else 0
-    packs = [pairs * size + routers * rows for pairs, routers in sizes]
+    packs = [pairs * size + rows for pairs, _, rows in sizes]
     moments = 2 * EXPERT_BYTES * trainable
     paged = training.optimizer == "paged-adamw"
     spent = activations(shape, groups, training.batch_size, tokens, training.dtype, training.gradient_checkpointing)

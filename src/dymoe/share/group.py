@@ -16,7 +16,6 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
 from dymoe.adapter import DyMoEConfig, tensors_hash
-from dymoe.adapter.gates import GATES
 from dymoe.adapter.selectors import SELECTORS
 from dymoe.errors import DymoeError
 from dymoe.files import parse_json, read_bytes
@@ -73,7 +72,9 @@ def plain_config(values: Mapping[str, Any], layers: Iterable[str], base: str | N
     targets = sorted(layer for layer in layers if check_target_module_exists(config, layer))
     experts = {layer: config.experts_in(layer) for layer in targets}
     same = set(experts.values()) <= {config.num_experts}
-    plain = {"target_modules": targets, "exclude_modules": None, "expert_pattern": {} if same else experts}
+    gates = {layer: config.gate_in(layer).name for layer in targets} if config.gate_pattern else {}
+    patterns = {"expert_pattern": {} if same else experts, "gate_pattern": gates}
+    plain = {"target_modules": targets, "exclude_modules": None, **patterns}
     # What PEFT wrote as base is a folder of this machine, or the word None.
     return {**values, **plain, "base_model_name_or_path": base}
 
@@ -127,6 +128,7 @@ def check_config(data: bytes, where: str) -> DyMoEConfig:
 def _check_names(values: Mapping[str, Any]) -> None:
     """Refuse what a config names: layers, library, base model; and sizes that are too large together."""
     layers, pattern = values.get("target_modules") or [], values.get("expert_pattern") or {}
+    gates = values.get("gate_pattern") or {}
     if not layers or len(layers) > LAYERS or len(set(layers)) < len(layers):
         raise DymoeError(f"target_modules: expected 1 to {LAYERS} different names of layers, got {len(layers)}")
     for layer in layers:
@@ -134,6 +136,8 @@ def _check_names(values: Mapping[str, Any]) -> None:
             raise DymoeError(f"target_modules: expected plain names of layers, got {brief(layer)}")
     if pattern and set(pattern) != set(layers):
         raise DymoeError("expert_pattern: expected nothing, or a number for each of target_modules")
+    if gates and set(gates) != set(layers):
+        raise DymoeError("gate_pattern: expected nothing, or a gate for each of target_modules")
     if max([values.get("num_experts", 16), *pattern.values()]) * values.get("r", 4) > RANKS:
         raise DymoeError(f"num_experts and r: expected at most {RANKS} ranks in a layer")
     library = (values.get("auto_mapping") or {}).get("parent_library", "transformers.models")
@@ -158,7 +162,7 @@ def shapes_of(config: DyMoEConfig, tensors: Mapping[str, Tensor], where: str) ->
         if experts:
             shapes[a], shapes[b] = (experts, config.r, inputs), (experts, config.r, _last(tensors, b))
         stored = len(tensors[router]) if router in tensors and tensors[router].dim() else 0
-        if rows := GATES[config.gate].rows(experts, max(stored - experts, 0)):
+        if rows := config.gate_in(layer).rows(experts, max(stored - experts, 0)):
             shapes[router] = (rows, inputs)
     return shapes
 
