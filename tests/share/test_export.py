@@ -86,6 +86,7 @@ def test_plain_peft_gives_the_logits_of_the_run(learned, tiny_folder, tmp_path, 
         target = tmp_path / str(stage)
         assert main(["export", str(run), "--stage", str(stage), "--as", "lora", "--output", str(target)]) == 0
         assert {file.name for file in target.iterdir()} == FILES
+        assert {oct(file.stat().st_mode)[-3:] for file in target.iterdir()} == {"644"}
         plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tiny_folder), str(target))
         assert plain.peft_config["default"].peft_type == "LORA"
         expected = ours(run, tiny_folder, stage)

@@ -8,7 +8,7 @@ from dymoe.messages import say
 HELP = """usage: dymoe export RUN [--stage N] [--as FORM] [--output FOLDER] [--model MODEL] [--dtype DTYPE]
 
 Write a stage for programs that know nothing of expert groups. A method whose experts are weighed token by token is
-refused: share it with `dymoe push`, serve it with examples/serve.py.
+refused: serve it as it is (examples/serve.py).
 
   RUN              a run folder with at least one finished stage, or what `dymoe push` or `dymoe pull` wrote
   --stage N        which stage, counted from 1 (the last)

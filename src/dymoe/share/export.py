@@ -85,6 +85,8 @@ def export(
             write_lora(new, saved.groups, _hub_name(saved))
         else:
             _write_groups(new, saved)
+        for file in new.rglob("*.safetensors"):
+            file.chmod(0o644)  # who serves it may be another user; safetensors lets its owner alone read
     return Exported(target, saved.folder)
 
 
@@ -98,7 +100,7 @@ def check_form(saved: SavedStage, form: str) -> None:
     if config.weights_depend_on == "token":
         raise DymoeError(
             f"{where}: every token has weights of its own for the experts (gate {config.gate}), which no plain LoRA "
-            "can say; share the stage with dymoe push and serve it with examples/serve.py"
+            "can say; serve the stage as it is (examples/serve.py)"
         )
     if config.weights_depend_on == "sample" and form != "groups":
         raise DymoeError(
