@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dymoe.methods import Stage, StageData
-from dymoe.methods.base import require
 from dymoe.methods.lora import LoRA
 from dymoe.methods.parameters import trainable
+from dymoe.schema import Weight
 
 
 @dataclass
@@ -24,12 +24,7 @@ class Anchor(LoRA):
     name: ClassVar[str] = "anchor"
     summary: ClassVar[str] = "one LoRA, pulled towards what the task before left"
 
-    pull: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse a negative strength."""
-        super().__post_init__()
-        require(self.pull >= 0, "pull", "0 or more", self.pull)
+    pull: Weight = 1.0
 
     def before_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Keep where the LoRA stands."""

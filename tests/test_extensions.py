@@ -118,7 +118,7 @@ def test_a_run_knows_the_file_it_was_learned_with(tiny_folder, files, capsys):
             {"method": "anchor.py:Anchor", "settings": {"pul": 1.0}},
             "settings.pul: unknown key; did you mean settings.pull?",
         ),
-        ({"method": "anchor.py:Anchor", "settings": {"pull": -1.0}}, "settings.pull: expected 0 or more"),
+        ({"method": "anchor.py:Anchor", "settings": {"pull": -1.0}}, "settings.pull: expected a number from 0"),
         (
             {"with": {"anchor.py:Anchor": {}}},
             "must be a dataclass with a name that inherits from dymoe.methods.Plugin",

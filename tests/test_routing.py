@@ -423,12 +423,12 @@ def test_the_regularization_is_reported_but_not_learned_before_it_starts():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("top_k", 0, "top_k must be a whole number of at least 1, got 0"),
-        ("top_k", True, "top_k must be a whole number"),
-        ("temperature", 0.0, "temperature must be a number above 0"),
-        ("guidance", "both", "guidance must be one of exclusive, protect"),
-        ("balance_over", "old", "balance_over must be one of new, all"),
-        ("rsr_start", 1.0, r"rsr_start must be a share in \[0, 1\)"),
+        ("top_k", 0, "top_k: expected a whole number from 1, got 0"),
+        ("top_k", True, "top_k: expected a whole number from 1, got True"),
+        ("temperature", 0.0, "temperature: expected a number above 0"),
+        ("guidance", "both", "guidance: expected one of exclusive, protect"),
+        ("balance_over", "old", "balance_over: expected one of new, all"),
+        ("rsr_start", 1.0, r"rsr_start: expected a number in \[0, 1\)"),
         ("tau", float("nan"), "tau must be 0 or a number between"),
     ],
 )

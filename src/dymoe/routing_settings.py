@@ -4,41 +4,14 @@ Without torch, so that a recipe is checked before torch is loaded. `dymoe.routin
 config holds them (`dymoe.adapter.DyMoEConfig`) and a method that sets them takes its defaults from here.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from dymoe.numbers import WORKABLE, workable
+from dymoe.schema import LesserShare, Positive, Size, Weight, check_fields
 
 Mask = Literal["exclusive", "protect", "only-ambiguous", "only-old", "no-token", "none"]
 MASKS: tuple[str, ...] = ("exclusive", "protect", "only-ambiguous", "only-old", "no-token", "none")
-
-
-@dataclass(frozen=True)
-class Range:
-    """Which values a setting may have.
-
-    Args:
-        words: the range in words, for messages.
-        holds: whether a value lies in it.
-    """
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-_COUNT = Range(
-    "a whole number of at least 1", lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1
-)
-_POSITIVE = Range("a number above 0", lambda value: value > 0)
-_WEIGHT = Range("0 or more", lambda value: value >= 0)
-_MASK = Range(f"one of {', '.join(MASKS)}", lambda value: value in MASKS)
-_SIDE = Range("one of new, all", lambda value: value in ("new", "all"))
-_SHARE = Range("a share in [0, 1)", lambda value: 0 <= value < 1)
-
-
-def _setting(default: Any, allowed: Range, help: str) -> Any:
-    return field(default=default, metadata={"help": help, "range": allowed})
 
 
 @dataclass
@@ -62,16 +35,18 @@ class Routing:
         rsr_start: share of a task's steps before the regularization starts to rise (0.5).
     """
 
-    top_k: int = _setting(16, _COUNT, "experts with weight per token")
-    temperature: float = _setting(0.01, _POSITIVE, "of the router's softmax")
-    tau: float = _setting(0.2, _WEIGHT, "threshold of token types")
-    guidance: Mask = field(default="exclusive", metadata={"help": "exclusive | protect | none | ..", "range": _MASK})
-    load_balance: float = _setting(1e-3, _WEIGHT, "weight of the load-balance loss")
-    balance_over: str = _setting("new", _SIDE, "new | all: experts whose use is evened out")
-    exclusivity: float = _setting(1e-3, _WEIGHT, "weight of the exclusivity loss")
-    specialization: float = _setting(1e-3, _WEIGHT, "weight of the specialization loss")
-    rsr_temperature: float = _setting(0.1, _POSITIVE, "of the regularization's softmax")
-    rsr_start: float = _setting(0.5, _SHARE, "share of steps before the regularization rises")
+    top_k: Size = field(default=16, metadata={"help": "experts with weight per token"})
+    temperature: Positive = field(default=0.01, metadata={"help": "of the router's softmax"})
+    tau: Weight = field(default=0.2, metadata={"help": "threshold of token types"})
+    guidance: Mask = field(default="exclusive", metadata={"help": "exclusive | protect | none | .."})
+    load_balance: Weight = field(default=1e-3, metadata={"help": "weight of the load-balance loss"})
+    balance_over: Literal["new", "all"] = field(
+        default="new", metadata={"help": "new | all: experts whose use is evened out"}
+    )
+    exclusivity: Weight = field(default=1e-3, metadata={"help": "weight of the exclusivity loss"})
+    specialization: Weight = field(default=1e-3, metadata={"help": "weight of the specialization loss"})
+    rsr_temperature: Positive = field(default=0.1, metadata={"help": "of the regularization's softmax"})
+    rsr_start: LesserShare = field(default=0.5, metadata={"help": "share of steps before the regularization rises"})
 
     def __post_init__(self) -> None:
         """Refuse values out of their ranges.
@@ -82,9 +57,4 @@ class Routing:
         for name, value in vars(self).items():
             if isinstance(value, float) and not workable(value):
                 raise ValueError(f"{name} must be {WORKABLE}, got {value!r}")
-        for name, allowed in RANGES.items():
-            if not allowed.holds(getattr(self, name)):
-                raise ValueError(f"{name} must be {allowed.words}, got {getattr(self, name)!r}")
-
-
-RANGES: dict[str, Range] = {each.name: each.metadata["range"] for each in fields(Routing)}
+        check_fields(self, Routing)

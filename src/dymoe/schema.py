@@ -1,5 +1,6 @@
 """Plain values, as YAML and JSON give them, against Python's type hints; a mistake names its key."""
 
+import dataclasses
 import math
 import re
 import types
@@ -20,17 +21,43 @@ _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 @dataclass(frozen=True)
 class Range:
-    """The least and the largest value that a number may have, in ``Annotated[float, Range(0, 100)]``."""
+    """Which values a number may have, in ``Annotated[float, Range(0, 100)]``.
+
+    Attributes:
+        low: the least value.
+        high: the largest value.
+        above: whether `low` itself is left out.
+        below: whether `high` itself is left out.
+    """
 
     low: float
     high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        """Whether a number lies in the range."""
+        return (self.low < number if self.above else self.low <= number) and (
+            number < self.high if self.below else number <= self.high
+        )
 
     def __str__(self) -> str:
-        return f"from {self.low:g}" + ("" if self.high == math.inf else f" to {self.high:g}")
+        if self.high == math.inf:
+            return f"{'above' if self.above else 'from'} {self.low}"
+        if self.above or self.below:
+            return f"in {'(' if self.above else '['}{self.low}, {self.high}{')' if self.below else ']'}"
+        return f"from {self.low} to {self.high}"
 
 
-Percent = Annotated[float, Range(0, 100)]
 Count = Annotated[int, Range(0)]
+Size = Annotated[int, Range(1)]
+Weight = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+Percent = Annotated[float, Range(0, 100)]
+Share = Annotated[float, Range(0, 1)]
+PositiveShare = Annotated[float, Range(0, 1, above=True)]  # all of it, not nothing
+LesserShare = Annotated[float, Range(0, 1, below=True)]  # nothing of it, not all
+ProperShare = Annotated[float, Range(0, 1, above=True, below=True)]
 
 
 def check(value: Any, kind: type[T], where: str, key: str = "", texts: bool = False) -> T:
@@ -53,6 +80,28 @@ def check(value: Any, kind: type[T], where: str, key: str = "", texts: bool = Fa
         raise DymoeError(f"{where}: {error}") from None
 
 
+def check_fields(settings: Any, cls: type | None = None) -> None:
+    """Refuse a dataclass's value that its field's hint does not allow; fields that are dataclasses check themselves.
+
+    Args:
+        settings: the instance.
+        cls: a base class whose fields alone are checked.
+
+    Raises:
+        DymoeError: naming the field, what was expected and the value.
+    """
+    for name, kind in field_types(cls or type(settings)).items():
+        if not dataclasses.is_dataclass(kind):
+            fit(getattr(settings, name), kind, name.removesuffix("_"))
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The type hint of every field that the dataclass `cls` is made from, ranges included."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
 def fit(value: Any, kind: Any, key: str, texts: bool = False) -> Any:
     """As `check`, without a name of the source in messages."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -60,7 +109,7 @@ def fit(value: Any, kind: Any, key: str, texts: bool = False) -> Any:
         return _bounded(value, key, DEPTH)
     if origin in (Union, types.UnionType):
         return _one_of(value, kind, key, texts)
-    if origin in (list, tuple) and isinstance(value, list):
+    if origin in (list, tuple) and isinstance(value, list | tuple):
         return origin(fit(item, arguments[0], _join(key, n), texts) for n, item in enumerate(value, start=1))
     if origin is dict and isinstance(value, Mapping):
         for name in value:
@@ -92,7 +141,7 @@ def _number(value: Any, kind: Any) -> tuple[Any, bool]:
         return value, False
     try:
         number = kind(value)
-        return number, bounds is None or bounds.low <= number <= bounds.high
+        return number, bounds is None or number in bounds
     except OverflowError:  # a whole number that no float holds
         return value, False
 

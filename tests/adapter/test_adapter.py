@@ -451,7 +451,7 @@ def test_compiled_layer_has_no_graph_break(training):
         ("lora_alpha", float("inf"), "lora_alpha must be 0 or a number between"),
         ("specialization", float("nan"), "specialization must be 0 or a number between"),
         ("tau", -1.0, "tau"),
-        ("guidance", "both", "guidance must be one of exclusive, protect, only-"),
+        ("guidance", "both", "guidance: expected one of exclusive, protect, only-"),
         ("gate", "softmax", "gate must be one of"),
         ("compute", "fast", "compute must be one of"),
         ("lora_dropout", 1.0, "lora_dropout"),

@@ -155,10 +155,10 @@ def test_missing_memory_is_told(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"penalty": -1}, "penalty: expected 0 or more, got -1.0"),
-        ({"samples": 0}, "samples: expected 1 or more, got 0"),
+        ({"penalty": -1}, "penalty: expected a number from 0, got -1"),
+        ({"samples": 0}, "samples: expected a whole number from 1, got 0"),
         ({"mode": "offline"}, "mode: expected one of per-task, online, got 'offline'"),
-        ({"gamma": 0}, "gamma: expected a share in (0, 1], got 0.0"),
+        ({"gamma": 0}, "gamma: expected a number in (0, 1], got 0"),
     ],
 )
 def test_mistakes_name_the_setting(settings, message):

@@ -216,11 +216,11 @@ def test_named_tensors_come_back_and_a_broken_file_is_told(tmp_path):
 @pytest.mark.parametrize(
     "name, settings, message",
     [
-        ("olora", {"orthogonality": -1}, "orthogonality: expected 0 or more, got -1.0"),
+        ("olora", {"orthogonality": -1}, "orthogonality: expected a number from 0, got -1"),
         ("olora", {"norm": "l2"}, "norm: expected one of l1, frobenius, got 'l2'"),
-        ("sefe", {"share": 0}, "share: expected a share in (0, 1], got 0.0"),
-        ("sefe", {"penalty": -1}, "penalty: expected 0 or more, got -1.0"),
-        ("inclora", {"rank": 0}, "rank: expected 1 or more, got 0"),
+        ("sefe", {"share": 0}, "share: expected a number in (0, 1], got 0"),
+        ("sefe", {"penalty": -1}, "penalty: expected a number from 0, got -1"),
+        ("inclora", {"rank": 0}, "rank: expected a whole number from 1, got 0"),
     ],
 )
 def test_mistakes_name_the_setting(name, settings, message):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -31,7 +32,7 @@ class Mark(Plugin):
     """Writes down that it was called."""
 
     sign: str = ""
-    log: object = None
+    log: Any = None
 
     def training_samples(self, samples, stage):
         self.log.append(f"{self.sign} samples")
@@ -143,17 +144,17 @@ def test_inherited_plugins_stay(tmp_path):
     [
         (["reply"], "with: 'reply': unknown plugin; did you mean replay?"),
         ({"replay": {"sise": 5}}, "with.replay.sise: unknown key; did you mean with.replay.size?"),
-        ({"replay": {"size": 0}}, "with.replay.size: expected 1 or more, got 0"),
-        ({"replay": {"size": "many"}}, "with.replay.size: expected int, got 'many'"),
+        ({"replay": {"size": 0}}, "with.replay.size: expected a whole number from 1, got 0"),
+        ({"replay": {"size": "many"}}, "with.replay.size: expected a whole number from 1, got 'many'"),
         ({"replay": {"policy": "random"}}, "with.replay.policy: expected one of balanced, reservoir, got 'random'"),
-        ({"replay": {"share": 1}}, "with.replay.share: expected a share in (0, 1) or none, got 1.0"),
+        ({"replay": {"share": 1}}, "with.replay.share: expected a number in (0, 1) or nothing, got 1"),
         ({"replay": 5}, "with"),
-        ({"asd": {"share": 0}}, "with.asd.share: expected a share in (0, 1], got 0.0"),
-        ({"task-router": {"shrinkage": 0}}, "with.task-router.shrinkage: expected a share in (0, 1], got 0.0"),
+        ({"asd": {"share": 0}}, "with.asd.share: expected a number in (0, 1], got 0"),
+        ({"task-router": {"shrinkage": 0}}, "with.task-router.shrinkage: expected a number in (0, 1], got 0"),
         ({"task-router": {"reach": "all"}}, "with.task-router.reach: expected one of own, earlier, got 'all'"),
-        ({"task-router": {"check": 0}}, "with.task-router.check: expected 1 or more, got 0"),
-        ({"pruning": {"share": 1}}, "with.pruning.share: expected a share in (0, 1), got 1.0"),
-        ({"pruning": {"limit": 0}}, "with.pruning.limit: expected 1 or more, got 0"),
+        ({"task-router": {"check": 0}}, "with.task-router.check: expected a whole number from 1 or nothing, got 0"),
+        ({"pruning": {"share": 1}}, "with.pruning.share: expected a number in (0, 1), got 1"),
+        ({"pruning": {"limit": 0}}, "with.pruning.limit: expected a whole number from 1 or nothing, got 0"),
         (5, "with: expected a mapping of keys, got 5"),
         ([5], "with"),
     ],

@@ -323,10 +323,10 @@ def test_recall_follows_the_stages_seed():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank: expected 1 or more, got 0"),
-        ({"hidden": 0}, "hidden: expected 1 or more, got 0"),
-        ({"recall": -0.1}, "recall: expected a share in [0, 1], got -0.1"),
-        ({"recall": 1.5}, "recall: expected a share in [0, 1], got 1.5"),
+        ({"rank": 0}, "rank: expected a whole number from 1, got 0"),
+        ({"hidden": 0}, "hidden: expected a whole number from 1, got 0"),
+        ({"recall": -0.1}, "recall: expected a number from 0 to 1, got -0.1"),
+        ({"recall": 1.5}, "recall: expected a number from 0 to 1, got 1.5"),
     ],
 )
 def test_mistakes_name_the_setting(settings, message):

@@ -434,15 +434,15 @@ def test_it_looks_without_touching(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"energy": 0.0}, "energy: expected a share in (0, 1], got 0.0"),
-        ({"components": 0}, "components: expected 1 or more, got 0"),
-        ({"window": 2}, "window: expected an odd number of at least 1, got 2"),
+        ({"energy": 0.0}, "energy: expected a number in (0, 1], got 0.0"),
+        ({"components": 0}, "components: expected a whole number from 1 or nothing, got 0"),
+        ({"window": 2}, "window: expected an odd number, got 2"),
         ({"mu": 0.0}, "mu: expected a number above 0, got 0.0"),
-        ({"decay": 1.0}, "decay: expected a share in [0, 1), got 1.0"),
-        ({"freeze_below": 2.0}, "freeze_below: expected a number in [-1, 1], got 2.0"),
-        ({"samples": 0}, "samples: expected 1 or more, got 0"),
+        ({"decay": 1.0}, "decay: expected a number in [0, 1) or nothing, got 1.0"),
+        ({"freeze_below": 2.0}, "freeze_below: expected a number from -1 to 1, got 2.0"),
+        ({"samples": 0}, "samples: expected a whole number from 1 or nothing, got 0"),
         ({"router": "x"}, "method same: router: expected one of project, hold, scale, free, got 'x'"),
-        ({"load_balance": -1.0}, "load_balance: expected 0 or more, got -1.0"),
+        ({"load_balance": -1.0}, "load_balance: expected a number from 0, got -1.0"),
     ],
 )
 def test_mistakes_name_the_setting(settings, message):

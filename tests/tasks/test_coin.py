@@ -914,7 +914,7 @@ def test_two_tasks_end_to_end(tiny_folder: Path, tmp_path: Path) -> None:
     [
         ({"data": {"rot": "x"}}, r"data\.rot: unknown key; did you mean data\.root\?"),
         ({"data": {"on_bad": "ignore"}}, r"data\.on_bad: expected one of error, skip, got 'ignore'"),
-        ({"data": {"validation_share": 1}}, r"data\.validation_share: expected a share in \[0, 1\)"),
+        ({"data": {"validation_share": 1}}, r"data\.validation_share: expected a number in \[0, 1\)"),
         ({"stream": "none.yaml"}, r"none\.yaml: no such file"),
     ],
 )

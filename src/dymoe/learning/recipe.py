@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dymoe.errors import DymoeError
 from dymoe.files import expand
@@ -15,6 +15,7 @@ from dymoe.methods import Composed, Method, plugin_settings, settings_of
 from dymoe.methods.base import require
 from dymoe.methods.settings import build
 from dymoe.models.options import ModelOptions
+from dymoe.schema import Count, LesserShare, Positive, Range, Size, Weight, check_fields
 from dymoe.tasks.source import Source
 from dymoe.yamls import parse_yaml, read_yaml
 
@@ -57,46 +58,34 @@ class Training:
         limit: at most this many training samples per task, none for all.
     """
 
-    steps_per_task: int | None = None
-    epochs: float | None = None
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    samples_per_step: int | None = None
-    lr: float = 2e-3
+    steps_per_task: Size | None = None
+    epochs: Positive | None = None
+    batch_size: Size = 8
+    gradient_accumulation: Size = 1
+    samples_per_step: Size | None = None
+    lr: Positive = 2e-3
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup: float = 0.03
-    weight_decay: float = 0.0
+    warmup: LesserShare = 0.03
+    weight_decay: Weight = 0.0
     optimizer: Literal["adamw", "paged-adamw"] = "adamw"
-    max_grad_norm: float = 1.0
+    max_grad_norm: Weight = 1.0
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = False
-    threads: int | None = None
-    workers: int | None = None
-    save_steps: int = 50
-    log_steps: int = 1
-    dynamics_every: int = 10
+    threads: Size | None = None
+    workers: Count | None = None
+    save_steps: Size = 50
+    log_steps: Size = 1
+    dynamics_every: Count = 10
     report_to: list[str] = field(default_factory=list)
-    limit: int | None = None
+    limit: Size | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range and a step budget given twice or not at all."""
+        check_fields(self)
         one = (self.steps_per_task is None) != (self.epochs is None)
         require(one, "steps_per_task", "exactly one of steps_per_task and epochs", self.steps_per_task)
-        for key in ("steps_per_task", "threads", "limit"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, key, "1 or more", value)
-        for key in ("batch_size", "gradient_accumulation", "save_steps", "log_steps"):
-            require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
-        if self.samples_per_step is not None:
-            require(self.samples_per_step >= 1, "samples_per_step", "1 or more", self.samples_per_step)
-            one = self.gradient_accumulation == 1
-            require(one, "gradient_accumulation", "1 beside samples_per_step", self.gradient_accumulation)
-        require(self.workers is None or self.workers >= 0, "workers", "0 or more", self.workers)
-        require(self.epochs is None or self.epochs > 0, "epochs", "a number above 0", self.epochs)
-        require(self.lr > 0, "lr", "a number above 0", self.lr)
-        require(0 <= self.warmup < 1, "warmup", "a share in [0, 1)", self.warmup)
-        for key in ("weight_decay", "max_grad_norm", "dynamics_every"):
-            require(getattr(self, key) >= 0, key, "0 or more", getattr(self, key))
+        one = self.samples_per_step is None or self.gradient_accumulation == 1
+        require(one, "gradient_accumulation", "1 beside samples_per_step", self.gradient_accumulation)
 
     def accumulation(self, processes: int = 1) -> int:
         """Forward passes per optimizer step and device, with so many devices.
@@ -140,16 +129,15 @@ class Evaluation:
             and after every stage, with the same split and limit.
     """
 
-    batch_size: int = 32
-    limit: int | None = None
+    batch_size: Size = 32
+    limit: Size | None = None
     split: Literal["test", "validation"] = "test"
     zero_shot: bool = False
     watch: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuse empty batches and limits."""
-        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
-        require(self.limit is None or self.limit >= 1, "limit", "1 or more", self.limit)
+        check_fields(self)
 
 
 @dataclass
@@ -186,17 +174,17 @@ class Recipe:
     with_: dict[str, dict[str, Any]] = field(default_factory=dict)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     output: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse an unknown method, an empty choice of tasks and a negative seed."""
+        """Refuse an unknown method, an empty choice of tasks and a seed out of range."""
+        check_fields(self)
         try:
             settings_of(self.method)
         except DymoeError as error:
             raise DymoeError(f"method: {error}") from None
         require(self.tasks is None or len(self.tasks) > 0, "tasks", "at least one task", self.tasks)
-        require(0 <= self.seed < 2**32, "seed", "a whole number from 0 below 2^32", self.seed)
 
     @property
     def trains(self) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dymoe.methods.base import Stage, require
+from dymoe.methods.base import Stage
 from dymoe.methods.plugin import Plugin
+from dymoe.schema import PositiveShare
 
 if TYPE_CHECKING:
     from dymoe.tasks import Sample, Task
@@ -55,12 +56,8 @@ class AnswerStyles(Plugin):
     name: ClassVar[str] = "asd"
     summary: ClassVar[str] = "answer style diversification: some samples rewritten into other answer styles"
 
-    share: float = 0.2
+    share: PositiveShare = 0.2
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse to rewrite nothing."""
-        require(0 < self.share <= 1, "share", "a share in (0, 1]", self.share)
 
     def training_samples(self, samples: Sequence[Sample], stage: Stage) -> Sequence[Sample]:
         """The samples with a part of each of the stage's tasks rewritten, all in their places.

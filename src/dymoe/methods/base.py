@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dymoe.errors import DymoeError
 from dymoe.messages import brief
-from dymoe.routing_settings import RANGES
+from dymoe.schema import LesserShare, Positive, check_fields
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,19 +111,15 @@ class Method:
     summary: ClassVar[str] = ""
     trains: ClassVar[bool] = True  # whether it has stages
 
-    lora_alpha: float = 128.0
-    lora_dropout: float = 0.05
+    lora_alpha: Positive = 128.0
+    lora_dropout: LesserShare = 0.05
     target_modules: list[str] | None = None
     compute: str = "stacked"
 
     def __post_init__(self) -> None:
         """Refuse settings that no layer can be built from."""
-        require(self.lora_alpha > 0, "lora_alpha", "a number above 0", self.lora_alpha)
-        require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
+        check_fields(self)
         require(self.target_modules != [], "target_modules", "at least one layer name", self.target_modules)
-        for key, allowed in RANGES.items():  # of the router's settings those that the method has
-            if hasattr(self, key):
-                require(allowed.holds(getattr(self, key)), key, allowed.words, getattr(self, key))
         require(self.compute in COMPUTE, "compute", f"one of {', '.join(COMPUTE)}", self.compute)
 
     # growth

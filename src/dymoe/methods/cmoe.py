@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, pstdev
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from dymoe.errors import DymoeError
-from dymoe.methods.base import Method, Probe, Stage, StageData, require
+from dymoe.methods.base import Method, Probe, Stage, StageData
 from dymoe.methods.parameters import draw
 from dymoe.methods.reports import add_report, report_locator
+from dymoe.schema import Count, Positive, ProperShare, Range, Share, Size, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,51 +72,27 @@ class CMoE(Method):
     name: ClassVar[str] = "cmoe"
     summary: ClassVar[str] = "experts where a probe finds them needed, one router per task, picked by an autoencoder"
 
-    experts: int = 4
-    rank: int = 16
-    top_k: int = 2
-    temperature: float = 1.0
-    load_balance: float = 0.0
-    probe_share: float = 0.1
-    probe_steps: int | None = None
-    probe_experts: int | None = None
-    probe_load_balance: float = 0.01
+    experts: Size = 4
+    rank: Size = 16
+    top_k: Size = 2
+    temperature: Positive = 1.0
+    load_balance: Weight = 0.0
+    probe_share: Share = 0.1
+    probe_steps: Size | None = None
+    probe_experts: Size | None = None
+    probe_load_balance: Weight = 0.01
     measure: Literal["held", "same"] = "held"
-    held_share: float = 0.2
+    held_share: ProperShare = 0.2
     alpha: float = 0.5
     added: Literal["fixed", "counted"] = "fixed"
-    locator_hidden: int = 128
-    locator_latent: int = 32
-    locator_kl: float = 1.0
-    locator_epochs: int = 100
-    locator_lr: float = 1e-3
-    locator_batch: int = 64
-    locator_samples: int | None = 256
-    locator_report: int = 32
-
-    def __post_init__(self) -> None:
-        """Refuse empty banks, shares outside [0, 1] and sizes below 1."""
-        super().__post_init__()
-        counts = ("experts", "rank", "top_k", "locator_hidden", "locator_latent", "locator_epochs", "locator_batch")
-        for key in counts:
-            require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
-        for key in ("probe_steps", "probe_experts"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, key, "1 or more", value)
-        require(
-            self.locator_samples is None or self.locator_samples >= 2,
-            "locator_samples",
-            "2 or more",
-            self.locator_samples,
-        )
-        for key in ("load_balance", "probe_load_balance", "locator_kl", "locator_report"):
-            require(getattr(self, key) >= 0, key, "0 or more", getattr(self, key))
-        for key in ("temperature", "locator_lr"):
-            require(getattr(self, key) > 0, key, "a number above 0", getattr(self, key))
-        require(0 <= self.probe_share <= 1, "probe_share", "a share in [0, 1]", self.probe_share)
-        require(0 < self.held_share < 1, "held_share", "a share in (0, 1)", self.held_share)
-        require(self.measure in ("held", "same"), "measure", "held or same", self.measure)
-        require(self.added in ("fixed", "counted"), "added", "fixed or counted", self.added)
+    locator_hidden: Size = 128
+    locator_latent: Size = 32
+    locator_kl: Weight = 1.0
+    locator_epochs: Size = 100
+    locator_lr: Positive = 1e-3
+    locator_batch: Size = 64
+    locator_samples: Annotated[int, Range(2)] | None = 256
+    locator_report: Count = 32
 
     # growth
     def config(self, stage: Stage) -> DyMoEConfig:

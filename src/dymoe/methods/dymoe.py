@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from dymoe.methods.base import Stage
 from dymoe.methods.incmoelora import IncMoELoRA
 from dymoe.routing_settings import Mask, Routing
+from dymoe.schema import LesserShare, Positive, Weight
 
 if TYPE_CHECKING:
     from dymoe.adapter import DyMoEConfig
@@ -38,12 +39,12 @@ class DyMoE(IncMoELoRA):
     summary: ClassVar[str] = "incmoelora with token assignment guidance and routing score regularization"
 
     guidance: Mask = Routing.guidance
-    tau: float = Routing.tau
-    load_balance: float = Routing.load_balance
-    exclusivity: float = Routing.exclusivity
-    specialization: float = Routing.specialization
-    rsr_temperature: float = Routing.rsr_temperature
-    rsr_start: float = Routing.rsr_start
+    tau: Weight = Routing.tau
+    load_balance: Weight = Routing.load_balance
+    exclusivity: Weight = Routing.exclusivity
+    specialization: Weight = Routing.specialization
+    rsr_temperature: Positive = Routing.rsr_temperature
+    rsr_start: LesserShare = Routing.rsr_start
 
     def config(self, stage: Stage) -> DyMoEConfig:
         """IncMoELoRA's group with guidance and the three routing terms."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dymoe.methods.base import Stage, StageData, require
+from dymoe.methods.base import Stage, StageData
 from dymoe.methods.lora import LoRA
 from dymoe.methods.parameters import draw, load_tensors, save_tensors, trainable
+from dymoe.schema import PositiveShare, Size, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,18 +43,14 @@ class EWC(LoRA):
     name: ClassVar[str] = "ewc"
     summary: ClassVar[str] = "one LoRA, held back where the Fisher matrix says that earlier tasks need it"
 
-    penalty: float = 400.0
-    samples: int = 1000
+    penalty: Weight = 400.0
+    samples: Size = 1000
     mode: Literal["per-task", "online"] = "per-task"
-    gamma: float = 1.0
+    gamma: PositiveShare = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a negative penalty, no samples and a decay outside (0, 1]."""
+        """Begin without a penalty."""
         super().__post_init__()
-        require(self.penalty >= 0, "penalty", "0 or more", self.penalty)
-        require(self.samples >= 1, "samples", "1 or more", self.samples)
-        require(self.mode in ("per-task", "online"), "mode", "per-task or online", self.mode)
-        require(0 < self.gamma <= 1, "gamma", "a share in (0, 1]", self.gamma)
         # Not dataclass fields: these are no settings.
         self._quadratic: dict[str, tuple[Tensor, Tensor]] = {}
         self._rest = 0.0

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from dymoe.methods.base import Stage
 from dymoe.methods.lora import LoRA
+from dymoe.schema import Positive, Size
 
 
 @dataclass
@@ -24,8 +25,8 @@ class IncLoRA(LoRA):
     name: ClassVar[str] = "inclora"
     summary: ClassVar[str] = "a new LoRA per task, the older ones frozen and summed"
 
-    rank: int = 8
-    lora_alpha: float = 16.0
+    rank: Size = 8
+    lora_alpha: Positive = 16.0
 
     def group(self, stage: Stage) -> str:
         """A group of the stage's own."""

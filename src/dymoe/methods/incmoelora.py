@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dymoe.methods.base import Method, Stage, require
+from dymoe.methods.base import Method, Stage
 from dymoe.routing_settings import Routing
+from dymoe.schema import Positive, Size
 
 if TYPE_CHECKING:
     from dymoe.adapter import DyMoEConfig
@@ -29,16 +30,10 @@ class IncMoELoRA(Method):
     name: ClassVar[str] = "incmoelora"
     summary: ClassVar[str] = "a group of experts per task, routed without guidance"
 
-    num_experts: int = 16
-    rank: int = 4
-    top_k: int = Routing.top_k
-    temperature: float = Routing.temperature
-
-    def __post_init__(self) -> None:
-        """Refuse an empty bank."""
-        super().__post_init__()
-        for key in ("num_experts", "rank"):
-            require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
+    num_experts: Size = 16
+    rank: Size = 4
+    top_k: Size = Routing.top_k
+    temperature: Positive = Routing.temperature
 
     def config(self, stage: Stage) -> DyMoEConfig:
         """The group's config with every routing term switched off."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dymoe.methods.base import Method, Stage, require
+from dymoe.methods.base import Method, Stage
+from dymoe.schema import Size
 
 if TYPE_CHECKING:
     from dymoe.adapter import DyMoEConfig
@@ -24,12 +25,7 @@ class LoRA(Method):
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "one LoRA, fine-tuned on every task in turn"
 
-    rank: int = 64
-
-    def __post_init__(self) -> None:
-        """Refuse a rank below 1."""
-        super().__post_init__()
-        require(self.rank >= 1, "rank", "1 or more", self.rank)
+    rank: Size = 64
 
     def group(self, stage: Stage) -> str:
         """The same group at every stage."""

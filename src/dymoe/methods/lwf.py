@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dymoe.methods.base import Stage, StageData, require
+from dymoe.methods.base import Stage, StageData
 from dymoe.methods.lora import LoRA
+from dymoe.schema import Positive, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,14 +33,12 @@ class LwF(LoRA):
     name: ClassVar[str] = "lwf"
     summary: ClassVar[str] = "one LoRA, distilled from the model before the task"
 
-    distillation: float = 1.0
-    temperature: float = 2.0
+    distillation: Weight = 1.0
+    temperature: Positive = 2.0
 
     def __post_init__(self) -> None:
-        """Refuse a negative weight and a temperature that is not positive."""
+        """Begin without a teacher."""
         super().__post_init__()
-        require(self.distillation >= 0, "distillation", "0 or more", self.distillation)
-        require(self.temperature > 0, "temperature", "a number above 0", self.temperature)
         # Not dataclass fields: these are no settings.
         self._teacher: dict[str, Tensor] = {}
         self._data: StageData | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dymoe.methods.base import Method, Stage, require
+from dymoe.methods.base import Method, Stage
+from dymoe.schema import Positive, Size, Weight
 
 if TYPE_CHECKING:
     from dymoe.adapter import DyMoEConfig
@@ -36,16 +37,10 @@ class MoELoRA(Method):
     name: ClassVar[str] = "moelora"
     summary: ClassVar[str] = "one bank of experts under a linear router, fine-tuned on every task in turn"
 
-    num_experts: int = 8
-    rank: int = 16
-    lora_alpha: float = 256.0
-    load_balance: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse an empty bank."""
-        super().__post_init__()
-        for key in ("num_experts", "rank"):
-            require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
+    num_experts: Size = 8
+    rank: Size = 16
+    lora_alpha: Positive = 256.0
+    load_balance: Weight = 0.0
 
     def group(self, stage: Stage) -> str:
         """The same group at every stage."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dymoe.methods.base import require
 from dymoe.methods.inclora import IncLoRA
+from dymoe.schema import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,16 +32,9 @@ class OLoRA(IncLoRA):
     name: ClassVar[str] = "olora"
     summary: ClassVar[str] = "a new LoRA per task, orthogonal to the older ones"
 
-    orthogonality: float = 0.5
+    orthogonality: Weight = 0.5
     norm: Literal["l1", "frobenius"] = "l1"
-    l2: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse negative weights."""
-        super().__post_init__()
-        for key in ("orthogonality", "l2"):
-            require(getattr(self, key) >= 0, key, "0 or more", getattr(self, key))
-        require(self.norm in ("l1", "frobenius"), "norm", "l1 or frobenius", self.norm)
+    l2: Weight = 0.0
 
     def loss_terms(self, model: Any, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
         """Orthogonality from the second task on, the norm of the new matrices where it has a weight."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dymoe.methods.base import Method, Probe, Stage, StageData
+from dymoe.schema import check_fields
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,10 @@ class Plugin:
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of their ranges."""
+        check_fields(self)
 
     def config(self, config: DyMoEConfig, stage: Stage) -> DyMoEConfig:
         """The config of the group that `stage` adds."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, ClassVar
 
-from dymoe.methods.base import Method, Stage, require
+from dymoe.methods.base import Method, Stage
+from dymoe.schema import Positive, Share, Size
 
 if TYPE_CHECKING:
     from dymoe.adapter import DyMoEConfig
@@ -36,17 +37,10 @@ class ProgLoRA(Method):
     name: ClassVar[str] = "proglora"
     summary: ClassVar[str] = "a LoRA per task, mixed by one learned attention weight per sample"
 
-    lora_alpha: float = 16.0
-    rank: int = 8
-    hidden: int = 100
-    recall: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse an empty LoRA or transform and a negative share."""
-        super().__post_init__()
-        for key in ("rank", "hidden"):
-            require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
-        require(0 <= self.recall <= 1, "recall", "a share in [0, 1]", self.recall)
+    lora_alpha: Positive = 16.0
+    rank: Size = 8
+    hidden: Size = 100
+    recall: Share = 0.0
 
     def config(self, stage: Stage) -> DyMoEConfig:
         """One expert of full rank, whose weight is what the selector gives its group."""

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dymoe.files import atomic_json, read_json
-from dymoe.methods.base import Stage, StageData, require
+from dymoe.methods.base import Stage, StageData
 from dymoe.methods.parameters import draw, trained_group
 from dymoe.methods.plugin import Plugin
+from dymoe.schema import ProperShare, Size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,13 +43,8 @@ class Pruning(Plugin):
     name: ClassVar[str] = "pruning"
     summary: ClassVar[str] = "drop a new group's least used experts after its task"
 
-    share: float = 0.125
-    limit: int | None = 128
-
-    def __post_init__(self) -> None:
-        """Refuse to drop nothing or everything, and to measure on nothing."""
-        require(0 < self.share < 1, "share", "a share in (0, 1)", self.share)
-        require(self.limit is None or self.limit >= 1, "limit", "1 or more", self.limit)
+    share: ProperShare = 0.125
+    limit: Size | None = 128
 
     def after_task(self, model: Any, stage: Stage, data: StageData) -> None:
         """Measure, drop, and write down what was dropped (``pruning.json``)."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json, read_json
-from dymoe.methods.base import Stage, StageData, require
+from dymoe.methods.base import Stage, StageData
 from dymoe.methods.parameters import draw
 from dymoe.methods.plugin import Plugin
+from dymoe.schema import ProperShare, Size
 
 if TYPE_CHECKING:
     from dymoe.tasks import Sample, Task
@@ -39,16 +40,10 @@ class Replay(Plugin):
     name: ClassVar[str] = "replay"
     summary: ClassVar[str] = "a small buffer of earlier tasks' samples, trained on again"
 
-    size: int = 200
+    size: Size = 200
     policy: Literal["balanced", "reservoir"] = "balanced"
-    share: float | None = None
+    share: ProperShare | None = None
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse an empty buffer and a share that leaves no room for the task."""
-        require(self.size >= 1, "size", "1 or more", self.size)
-        require(self.policy in ("balanced", "reservoir"), "policy", "balanced or reservoir", self.policy)
-        require(self.share is None or 0 < self.share < 1, "share", "a share in (0, 1) or none", self.share)
 
     def training_samples(self, samples: Sequence[Sample], stage: Stage) -> Sequence[Sample]:
         """The stage's samples and, after them, the replayed ones.

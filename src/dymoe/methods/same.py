@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from dymoe.errors import DymoeError
 from dymoe.methods.base import Stage, StageData, require
@@ -21,6 +21,7 @@ from dymoe.methods.shaping import (
     preconditioned,
     running_scale,
 )
+from dymoe.schema import LesserShare, Positive, PositiveShare, Range, Size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,32 +78,26 @@ class SAME(MoELoRA):
     name: ClassVar[str] = "same"
     summary: ClassVar[str] = "moelora with gradients kept away from the inputs of earlier tasks"
 
-    rank: int = 8
-    lora_alpha: float = 128.0
+    rank: Size = 8
+    lora_alpha: Positive = 128.0
     router: Literal["project", "hold", "scale", "free"] = "project"
-    energy: float = 0.9
+    energy: PositiveShare = 0.9
     energy_of: Literal["squares", "trace"] = "squares"
-    components: int | None = None
-    window: int = 3
+    components: Size | None = None
+    window: Size = 3
     curvature: bool = True
-    mu: float = 0.9
+    mu: Positive = 0.9
     truncate: bool = False
     keep_norm: bool = True
     freeze: bool = False
-    freeze_below: float = 0.1
-    decay: float | None = None
-    samples: int | None = 128
+    freeze_below: Annotated[float, Range(-1, 1)] = 0.1
+    decay: LesserShare | None = None
+    samples: Size | None = 128
 
     def __post_init__(self) -> None:
-        """Refuse settings out of range; the guards of a stage are made in `before_task`."""
+        """Refuse a window without a middle; the guards of a stage are made in `before_task`."""
         super().__post_init__()
-        require(0 < self.energy <= 1, "energy", "a share in (0, 1]", self.energy)
-        require(self.components is None or self.components >= 1, "components", "1 or more", self.components)
-        require(self.window >= 1 and self.window % 2 == 1, "window", "an odd number of at least 1", self.window)
-        require(self.mu > 0, "mu", "a number above 0", self.mu)
-        require(-1 <= self.freeze_below <= 1, "freeze_below", "a number in [-1, 1]", self.freeze_below)
-        require(self.decay is None or 0 <= self.decay < 1, "decay", "a share in [0, 1)", self.decay)
-        require(self.samples is None or self.samples >= 1, "samples", "1 or more", self.samples)
+        require(self.window % 2 == 1, "window", "an odd number", self.window)
         self._guards: dict[str, Guard] = {}
         self._start: dict[str, Tensor] = {}
         self._frozen: dict[str, Tensor] = {}

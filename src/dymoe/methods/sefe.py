@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dymoe.methods.base import Stage, StageData, require
+from dymoe.methods.base import Stage, StageData
 from dymoe.methods.inclora import IncLoRA
+from dymoe.schema import Positive, PositiveShare, Size, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,19 +39,16 @@ class SEFE(IncLoRA):
     name: ClassVar[str] = "sefe"
     summary: ClassVar[str] = "a new LoRA per task, kept small where the older ones were largest (RegLoRA)"
 
-    rank: int = 64
-    lora_alpha: float = 128.0
-    penalty: float = 2500.0
-    share: float = 0.02
+    rank: Size = 64
+    lora_alpha: Positive = 128.0
+    penalty: Weight = 2500.0
+    share: PositiveShare = 0.02
     scaled: bool = False
     overlap: Literal["once", "repeated"] = "once"
 
     def __post_init__(self) -> None:
-        """Refuse a negative penalty and a share outside (0, 1]."""
+        """Begin without positions of earlier tasks."""
         super().__post_init__()
-        require(self.penalty >= 0, "penalty", "0 or more", self.penalty)
-        require(0 < self.share <= 1, "share", "a share in (0, 1]", self.share)
-        require(self.overlap in ("once", "repeated"), "overlap", "once or repeated", self.overlap)
         # Not a dataclass field: it is no setting.
         self._keys: dict[str, Tensor] = {}
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from dymoe.errors import DymoeError
 from dymoe.messages import brief, nearest, shorten
 from dymoe.numbers import WORKABLE, workable
-from dymoe.schema import fit, refuse, type_name
+from dymoe.schema import field_types, fit, refuse, type_name
 
 T = TypeVar("T")
 
@@ -86,8 +86,7 @@ def _refuse_unworkable(value: Any, key: str) -> None:
 
 def _fields(cls: type) -> dict[str, Any]:
     """Key -> type; a field that Python's keywords forbid has a trailing underscore (with_), its key has none."""
-    hints = typing.get_type_hints(cls)
-    return {field.name.removesuffix("_"): hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    return {name.removesuffix("_"): kind for name, kind in field_types(cls).items()}
 
 
 def _refuse_unknown(cls: type, values: Any, prefix: str) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dymoe.errors import DymoeError
-from dymoe.methods.base import Stage, StageData, require
+from dymoe.methods.base import Stage, StageData
 from dymoe.methods.parameters import draw, load_tensors, save_tensors, trained_group
 from dymoe.methods.plugin import Plugin
 from dymoe.methods.reports import report_locator
+from dymoe.schema import PositiveShare, Size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,18 +45,10 @@ class TaskRouter(Plugin):
     name: ClassVar[str] = "task-router"
     summary: ClassVar[str] = "decide a prompt's task first, then route within its experts"
 
-    shrinkage: float = 0.1
+    shrinkage: PositiveShare = 0.1
     reach: Literal["own", "earlier"] = "earlier"
-    limit: int | None = 256
-    check: int | None = 64
-
-    def __post_init__(self) -> None:
-        """Refuse a covariance that may not be invertible, and statistics of nothing."""
-        require(0 < self.shrinkage <= 1, "shrinkage", "a share in (0, 1]", self.shrinkage)
-        require(self.reach in ("own", "earlier"), "reach", "own or earlier", self.reach)
-        for key in ("limit", "check"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, key, "1 or more", value)
+    limit: Size | None = 256
+    check: Size | None = 64
 
     def config(self, config: DyMoEConfig, stage: Stage) -> DyMoEConfig:
         """The config with this selector; a locator that is not trained with the experts is replaced.

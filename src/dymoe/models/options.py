@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dymoe.errors import DymoeError
-from dymoe.messages import brief
+from dymoe.schema import Size, check_fields
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,9 @@ class ModelOptions:
     load_in_4bit: bool = False
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
-    max_length: int = 2048
+    max_length: Size = 2048
     shape: Literal["none", "llava-1.5-7b", "llava-1.5-13b"] = "none"
 
     def __post_init__(self) -> None:
         """Refuse a length that holds nothing."""
-        if self.max_length < 1:
-            raise DymoeError(f"max_length: expected 1 or more, got {brief(self.max_length)}")
+        check_fields(self)

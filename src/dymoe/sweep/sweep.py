@@ -11,6 +11,7 @@ from dymoe.learning.recipe import parse_overrides, read_keys, set_key
 from dymoe.messages import brief
 from dymoe.methods.base import require
 from dymoe.methods.settings import build
+from dymoe.schema import Positive, Size, check_fields
 
 
 @dataclass
@@ -46,16 +47,15 @@ class Tune:
         steps: optimizer steps per task, the recipe's own if none.
     """
 
-    grid: list[float] = field(default_factory=list)
+    grid: list[Positive] = field(default_factory=list)
     tasks: list[str] | None = None
-    steps: int | None = None
+    steps: Size | None = None
 
     def __post_init__(self) -> None:
         """Refuse rates and steps that are not positive and rates named twice."""
-        require(all(rate > 0 for rate in self.grid), "grid", "numbers above 0", self.grid)
+        check_fields(self)
         require(len(set(self.grid)) == len(self.grid), "grid", "each rate once", self.grid)
         require(self.tasks is None or len(self.tasks) > 0, "tasks", "at least one task", self.tasks)
-        require(self.steps is None or self.steps >= 1, "steps", "1 or more", self.steps)
 
 
 @dataclass
@@ -90,8 +90,8 @@ class Sweep:
     seeds: list[int] = field(default_factory=lambda: [0])
     orders: list[Literal["origin", "reverse", "alphabet"]] = field(default_factory=lambda: ["origin"])
     instructions: list[Literal["original", "diverse", "10type"]] = field(default_factory=lambda: ["original"])
-    jobs: int = 1
-    threads: int = 1
+    jobs: Size = 1
+    threads: Size = 1
     output: str = ""
     results: str = ""
     table: str = ""
@@ -104,14 +104,13 @@ class Sweep:
 
     def __post_init__(self) -> None:
         """Refuse empty lists, repeated values and counts below 1."""
+        check_fields(self)
         require(len(self.recipes) > 0, "recipes", "at least one recipe", self.recipes)
         for key in ("seeds", "orders", "instructions"):
             values = getattr(self, key)
             require(len(values) > 0, key, "at least one value", values)
             require(len(set(values)) == len(values), key, "each value once", values)
         _refuse_empty(self.vary)
-        for key in ("jobs", "threads"):
-            require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
         require(not (self.tuned and self.tune.grid), "tuned", "false in a tuning sweep", self.tuned)
         require(not (self.reference and self.tune.grid), "reference", "none in a tuning sweep", self.reference)
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dymoe.errors import DymoeError
-from dymoe.messages import brief
+from dymoe.schema import LesserShare, check_fields
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,9 @@ class Source:
     on_bad: Literal["error", "skip"] = "error"
     scoring: Literal["coin", "corrected"] = "corrected"
     generation: Literal["short", "coin"] = "short"
-    validation_share: float = 0.02
+    validation_share: LesserShare = 0.02
     outside_links: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a share that leaves nothing to train on."""
-        if not 0 <= self.validation_share < 1:
-            raise DymoeError(f"validation_share: expected a share in [0, 1), got {brief(self.validation_share)}")
+        check_fields(self)
