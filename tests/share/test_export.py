@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymoe
 from dymoe.adapter import DyMoEConfig
+from dymoe.adapter.gates import GATES, Uniform
 from dymoe.cli import main
 from dymoe.errors import DymoeError
 from dymoe.learning.groups import read_saved, save_group
@@ -184,13 +185,11 @@ BANKS = {
 }
 
 
-def saved_bank(folder, settings):
-    """A tiny language model with these groups, all of weight 1, and the groups as they lie on disk."""
+def saved_bank(folder, settings, gate="uniform"):
+    """A tiny language model with these groups, no weight by the token, and the groups as they lie on disk."""
     model, groups = None, []
     for number, values in enumerate(settings):
-        config = DyMoEConfig(
-            **{"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"], **values}, gate="uniform"
-        )
+        config = DyMoEConfig(**{"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"], **values}, gate=gate)
         name = f"group{number}"
         if model is None:
             model = get_peft_model(tiny_llama(), config, adapter_name=name)
@@ -228,6 +227,25 @@ def test_experts_of_all_kinds_lie_side_by_side(tmp_path, case):
     assert bool(config.rank_pattern) == (case == "layers apart")
     text = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert text["target_modules"] == sorted(text["target_modules"])  # not a set's order, another one each time
+
+
+def test_a_gate_from_outside_that_routes_nothing_gives_its_own_weights(tmp_path):
+    class Mean(Uniform):
+        """Every expert counts as one of all."""
+
+        name = "mean"
+
+        def decide(self, x, old, new, setting):
+            decision = super().decide(x, old, new, setting)
+            return decision._replace(weights=tuple(side / sum(setting.sizes) for side in decision.weights))
+
+    try:
+        model, groups = saved_bank(tmp_path, BANKS["ranks, scales and numbers of experts"], gate="mean")
+        merged = tiny_llama()
+        merge(merged, module.factors(groups), "here")
+        torch.testing.assert_close(logits(merged, padded_batch()), logits(model, padded_batch()), **TOLERANCE)
+    finally:
+        GATES.pop("mean")
 
 
 # ---- groups weighed for a sample --------------------------------------------------------------------------------
@@ -317,6 +335,9 @@ def test_what_is_not_there_or_was_changed_is_refused(learned, tiny_folder, tmp_p
     tensors = load_file(weights)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
     with pytest.raises(DymoeError, match="'ImageNet' is not the one saved"):
+        export(run, output=tmp_path / "out")
+    (run / "manifest.json").write_text("{}")  # what has one is a shared result, whatever else lies there
+    with pytest.raises(DymoeError, match=r"manifest\.json: format: is missing"):
         export(run, output=tmp_path / "out")
     with pytest.raises(DymoeError, match=r"no such folder|no manifest\.json"):
         export(tmp_path / "nowhere", output=tmp_path / "out")

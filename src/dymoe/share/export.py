@@ -1,7 +1,8 @@
 """`export`: a stage as what knows no expert groups takes it: one plain LoRA, a whole model, or one LoRA a group.
 
-A group's output is (lora_alpha / (experts r)) sum_e w_e B_e A_e x. Where every w_e is 1, that of all groups is B A x
-with the rows of all A_e, and the scaled columns of all B_e, side by side: a LoRA whose rank is the sum of theirs.
+A group's output is (lora_alpha / (experts r)) sum_e w_e B_e A_e x. Where no w_e depends on the token, that of all
+groups is B A x with the rows of all A_e, and the scaled and weighted columns of all B_e, side by side: a LoRA whose
+rank is the sum of theirs.
 """
 
 from collections import Counter
@@ -15,6 +16,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dymoe.adapter import DyMoEConfig
+from dymoe.adapter.gates import Setting
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_dir, atomic_json, expand
 from dymoe.learning.groups import read_tensors
@@ -98,8 +101,9 @@ def check_form(saved: SavedStage, form: str) -> None:
     """
     config, where = saved.groups[-1].config, f"{saved.where}: --as {form}"
     if config.weights_depend_on == "token":
+        gate = next(gate.name for gate in config.gates if gate.routes)
         raise DymoeError(
-            f"{where}: every token has weights of its own for the experts (gate {config.gate}), which no plain LoRA "
+            f"{where}: every token has weights of its own for the experts (gate {gate}), which no plain LoRA "
             "can say; serve the stage as it is (examples/serve.py)"
         )
     if config.weights_depend_on == "sample" and form != "groups":
@@ -128,7 +132,7 @@ def _hub_name(saved: SavedStage) -> str | None:
 
 
 def factors(groups: Sequence[SavedGroup]) -> dict[str, Factors]:
-    """The groups' experts side by side, by layer in order of names, each group's scale in its B.
+    """The groups' experts side by side, by layer in order of names, scale and weight in B.
 
     Raises:
         DymoeError: a group holds a tensor that is no factor of an expert, or there is no expert at all.
@@ -141,12 +145,21 @@ def factors(groups: Sequence[SavedGroup]) -> dict[str, Factors]:
             if not name.endswith(A):
                 raise DymoeError(f"{group.where}: holds {name}, which no plain LoRA has room for")
             layer = name.removeprefix(PREFIX).removesuffix(A)
-            b = group.tensors[f"{PREFIX}{layer}{B}"] * group.config.scaling
-            sides.setdefault(layer, []).append((a.flatten(0, 1), b.flatten(0, 1)))
+            sides.setdefault(layer, []).append((a, group.tensors[f"{PREFIX}{layer}{B}"] * group.config.scaling))
     if not sides:
         raise DymoeError(f"{groups[-1].where}: holds no expert")
-    rows = {layer: [torch.cat(side) for side in zip(*sides[layer], strict=True)] for layer in sorted(sides)}
-    return {layer: Factors(a.contiguous(), b.mT.contiguous()) for layer, (a, b) in rows.items()}
+    return {layer: _side_by_side(sides[layer], groups[-1].config, layer) for layer in sorted(sides)}
+
+
+def _side_by_side(sides: Sequence[tuple[Tensor, Tensor]], config: DyMoEConfig, layer: str) -> Factors:
+    """A and scaled B of a layer's groups, (experts, rank, features) each, as one pair; the gate gives the weights."""
+    sizes = tuple(len(a) for a, _ in sides)
+    gate, x = config.gate_in(layer), torch.zeros(1, sides[0][0].shape[-1])
+    rows = gate.pack([x[:0]] * len(sizes))
+    weights = gate.decide(x, rows, None, Setting(sizes, 0, config, (1,))).columns(0)[0].split(sizes)
+    b = [side * weight.view(-1, 1, 1) for (_, side), weight in zip(sides, weights, strict=True)]
+    a_rows, b_rows = (torch.cat([side.flatten(0, 1) for side in part]) for part in ([a for a, _ in sides], b))
+    return Factors(a_rows.contiguous(), b_rows.mT.contiguous())
 
 
 def write_lora(folder: Path, groups: Sequence[SavedGroup], base: str | None) -> None:

@@ -12,7 +12,7 @@ from dymoe.learning.folder import StageFolder
 from dymoe.learning.formats import Saved
 from dymoe.schema import check
 from dymoe.share.locations import Source, location_of, open_source
-from dymoe.share.manifest import CONFIG, WEIGHTS, Manifest, check_file, parse
+from dymoe.share.manifest import CONFIG, MANIFEST, WEIGHTS, Manifest, check_file, parse
 from dymoe.yamls import read_yaml
 
 if TYPE_CHECKING:
@@ -103,9 +103,11 @@ def read_groups(source: str | Path, stage: int | None = None) -> tuple[SavedGrou
 
 
 def _run_folder(source: str | Path) -> Path | None:
-    """The source as a run folder, None where it is none."""
+    """The source as a run folder, None where it is none; what has a manifest is held to it."""
     path = source if isinstance(source, Path) else location_of(source)
-    return path if isinstance(path, Path) and (path / "stages").is_dir() else None
+    if not isinstance(path, Path) or (path / MANIFEST).exists() or not (path / "stages").is_dir():
+        return None
+    return path
 
 
 def _open(source: str | Path) -> tuple[Source, Manifest]:
