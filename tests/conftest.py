@@ -45,7 +45,10 @@ def tiny_folder(tmp_path_factory):
     """A tiny FastVLM with random weights, saved as a folder that a recipe's `model` can name."""
     from tests.learning.tiny import save_tiny
 
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    folder = save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    gc.collect()  # and what a run imports is no garbage either
+    gc.freeze()
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

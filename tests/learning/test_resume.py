@@ -9,8 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from dymoe.cli import main
 from tests.learning.tiny import write_recipe
 
@@ -39,14 +37,6 @@ def outcome(run: Path) -> dict:
         if event["event"] == "step"
     ]
     return {**kept, "steps": steps}
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("whole")
-    recipe = write_recipe(path / "run.yaml", tiny_folder)
-    assert main(["run", str(recipe)]) == 0
-    return path / "run"
 
 
 def ended_by(sent: signal.Signals, words: list[str], run: Path, stage: int, step: int) -> tuple[int, str]:

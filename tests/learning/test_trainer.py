@@ -160,10 +160,8 @@ def test_a_checkpoint_holds_the_training_group_alone(tiny_folder, task, tmp_path
     assert not (tmp_path / "checkpoint-3").exists()
 
 
-def test_every_term_stands_beside_the_loss(tiny_folder, tmp_path):
-    recipe = load_recipe(write_recipe(tmp_path / "run.yaml", tiny_folder))
-    folder = run(recipe)
-    steps = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+def test_every_term_stands_beside_the_loss(whole):
+    steps = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
     steps = [event for event in steps if event["event"] == "step"]
     assert [(event["stage"], event["step"]) for event in steps] == [(s, i) for s in (1, 2) for i in range(1, 9)]
     for event in steps:
@@ -173,11 +171,11 @@ def test_every_term_stands_beside_the_loss(tiny_folder, tmp_path):
         assert event["loss"] == pytest.approx(event["next_token"] + 1e-3 * routing, abs=2e-5)
         assert event["share_new"] + event["share_old"] + event["share_ambiguous"] == pytest.approx(1, abs=1e-4)
     assert all(event["exclusivity"] > 0 for event in steps if event["stage"] == 2)
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((whole / "results.json").read_text())
     one, two = results["group_hashes"]
     assert two["before"] == one["groups"] == {"ImageNet": two["groups"]["ImageNet"]}
     assert set(two["groups"]) == {"ImageNet", "VQAv2"}
-    routing = json.loads((folder / "stages" / "02-VQAv2" / "routing.json").read_text())
+    routing = json.loads((whole / "stages" / "02-VQAv2" / "routing.json").read_text())
     assert routing["groups"] == ["ImageNet", "VQAv2"]
     for task in ("ImageNet", "VQAv2"):
         assert sum(routing["tasks"][task]["weight"]) == pytest.approx(1, abs=1e-4)

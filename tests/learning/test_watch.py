@@ -47,13 +47,6 @@ def read(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("plain")
-    assert main(["run", str(write_recipe(path / "run.yaml", tiny_folder))]) == 0
-    return path / "run"
-
-
-@pytest.fixture(scope="module")
 def watched(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("watched")
     streams = ["pocket-general", str(write_pope(path / "pope"))]
@@ -69,14 +62,14 @@ def copy(watched: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     return tmp_path / "run", ["run", str(recipe), "--resume", "--output", str(tmp_path / "run")]
 
 
-def test_what_is_learned_does_not_depend_on_it(plain: Path, watched: Path) -> None:
-    one, other = read(plain), read(watched)
+def test_what_is_learned_does_not_depend_on_it(whole: Path, watched: Path) -> None:
+    one, other = read(whole), read(watched)
     assert one["group_hashes"] == other["group_hashes"]
     for key in ("tasks", "matrix", "lenient_matrix", "metrics", "answers", "drift", "samples", "steps", "training"):
         assert one[key] == other[key], key
     assert "watch" not in one
-    for file in plain.glob("stages/*/predictions/*"):
-        assert file.read_bytes() == (watched / file.relative_to(plain)).read_bytes()
+    for file in whole.glob("stages/*/predictions/*"):
+        assert file.read_bytes() == (watched / file.relative_to(whole)).read_bytes()
 
 
 def test_it_is_asked_before_the_first_task_and_after_every_stage(watched: Path) -> None:

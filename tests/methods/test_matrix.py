@@ -48,6 +48,8 @@ PLUGINS: dict[str, dict] = {
     "pruning": {"share": 0.25},
 }
 CASES = [*((name, None) for name in SETTINGS), *(("dymoe", name) for name in PLUGINS)]
+# A plugin that changes the samples alone is computed as its method is.
+COMPUTED = [case for case in CASES if case[1] not in ("replay", "asd")]
 ALL = [(method, plugin) for method in SETTINGS for plugin in PLUGINS if (method, plugin) not in CASES]
 STEPS = 5
 
@@ -213,7 +215,7 @@ def same_run(folder: Path, whole: Path) -> None:
         assert one[key] == other[key], key
 
 
-@pytest.mark.parametrize("method, plugin", CASES)
+@pytest.mark.parametrize("method, plugin", COMPUTED)
 def test_accumulation_and_checkpointing_change_rounding_alone(learned, tiny_folder, tmp_path, method, plugin):
     parts = {"batch_size": 2, "gradient_accumulation": 2, "gradient_checkpointing": True}
     folder = run(recipe(tmp_path / "run", tiny_folder, method, plugin, **parts), display=Quiet())
@@ -221,7 +223,7 @@ def test_accumulation_and_checkpointing_change_rounding_alone(learned, tiny_fold
         assert one["next_token"] == pytest.approx(other["next_token"], rel=2e-3), (one["stage"], one["step"])
 
 
-@pytest.mark.parametrize("method, plugin", CASES)
+@pytest.mark.parametrize("method, plugin", COMPUTED)
 def test_bfloat16_keeps_the_groups_in_float32(learned, tiny_folder, tmp_path, method, plugin):
     folder = run(recipe(tmp_path / "run", tiny_folder, method, plugin, dtype="bfloat16"), display=Quiet())
     for one, other in zip(steps(folder), steps(learned(method, plugin)), strict=True):

@@ -8,6 +8,7 @@ Twelve methods on eight tasks, eleven of them with every analysis (thirty layers
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,14 +67,14 @@ class Loading:
     whole_computing: float
 
 
-def make(folder: Path) -> Path:
-    """The page of twelve methods; returns its path."""
-    first = make_run(folder / METHODS[0], METHODS[0], samples=20)
+def make(folder: Path, methods: Sequence[str] = METHODS) -> Path:
+    """The page of these methods; returns its path."""
+    first = make_run(folder / methods[0], methods[0], samples=20)
     add_analyses(first, names=("overlay", "dynamics"))
     store(first, "drift", drift_frame(0, TASKS, LAYERS, ("v_proj",)), {})
     store(first, "activation", activation_frame(0, TASKS, LAYERS), {})
     runs = [first]
-    for method in METHODS[1:]:
+    for method in methods[1:]:
         runs.append(make_run(folder / method, method, samples=20, routed=method != "lora"))
         if method != "lora":
             shutil.copytree(first / "analysis", runs[-1] / "analysis")

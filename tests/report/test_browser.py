@@ -249,6 +249,12 @@ def test_the_routing_sections_fit_a_phone_and_the_dark(page: Page, analysed: Pat
     assert page.messages == []
 
 
+def test_a_page_of_three_methods_weighs_under_six_megabytes(tmp_path: Path) -> None:
+    """Nine tenths of it are the plotting library; a method with every analysis adds 0.3 MB."""
+    assert 5_000_000 < big_page.make(tmp_path, big_page.METHODS[:3]).stat().st_size < 6_000_000
+
+
+@pytest.mark.slow
 def test_a_page_of_twelve_methods_weighs_under_ten_megabytes(big: Path) -> None:
     assert 6_000_000 < big.stat().st_size < 10_000_000
 
