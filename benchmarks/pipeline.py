@@ -23,12 +23,12 @@ import torch
 from measure import ratio, spread, synchronize, write
 from PIL import Image
 
+from dymoe.images import cores, decode
 from dymoe.learning.data import Data
 from dymoe.learning.groups import train_group
 from dymoe.learning.recipe import Training
 from dymoe.methods import Stage, create
 from dymoe.models import Collator, cached_features, load
-from dymoe.models.images import cores, decode
 from dymoe.tasks import Sample, load_stream
 
 SIZES = {"COCO (VQAv2, GQA, Grounding)": (640, 480), "ImageNet": (500, 375), "TextVQA": (1024, 768)}  # width, height

@@ -9,7 +9,7 @@ from PIL import Image
 from dymoe import analysis
 from dymoe.analysis.token_overlay import seen_picture
 from dymoe.errors import DymoeError
-from dymoe.models.images import decode
+from dymoe.images import decode
 from tests.analysis.conftest import TASKS
 from tests.analysis.oracle import EXPERTS, SAMPLES, place, sample_routing, task_samples
 from tests.test_routing import oracle_type

@@ -72,12 +72,9 @@ def test_a_flipped_bit_is_noticed_by_the_hash(built, monkeypatch):
     data = bytearray(CONTENT["model.safetensors"])
     data[300] ^= 1
     (folder / "model.safetensors").write_bytes(data)
-    assets.part(folder, build, verify=True)
-    assert build.calls == 2
-    (folder / "model.safetensors").write_bytes(data)
     monkeypatch.setattr(assets, "_verified", set())  # a new process
     assets.part(folder, build)
-    assert build.calls == 3
+    assert build.calls == 2
     assert (folder / "model.safetensors").read_bytes() == CONTENT["model.safetensors"]
 
 

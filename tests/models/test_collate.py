@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from dymoe.errors import DymoeError
+from dymoe.images import decode
 from dymoe.models import Collator, ImageFeatures, Lvlm
-from dymoe.models.images import decode
 from tests.models.conftest import png, sample
 
 

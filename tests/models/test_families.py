@@ -15,13 +15,13 @@ from dymoe.adapter import DyMoEConfig
 from dymoe.adapter.decoder import decoder_linears
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import generate
+from dymoe.images import decode
 from dymoe.learning.recipe import load_recipe
 from dymoe.learning.run import run
 from dymoe.models import Collator, Lvlm, cached_features, load
 from dymoe.models.count import TokenCounter
 from dymoe.models.options import ModelOptions
 from dymoe.models.shapes import outline
-from dymoe.pictures import decode
 from dymoe.preflight.memory import shape_of
 from tests.learning.tiny import write_recipe
 from tests.models.conftest import png, sample

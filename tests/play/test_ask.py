@@ -8,14 +8,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dymoe import pictures
+from dymoe import images
 from dymoe.analysis import open_run
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import generate
 from dymoe.models import Collator, load
 from dymoe.play import ask
 from dymoe.play.ask import Runs
-from tests.test_pictures import png_header
+from tests.test_images import png_header
 
 LONGEST = 12
 
@@ -138,7 +138,7 @@ def test_examples_take_the_tasks_in_turn(runs):
 
 def test_a_picture_of_too_many_bytes_is_refused(runs, monkeypatch):
     sample = runs.examples("routed")[0]
-    monkeypatch.setattr(pictures, "MAX_BYTES", len(sample.image) - 1)
+    monkeypatch.setattr(images, "MAX_BYTES", len(sample.image) - 1)
     with pytest.raises(DymoeError, match=r"a picture of \d+ bytes; at most"):
         next(runs.ask("routed", 1, "x", sample.image, 4))
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from dymoe import pictures
+from dymoe import images
 from dymoe.cli import main
 from dymoe.cli import play as command
 from dymoe.errors import DymoeError
 from dymoe.evaluation.generate import generate
-from tests.test_pictures import png_header
+from tests.test_images import png_header
 
 HOSTILE = "<img src=x onerror=window.hacked=1> ${window.hacked=1} {{window.hacked=1}} <script>window.hacked=1</script>"
 LONGEST = 8
@@ -74,7 +74,7 @@ def address(runs, room):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "GRADIO_TEMP_DIR", str(room))
         patch.setitem(os.environ, "GRADIO_ANALYTICS_ENABLED", "False")
-        patch.setattr(pictures, "MAX_BYTES", 100_000)
+        patch.setattr(images, "MAX_BYTES", 100_000)
         from dymoe.play.serve import serve
 
         with serve(runs, "127.0.0.1", None, room) as where:

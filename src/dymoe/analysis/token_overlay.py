@@ -20,8 +20,8 @@ from dymoe.analysis.storage import joined
 from dymoe.analysis.tokens import KINDS, PADDING, image_tokens, kinds, patch_grid, texts
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_write, read_bytes
+from dymoe.images import data_uri, decode, opened
 from dymoe.numbers import number
-from dymoe.pictures import data_uri, opened
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -208,8 +208,6 @@ def seen_picture(lvlm: "Lvlm", sample: "Sample") -> Any:
     """
     import numpy as np
     from PIL import Image
-
-    from dymoe.models.images import decode
 
     picture = decode(cast(bytes, sample.image))
     processor: Any = lvlm.processor.image_processor  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dymoe.errors import DymoeError
 from dymoe.files import atomic_json, cache_root, read_json, read_json_lines
+from dymoe.images import cores, decode
 from dymoe.learning.formats import Skipped
 from dymoe.messages import brief
 from dymoe.tasks.lazy import Records, fingerprint, subset
@@ -309,8 +310,6 @@ class _Look:
 
     def _sized(self) -> "Iterator[tuple[Sample, Any]]":
         """The samples with their pictures' sizes, or what is wrong with these; the next ones are decoded meanwhile."""
-        from dymoe.models.images import cores
-
         sizes: dict[Any, Any] = {}
         with ThreadPoolExecutor(cores()) as pool:
             ahead: list[Sample] = []
@@ -374,8 +373,6 @@ def _picture(sample: "Sample") -> Any:
 
 def _size(sample: "Sample") -> Any:
     """Width and height of a sample's picture, None without one, or the error where it cannot be decoded."""
-    from dymoe.models.images import decode
-
     try:
         data = sample.image
         return None if data is None else decode(data).size
@@ -430,7 +427,7 @@ def _code() -> str:
     home = Path(__file__).parents[1]
     files = [Path(__file__), *sorted((home / "models").glob("*.py")), *sorted((home / "tasks/scoring").glob("*.py"))]
     digest = hashlib.sha256()
-    for file in (*files, home / "pictures.py"):
+    for file in (*files, home / "images.py"):
         digest.update(file.read_bytes())
     library_versions = [version(name) for name in ("pillow", "tokenizers", "transformers")]
     return f"{digest.hexdigest()} {' '.join(library_versions)}"

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from dymoe.evaluation.intervals import answers
 from dymoe.evaluation.metrics import accuracies, routing_drift
 from dymoe.files import atomic_json
+from dymoe.images import for_browser
 from dymoe.learning import conditions, inspection
 from dymoe.learning.folder import RunFolder, StageFolder
 from dymoe.learning.recipe import Recipe
-from dymoe.pictures import for_browser
 from dymoe.tasks.base import from_files, hook
 
 if TYPE_CHECKING:

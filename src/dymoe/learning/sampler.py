@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from dymoe.models.images import cores
+from dymoe.images import cores
 
 
 class Order(Sampler[list[int]]):

@@ -76,37 +76,34 @@ def resolve_source(source: str | None = None) -> str:
     return chosen
 
 
-def language_model(cache_dir: str | Path | None = None, source: str | None = None, verify: bool = False) -> Path:
+def language_model(cache_dir: str | Path | None = None, source: str | None = None) -> Path:
     """Folder with SmolLM2-135M-Instruct (config, bf16 safetensors, tokenizer); built when it is not there.
-
-    `verify` compares the hashes even if this process has done so before.
 
     Raises:
         DymoeError: it is not cached and cannot be fetched.
     """
     chosen = resolve_source(source)
     build = _language_model_from_wheel if chosen == "packages" else _language_model_from_hub
-    return part(cache_root(cache_dir) / f"smollm2-135m-{chosen}", build, verify)
+    return part(cache_root(cache_dir) / f"smollm2-135m-{chosen}", build)
 
 
-def vision_tower(cache_dir: str | Path | None = None, source: str | None = None, verify: bool = False) -> Path:
+def vision_tower(cache_dir: str | Path | None = None, source: str | None = None) -> Path:
     """Folder with EfficientNet-Lite0 as fp32 safetensors in timm's key names, head included; see `language_model`."""
     chosen = resolve_source(source)
     build = _vision_tower_from_wheel if chosen == "packages" else _vision_tower_from_hub
-    return part(cache_root(cache_dir) / f"efficientnet-lite0-{chosen}", build, verify)
+    return part(cache_root(cache_dir) / f"efficientnet-lite0-{chosen}", build)
 
 
 # --- the cache -----------------------------------------------------------------------------------------------
 
 
-def part(folder: Path, build: Callable[[Path], None], verify: bool = False) -> Path:
+def part(folder: Path, build: Callable[[Path], None]) -> Path:
     """`folder` if it agrees with its manifest, else built again by `build(temporary_folder)`, atomically.
 
     Processes that ask at once wait for one builder (a lock file beside the folder).
     """
     folder = folder.resolve()
-    verify = verify or folder not in _verified
-    if problem(folder, verify) is None:
+    if problem(folder, verify=folder not in _verified) is None:
         _verified.add(folder)
         return folder
     try:

@@ -13,10 +13,10 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dymoe.errors import DymoeError
+from dymoe.images import decode
 from dymoe.libraries import untested
 from dymoe.messages import brief
 from dymoe.models.features import ImageFeatures, joined, made_picture, same
-from dymoe.models.images import decode
 from dymoe.models.rows import Row, extended, filled
 
 if TYPE_CHECKING:

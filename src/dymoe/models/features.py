@@ -12,8 +12,7 @@ import torch
 
 from dymoe.adapter.observation import evaluating
 from dymoe.errors import DymoeError
-from dymoe.models.images import cores, decode
-from dymoe.pictures import opened
+from dymoe.images import cores, decode, opened
 
 if TYPE_CHECKING:
     from dymoe.models.model import Lvlm
@@ -233,7 +232,7 @@ def encode(lvlm: "Lvlm", inputs: "dict[str, Any]") -> Sequence[torch.Tensor]:
     return tokens
 
 
-def cached_features(lvlm: "Lvlm", max_bytes: int = 4 << 30) -> ImageFeatures | None:
+def cached_features(lvlm: "Lvlm") -> ImageFeatures | None:
     """A cache for the frozen tower's image tokens, None where the model does not allow one.
 
     Tried out with two made pictures: a cache is right if the processor makes nothing but pixels, if its prompt is
@@ -242,14 +241,13 @@ def cached_features(lvlm: "Lvlm", max_bytes: int = 4 << 30) -> ImageFeatures | N
 
     Args:
         lvlm: the model and its processor.
-        max_bytes: of main memory.
     """
     if not takes_features(lvlm.model):
         return None
     from dymoe.models.collate import Collator
     from dymoe.tasks import Sample
 
-    tried = ImageFeatures(lvlm, batch_size=2, max_bytes=max_bytes)
+    tried = ImageFeatures(lvlm, batch_size=2)
     pair = [Sample(str(size), made_picture(*size), "What is it?", "It", {}) for size in ((40, 24), (20, 48))]
     try:
         plain, cached = Collator(lvlm).prompts(pair), Collator(lvlm, tried).prompts(pair)
@@ -260,7 +258,7 @@ def cached_features(lvlm: "Lvlm", max_bytes: int = 4 << 30) -> ImageFeatures | N
     )
     if set(plain) != {"input_ids", "attention_mask", "pixel_values"} or not same:
         return None
-    features = ImageFeatures(lvlm, max_bytes=max_bytes)
+    features = ImageFeatures(lvlm)
     features.image_bytes = tried.image_bytes
     return features
 

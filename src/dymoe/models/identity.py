@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dymoe.errors import DymoeError
 from dymoe.files import expand, sha256_of
+from dymoe.images import cores
 from dymoe.models.assembled import assembled
-from dymoe.models.images import cores
 
 # What transformers reads of a folder: weights, configs, tokenizer and templates.
 READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from dymoe.analysis.figures import Look
 from dymoe.analysis.token_overlay import NOTHING, TYPES, as_webp, group_look, type_look, view_of
-from dymoe.pictures import data_uri
+from dymoe.images import data_uri
 from dymoe.report.layout import environment, source
 
 if TYPE_CHECKING:

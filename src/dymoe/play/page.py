@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 
-from dymoe import pictures
+from dymoe import images
 from dymoe.errors import DymoeError
 from dymoe.play import overlay
 from dymoe.play.ask import LONGEST, Exchange, Runs
@@ -51,7 +51,7 @@ def _upload_field(uploads: Uploads) -> Any:
         if file is None:
             raise _shown(ONLY_UPLOADS)
         try:
-            pictures.check_size(file.stat().st_size)
+            images.check_size(file.stat().st_size)
             data = file.read_bytes()
             check_image(data)
         except (DymoeError, OSError) as error:
@@ -220,7 +220,7 @@ def _examples(runs: Runs, name: str, files: Path) -> list[list[str | None]]:
     for number, sample in enumerate(runs.examples(name)):
         path = None
         if (data := sample.image) is not None:
-            shown, kind = pictures.for_browser(data)
+            shown, kind = images.for_browser(data)
             path = files / f"{number}.{kind.removeprefix('image/')}"
             path.write_bytes(shown)
         rows.append([None if path is None else str(path), sample.question, sample.answer])
@@ -270,6 +270,6 @@ def mount(page: gr.Blocks) -> Any:
     quiet: dict[str, Any] = {"footer_links": [], "run_history": False, "enable_monitoring": False, "show_error": False}
     off: dict[str, Any] = {"ssr_mode": False, "pwa": False, "mcp_server": False}
     look: dict[str, Any] = {"theme": gr.themes.Default(**FONTS), "css": overlay.STYLE}
-    gr.mount_gradio_app(app, page, "/", max_file_size=pictures.MAX_BYTES, **quiet, **off, **look)
+    gr.mount_gradio_app(app, page, "/", max_file_size=images.MAX_BYTES, **quiet, **off, **look)
     page.app = app.routes[-1].app  # type: ignore[attr-defined]  # whose streams `close` ends
     return app

@@ -11,9 +11,9 @@ from dymoe.analysis.forgetting import ranked
 from dymoe.analysis.runs import Method, Run, stage_folders
 from dymoe.errors import DymoeError
 from dymoe.files import read_json, read_json_lines
+from dymoe.images import MAGIC
 from dymoe.learning.formats import Scored, ShownSample
 from dymoe.messages import brief, listed
-from dymoe.pictures import MAGIC
 
 # Samples of each task at least, of each pair of methods (one still answers, one has lost) and in all at most.
 PER_TASK = 3

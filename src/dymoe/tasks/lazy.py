@@ -14,6 +14,7 @@ from dymoe.errors import DymoeError
 from dymoe.tasks import instructions
 from dymoe.tasks.base import Sample
 
+BESIDE = 8  # names beside a missing folder that a message gives
 CHUNK = 256  # records read together when samples are gone through in order
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".tar.xz", ".tar.bz2")
 
@@ -75,14 +76,14 @@ def _why_missing(root: Path, path: Path) -> str | None:
     return f"no folder {lacking[-1]}{what_is_there(lacking[-1])}" if lacking else None
 
 
-def what_is_there(folder: Path, most: int = 8) -> str:
+def what_is_there(folder: Path) -> str:
     """The end of a message about a missing folder: its archive where nobody unpacked it, else what is beside it."""
     names = sorted(path.name for path in folder.parent.iterdir()) if folder.parent.is_dir() else []
     packed = [name for name in names if name.lower().startswith(f"{folder.name.lower()}.") and name.endswith(ARCHIVES)]
     if packed:
         return f"; unpack {folder.parent / packed[0]}"
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"; in {folder.parent} there is {', '.join(names[:most]) or 'nothing'}{more}"
+    more = f" and {len(names) - BESIDE} more" if len(names) > BESIDE else ""
+    return f"; in {folder.parent} there is {', '.join(names[:BESIDE]) or 'nothing'}{more}"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dymoe.errors import DymoeError
-from dymoe.pictures import decode
+from dymoe.images import decode
 from dymoe.tasks.base import Sample
 from dymoe.tasks.recordfile import read_records
 from dymoe.tasks.scoring import Scorer, scorer
@@ -83,7 +83,7 @@ def _reference(text: object) -> dict[str, Any]:
 
 
 def check_image(data: bytes | None) -> None:
-    """Refuse a picture that cannot be decoded (see `dymoe.pictures`); None (a question of text alone) is fine.
+    """Refuse a picture that cannot be decoded (see `dymoe.images`); None (a question of text alone) is fine.
 
     Raises:
         DymoeError: what is wrong with it.

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
-from dymoe import pictures
+from dymoe import images
 from dymoe.errors import DymoeError
-from dymoe.pictures import decode, for_browser
+from dymoe.images import decode, for_browser
 from dymoe.tasks.records import check_image
 
 
@@ -69,7 +69,7 @@ def test_as_many_pixels_as_are_allowed_are_decoded(read):
 @pytest.mark.parametrize("read", [decode, check_image])
 def test_too_many_bytes_are_refused(read, monkeypatch):
     data = encoded(Image.new("RGB", (40, 40)), "PNG")
-    monkeypatch.setattr(pictures, "MAX_BYTES", len(data))
+    monkeypatch.setattr(images, "MAX_BYTES", len(data))
     read(data)
     with pytest.raises(DymoeError, match=r"a picture of \d+ bytes; at most"):
         read(data + b" ")
@@ -286,7 +286,7 @@ def test_a_decoder_out_of_memory_is_one_line(monkeypatch):
 
 
 def test_importing_the_decoder_loads_no_pillow():
-    code = "import sys, dymoe.pictures; assert 'PIL' not in sys.modules"
+    code = "import sys, dymoe.images; assert 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -7,6 +7,7 @@ whatever a file is called; of several frames or pages the first. Size is bounded
 import base64
 import io
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,11 @@ _TURNS: Mapping[Any, str] = {
 # Tags of TIFF.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _LOWEST, _HIGHEST = 258, 262, 339, 340, 341
 _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_size(size: int) -> None:
