@@ -1,11 +1,14 @@
-"""What dymoe needs of other libraries: of its extras that they are there, of all what they do not promise.
+"""What dymoe needs of other libraries: of its extras that they are there, of all what they do not promise, and quiet.
 
 Both are looked for where they are used, an error where missing. Each need of a name has one place, which names it to a
 function of this module; tests/test_libraries.py holds all of them against the installed versions.
 """
 
 import inspect
-from collections.abc import Iterable
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -80,3 +83,27 @@ def untested(owner: Any, what: str) -> DymoeError:
         f"{kind.__name__} of {f'{library} {version}'.strip()} {what}, which dymoe relies on; install the versions that "
         "it was tested with (requirements.lock in its repository)"
     )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and notes of the libraries below in a block; what goes wrong comes as an exception."""
+    from transformers.utils import logging as transformers_logging
+
+    accelerate = logging.getLogger("accelerate")
+    level, verbosity = accelerate.level, transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        # PEFT still asks transformers for names that version 6 will drop, DDP and DeepSpeed use older names of options.
+        for module in ("transformers", "accelerate", "torch.distributed"):
+            warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        accelerate.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            accelerate.setLevel(level)
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     run = Path(arguments.words[1])
     chosen = {option.removeprefix("--"): value for option, value in arguments.options.items()}
     from dymoe import analysis
-    from dymoe.learning.learner import quiet
+    from dymoe.libraries import quiet
 
     facts: dict[str, Any] = {}
     with quiet():

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     require_gradio()
     with tempfile.TemporaryDirectory(prefix="dymoe-play-") as room:
         os.environ.update(QUIET, GRADIO_TEMP_DIR=room)
-        from dymoe.learning.learner import quiet
+        from dymoe.libraries import quiet
         from dymoe.play.ask import Runs
 
         with quiet():

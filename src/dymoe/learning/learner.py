@@ -1,10 +1,7 @@
 """The loop over a stream: learn a task, freeze its group, ask every task seen so far, write it down."""
 
 import gc
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +16,7 @@ from dymoe.learning.formats import Trained
 from dymoe.learning.progress import Display
 from dymoe.learning.recipe import Recipe
 from dymoe.learning.results import routing_over_steps, write_results
+from dymoe.libraries import quiet
 from dymoe.methods import Method, Stage
 from dymoe.names import free_name, parts_of, safe_names
 
@@ -443,27 +441,3 @@ def _placed(lvlm: "Lvlm") -> "Lvlm":
     if torch.cuda.is_available():
         cast(Any, lvlm.model).to("cuda")
     return lvlm
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars and notes of the libraries below in a block; what goes wrong comes as an exception."""
-    from transformers.utils import logging as transformers_logging
-
-    accelerate = logging.getLogger("accelerate")
-    level, verbosity = accelerate.level, transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    with warnings.catch_warnings():
-        # PEFT still asks transformers for names that version 6 will drop, DDP and DeepSpeed use older names of options.
-        for module in ("transformers", "accelerate", "torch.distributed"):
-            warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        accelerate.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            accelerate.setLevel(level)
-            transformers_logging.set_verbosity(verbosity)
-            if bars:
-                transformers_logging.enable_progress_bar()

@@ -19,10 +19,11 @@ from dymoe.learning.checkpoints import last_checkpoint, remove_checkpoints
 from dymoe.learning.conditions import Description, State
 from dymoe.learning.distributed import join
 from dymoe.learning.folder import RunFolder, StageFolder, verify
-from dymoe.learning.learner import Learner, Substitute, quiet
+from dymoe.learning.learner import Learner, Substitute
 from dymoe.learning.progress import Display, silent
 from dymoe.learning.recipe import Recipe
 from dymoe.learning.results import shown_samples, write_results
+from dymoe.libraries import quiet
 
 if TYPE_CHECKING:
     from dymoe.tasks import Stream, Task

@@ -52,7 +52,7 @@ class Measured:
     paper_hours: float | None
 
 
-def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
+def dry_run(recipe: Recipe) -> list[Measured]:
     """Train two steps and ask two batches per task, with random weights and, where the stream makes some, made samples.
 
     Another stream's own samples are taken, the first of each task.
@@ -88,44 +88,43 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> list[Measured]:
             evaluation=replace(recipe.evaluation, limit=None, split="test", zero_shot=False),
             output=str(Path(folder) / "run"),
         )
-        run(small, display=display or watch, substitute=Substitute(stream, lvlm, max(pictures, 1)))
-        watcher = display if isinstance(display, _Watch) else watch
+        run(small, display=watch, substitute=Substitute(stream, lvlm, max(pictures, 1)))
         lengths = [_tokens(lvlm, task, recipe, rows) for task in stream.tasks]
     return [
         _measured(
             recipe,
             task.name,
-            watcher,
+            watch,
             sizes[task.name],
             tokens,
             estimate=memory(recipe, shape, number, longest).peak,
         )
         for number, (task, (tokens, longest)) in enumerate(zip(stream.tasks, lengths, strict=True), start=1)
-    ] + [_only_asked(recipe, task.name, watcher, sizes[task.name][1]) for task in stream.watch]
+    ] + [_only_asked(recipe, task.name, watch, sizes[task.name][1]) for task in stream.watch]
 
 
-def _only_asked(recipe: Recipe, task: str, watcher: "_Watch", questions: int) -> Measured:
+def _only_asked(recipe: Recipe, task: str, watch: "_Watch", questions: int) -> Measured:
     """What asking a task took that is only asked, and what asking all its questions once would."""
-    seconds_to_answer, batch = watcher.answer_seconds[task], recipe.evaluation.batch_size
+    seconds_to_answer, batch = watch.answer_seconds[task], recipe.evaluation.batch_size
     hours = questions * seconds_to_answer / batch / 3600
-    return Measured(task, None, None, batch / seconds_to_answer, watcher.peaks[task], None, None, None, hours, None)
+    return Measured(task, None, None, batch / seconds_to_answer, watch.peaks[task], None, None, None, hours, None)
 
 
 def _measured(
-    recipe: Recipe, task: str, watcher: "_Watch", sizes: tuple[int, int], tokens: int, estimate: float
+    recipe: Recipe, task: str, watch: "_Watch", sizes: tuple[int, int], tokens: int, estimate: float
 ) -> Measured:
     """What one stage took, and what the whole task would.
 
     Args:
         recipe: of the run.
         task: that the stage learned.
-        watcher: what was noted.
+        watch: what was noted.
         sizes: training and test samples of the real task.
         tokens: of one optimizer step.
         estimate: of its peak in bytes.
     """
     train, test = sizes
-    seconds, seconds_to_answer, batch = watcher.steps[task], watcher.answer_seconds[task], recipe.evaluation.batch_size
+    seconds, seconds_to_answer, batch = watch.steps[task], watch.answer_seconds[task], recipe.evaluation.batch_size
     steps = recipe.training.steps(min(train, recipe.training.limit or train))
     minutes = paper_times(recipe).get("minutes", {}).get(recipe.method, {}).get(task)
     return Measured(
@@ -133,7 +132,7 @@ def _measured(
         step_seconds=seconds,
         tokens_per_second=tokens / seconds,
         answers_per_second=batch / seconds_to_answer,
-        peak_bytes=watcher.peaks[task],
+        peak_bytes=watch.peaks[task],
         estimated_bytes=estimate,
         steps=steps,
         hours=steps * seconds / 3600,

@@ -232,7 +232,7 @@ def _base_model(saved: SavedStage, model: str | None, dtype: str | None) -> "Lvl
     Raises:
         DymoeError: it cannot be loaded, is another one than the run learned on, or is kept in 4 bits there.
     """
-    from dymoe.learning.learner import quiet
+    from dymoe.libraries import quiet
     from dymoe.models import load
     from dymoe.models.identity import identity
 
@@ -274,7 +274,7 @@ def merge(model: nn.Module, by_layer: Mapping[str, Factors], where: str) -> None
 
 def _write_merged(folder: Path, saved: SavedStage, lvlm: "Lvlm", model: str | None) -> None:
     """Model and processor as transformers saves them, with a manifest of what they are."""
-    from dymoe.learning.learner import quiet
+    from dymoe.libraries import quiet
     from dymoe.models.llava import image_backend
 
     merge(lvlm.model, factors(saved.groups), saved.where)

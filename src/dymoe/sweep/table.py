@@ -195,7 +195,6 @@ def published(name: str) -> dict[str, Any]:
     Raises:
         DymoeError: there is no such part.
     """
-
     parts = json.loads(files("dymoe.sweep").joinpath("published.json").read_text(encoding="utf-8"))["parts"]
     if name not in parts:
         raise DymoeError(f"published: no published numbers {brief(name)}; {nearest(name, parts)}")
@@ -360,7 +359,7 @@ def _notes(
 
 def _at_the_end(averages: Sequence[Line]) -> list[str]:
     """Accuracy on each task after the last one, by row."""
-    tasks = sorted({task for line in averages for row in line.rows for task in row["tasks"]}, key=_first_seen(averages))
+    tasks = list(dict.fromkeys(task for line in averages for row in line.rows for task in row["tasks"]))
     table = ["## Accuracy on each task at the end", "", _cells(["method", *tasks]), _rule(len(tasks) + 1)]
     for line in averages:
         table.append(_cells([_name(line), *(line.task_text(task) for task in tasks)]))
@@ -373,49 +372,34 @@ def final(row: Row) -> dict[str, float]:
     return dict(zip(row["tasks"], values, strict=False))
 
 
-def _first_seen(averages: Sequence[Line]) -> Callable[[str], int]:
-    order = list(dict.fromkeys(task for line in averages for row in line.rows for task in row["tasks"]))
-    return order.index
-
-
 def _beside(averages: Sequence[Line], part: Mapping[str, Any]) -> list[str]:
     """The published rows beside the sweep's, and how well the orders agree."""
     by_key = {(line.label, line.order, line.instructions): line for line in averages}
-    rows = sorted(part["rows"], key=lambda row: -row["MFN"])
-    shared = []
-    for row in rows:
+    pairs: list[tuple[Row, Line | None]] = []
+    for row in sorted(part["rows"], key=lambda row: -row["MFN"]):
         line = by_key.get((row["label"], row.get("order", "origin"), row.get("instructions", "original")))
-        if line is not None and all(line.metric(name) is not None for name in SHARED):
-            shared.append((row, line))
-    text = [
-        "## Beside the published order",
-        "",
-        f"Published: {part['source']}. {_worth(averages)}",
-        "",
-    ]
+        measured = line is not None and all(line.metric(name) is not None for name in SHARED)
+        pairs.append((row, line if measured else None))
+    shared = [(row, line) for row, line in pairs if line is not None]
+    theirs = {name: [row[name] for row, _ in shared] for name in SHARED}
+    here = {name: [_mean(line.metric(name)) for _, line in shared] for name in SHARED}
+    text = ["## Beside the published order", "", f"Published: {part['source']}. {_worth(averages)}", ""]
     head = ["row", *(f"published {name}" for name in (*SHARED, "MAA"))]
     head += [f"{name} here" for name in SHARED]
     head += [f"rank by {name}, published / here" for name in SHARED]
     text += [_cells(head), _rule(len(head))]
-    theirs = {name: ranks([row[name] for row, _ in shared if row.get(name) is not None]) for name in SHARED}
-    here = {name: ranks([_mean(line.metric(name)) for _, line in shared]) for name in SHARED}
-    index_of = {id(row): index for index, (row, _) in enumerate(shared)}
-    for row in rows:
-        index = index_of.get(id(row))
+    both = {name: zip(ranks(theirs[name]), ranks(here[name]), strict=True) for name in SHARED}
+    for row, line in pairs:
         values = [number(row.get(name), 2, sign=name == "BWT") for name in (*SHARED, "MAA")]
         label = ", ".join([row["label"], *(row[key] for key in ("order", "instructions") if key in row)])
-        if index is None:
-            text.append(_cells([label, *values, *["–"] * (2 * len(SHARED))]))
-            continue
-        line = shared[index][1]
-        values += [line.metric_text(name) for name in SHARED]
-        values += [f"{theirs[name][index]:g} / {here[name][index]:g}" for name in SHARED]
+        if line is None:
+            values += ["–"] * (2 * len(SHARED))
+        else:
+            values += [line.metric_text(name) for name in SHARED]
+            values += [f"{rank:g} / {other:g}" for rank, other in (next(both[name]) for name in SHARED)]
         text.append(_cells([label, *values]))
-    correlations = []
-    for name in SHARED:
-        value = rank_correlation([row[name] for row, _ in shared], [_mean(line.metric(name)) for _, line in shared])
-        if value is not None:
-            correlations.append(f"{name} {number(value, 2, sign=True)}")
+    agreement = {name: rank_correlation(theirs[name], here[name]) for name in SHARED}
+    correlations = [f"{name} {number(value, 2, sign=True)}" for name, value in agreement.items() if value is not None]
     text.append("")
     if correlations:
         text.append(f"Spearman's rank correlation over the {len(shared)} shared rows: {', '.join(correlations)}.")
