@@ -120,23 +120,6 @@ def test_the_probe_trains_on_one_part_and_is_measured_on_another(tmp_path):
         assert held
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"experts": 0}, "experts: expected a whole number from 1"),
-        ({"probe_share": 1.5}, r"probe_share: expected a number from 0 to 1"),
-        ({"held_share": 0}, r"held_share: expected a number in \(0, 1\)"),
-        ({"probe_steps": 0}, "probe_steps: expected a whole number from 1 or nothing"),
-        ({"locator_samples": 1}, "locator_samples: expected a whole number from 2 or nothing"),
-        ({"locator_lr": 0}, "locator_lr: expected a number above 0"),
-        ({"added": "some"}, "added: expected one of fixed, counted"),
-    ],
-)
-def test_mistakes_name_the_setting(settings, message):
-    with pytest.raises(DymoeError, match=message):
-        cmoe(**settings)
-
-
 def test_the_first_bank_has_the_rank_and_scale_of_the_others(tmp_path):
     config = methods.create("cmoe").config(stage(tmp_path, 1))
     assert config.num_experts * config.r == 64

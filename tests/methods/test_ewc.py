@@ -152,21 +152,6 @@ def test_missing_memory_is_told(tmp_path):
         method.before_task(begin(method, None, at), at, data(samples(2)))
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"penalty": -1}, "penalty: expected a number from 0, got -1"),
-        ({"samples": 0}, "samples: expected a whole number from 1, got 0"),
-        ({"mode": "offline"}, "mode: expected one of per-task, online, got 'offline'"),
-        ({"gamma": 0}, "gamma: expected a number in (0, 1], got 0"),
-    ],
-)
-def test_mistakes_name_the_setting(settings, message):
-    with pytest.raises(DymoeError) as caught:
-        methods.create("ewc", **settings)
-    assert message in str(caught.value)
-
-
 def test_what_a_method_remembers_is_no_setting(tmp_path):
     method = make("ewc")
     learn(method, tmp_path, 2)

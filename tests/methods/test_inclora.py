@@ -211,19 +211,3 @@ def test_named_tensors_come_back_and_a_broken_file_is_told(tmp_path):
     for broken in (path, tmp_path / "none.safetensors"):
         with pytest.raises(DymoeError, match=broken.name):
             load_tensors(broken)
-
-
-@pytest.mark.parametrize(
-    "name, settings, message",
-    [
-        ("olora", {"orthogonality": -1}, "orthogonality: expected a number from 0, got -1"),
-        ("olora", {"norm": "l2"}, "norm: expected one of l1, frobenius, got 'l2'"),
-        ("sefe", {"share": 0}, "share: expected a number in (0, 1], got 0"),
-        ("sefe", {"penalty": -1}, "penalty: expected a number from 0, got -1"),
-        ("inclora", {"rank": 0}, "rank: expected a whole number from 1, got 0"),
-    ],
-)
-def test_mistakes_name_the_setting(name, settings, message):
-    with pytest.raises(DymoeError) as caught:
-        methods.create(name, **settings)
-    assert message in str(caught.value)

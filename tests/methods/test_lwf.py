@@ -7,8 +7,6 @@ import math
 import pytest
 import torch
 
-from dymoe import methods
-from dymoe.errors import DymoeError
 from dymoe.learning.loss import answer_logits
 from dymoe.methods.lwf import divergence
 from tests.methods.parameter_cases import begin, change, collate, data, make, samples, stage
@@ -147,16 +145,3 @@ def test_checkpointing_gives_the_same_gradients(reentrant, tmp_path):
         found.append([value.grad.clone() for value in model.parameters() if value.requires_grad])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-8)
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"distillation": -1}, "distillation: expected a number from 0, got -1"),
-        ({"temperature": 0}, "temperature: expected a number above 0, got 0"),
-    ],
-)
-def test_mistakes_name_the_setting(settings, message):
-    with pytest.raises(DymoeError) as caught:
-        methods.create("lwf", **settings)
-    assert message in str(caught.value)

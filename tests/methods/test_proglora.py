@@ -11,7 +11,6 @@ from peft import PeftModel, get_peft_model
 
 from dymoe import group_hash, methods
 from dymoe.adapter.selectors import SELECTORS
-from dymoe.errors import DymoeError
 from dymoe.learning.data import Data
 from dymoe.learning.recipe import Training
 from dymoe.methods import Stage
@@ -318,21 +317,6 @@ def test_recall_follows_the_stages_seed():
     method = methods.create("proglora", recall=0.5)
     assert method.training_samples(stage(3, 1)) == method.training_samples(stage(3, 1))
     assert method.training_samples(stage(3, 1)) != method.training_samples(stage(3, 2))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"rank": 0}, "rank: expected a whole number from 1, got 0"),
-        ({"hidden": 0}, "hidden: expected a whole number from 1, got 0"),
-        ({"recall": -0.1}, "recall: expected a number from 0 to 1, got -0.1"),
-        ({"recall": 1.5}, "recall: expected a number from 0 to 1, got 1.5"),
-    ],
-)
-def test_mistakes_name_the_setting(settings, message):
-    with pytest.raises(DymoeError) as caught:
-        methods.create("proglora", **settings)
-    assert message in str(caught.value)
 
 
 def test_the_transforms_width_is_one_for_all_groups():

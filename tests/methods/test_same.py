@@ -431,26 +431,6 @@ def test_it_looks_without_touching(tmp_path):
     assert all(not layer._forward_pre_hooks for layer in model.base_model.layers())
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"energy": 0.0}, "energy: expected a number in (0, 1], got 0.0"),
-        ({"components": 0}, "components: expected a whole number from 1 or nothing, got 0"),
-        ({"window": 2}, "window: expected an odd number, got 2"),
-        ({"mu": 0.0}, "mu: expected a number above 0, got 0.0"),
-        ({"decay": 1.0}, "decay: expected a number in [0, 1) or nothing, got 1.0"),
-        ({"freeze_below": 2.0}, "freeze_below: expected a number from -1 to 1, got 2.0"),
-        ({"samples": 0}, "samples: expected a whole number from 1 or nothing, got 0"),
-        ({"router": "x"}, "method same: router: expected one of project, hold, scale, free, got 'x'"),
-        ({"load_balance": -1.0}, "load_balance: expected a number from 0, got -1.0"),
-    ],
-)
-def test_mistakes_name_the_setting(settings, message):
-    with pytest.raises(DymoeError) as caught:
-        methods.create("same", **settings)
-    assert message in str(caught.value)
-
-
 # ---- moelora ------------------------------------------------------------------------------------------------------
 
 
