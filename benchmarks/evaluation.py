@@ -138,7 +138,7 @@ def ours(lvlm: Lvlm, model: Any, asked: Asked, options: argparse.Namespace) -> d
         trace = model.base_model.trace
         with trace.measuring():
             told = generate(
-                lvlm, collator, samples, task.max_new_tokens, options.batch_size, options.dtype, trace=trace
+                lvlm, collator, samples, task.max_new_tokens, options.batch_size, options.dtype, context=trace.context
             )
         answers |= named(task, samples, told)
     return answers

@@ -126,7 +126,7 @@ def main() -> None:
     loop_fits = True
     for tasks in range(1, max(options.tasks) + 1):
         model = with_group(model, tasks).train()
-        model.base_model.trace.collect = not options.quiet_steps
+        model.base_model.trace.context.collect = not options.quiet_steps
         if tasks not in options.tasks:
             continue
         step = steps.of(model)
@@ -154,7 +154,7 @@ def main() -> None:
             order = "self_device_time_total" if gpu else "self_cpu_time_total"
             print(profile.key_averages().table(sort_by=order, row_limit=25))
         row: dict[str, Any] = {"tasks": tasks, "seconds": {name: spread(values) for name, values in times.items()}}
-        model.base_model.trace.collect = True
+        model.base_model.trace.context.collect = True
         step()
         share = model.base_model.trace.summary()["share_new"]
         work = operations(options, tasks, share)

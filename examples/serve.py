@@ -36,9 +36,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 import dymoe
 from dymoe.errors import DymoeError
 from dymoe.files import parse_json
+from dymoe.images import MAX_BYTES, decode
 from dymoe.models import load
 from dymoe.models.options import ModelOptions
-from dymoe.pictures import MAX_BYTES, decode
 from dymoe.schema import Range
 from dymoe.share.stages import read_stage
 

@@ -1,11 +1,14 @@
 """What the repository says of itself: its citation, its versions, its workflow."""
 
 import ast
+import importlib
+import importlib.util
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 
 import dymoe
@@ -115,3 +118,19 @@ def test_a_name_that_says_nothing_is_listed(tmp_path):
         (3, "_said"),
         (3, "place"),
     }
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "scripts", "tools"])
+def test_what_stands_beside_the_package_imports_names_that_it_has(folder):
+    """Programs that the suite does not run, or only with an extra installed, follow when a name moves."""
+    checked = 0
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "dymoe":
+                continue
+            module = importlib.import_module(str(node.module))
+            for name in node.names:
+                inside = hasattr(module, "__path__") and importlib.util.find_spec(f"{node.module}.{name.name}")
+                assert hasattr(module, name.name) or inside, f"{file}:{node.lineno}: {node.module} has no {name.name}"
+                checked += 1
+    assert checked

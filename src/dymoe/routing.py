@@ -11,7 +11,7 @@ differ, the function's docstring names the choice.
 """
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +88,15 @@ class Decision(NamedTuple):
     terms: Tensor | None = None
     total: Tensor | None = None
     statistics: Tensor | None = None
+
+    def repeated(self, times: int) -> "Decision":
+        """The same for `times` tokens in place of each, one after the other."""
+
+        def repeat(pair: Any) -> Any:
+            return None if pair is None else tuple(None if t is None else t.repeat_interleave(times, 0) for t in pair)
+
+        parts = {name: repeat(getattr(self, name)) for name in ("scores", "weights", "indices", "tokens")}
+        return self._replace(**parts)
 
     def columns(self, side: int) -> Tensor:
         """Weights of all experts of one side, (tokens, experts)."""

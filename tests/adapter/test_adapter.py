@@ -277,10 +277,10 @@ def test_the_graph_lets_go_of_the_linears_inputs_with_its_backward_pass(batch):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(batch, reentrant):
     plain, checkpointed = two_groups(load_balance=0.1, specialization=0.3).train(), None
-    plain.base_model.trace.progress = 1.0
+    plain.base_model.trace.context.progress = 1.0
     plain(**batch).loss.backward()
     checkpointed = two_groups(load_balance=0.1, specialization=0.3).train()
-    checkpointed.base_model.trace.progress = 1.0
+    checkpointed.base_model.trace.context.progress = 1.0
     checkpointed.enable_input_require_grads()
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     checkpointed(**batch).loss.backward()
@@ -302,7 +302,7 @@ def graph_loss(model, batch, coefficients, scale):
 
         handles.append(layer.register_forward_pre_hook(hook))
     trace = model.base_model.trace
-    trace.collect = False
+    trace.context.collect = False
     for config in model.peft_config.values():
         config.load_balance = config.exclusivity = config.specialization = 0.0
     loss = model(**batch).loss
@@ -327,7 +327,7 @@ def test_loss_terms_reach_the_router_as_if_they_were_in_the_graph(batch, progres
     coefficients = (0.2, 0.3, 0.4)
     kwargs = dict(zip(("load_balance", "exclusivity", "specialization"), coefficients, strict=True))
     model, explicit_model = two_groups(**kwargs).train(), two_groups(**kwargs).train()
-    model.base_model.trace.progress = progress
+    model.base_model.trace.context.progress = progress
     loss = model(**batch).loss
     (3 * loss).backward()  # as a gradient scaler would
     expected = graph_loss(explicit_model, batch, coefficients, scale)

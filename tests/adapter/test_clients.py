@@ -514,7 +514,7 @@ def test_grad_switches_name_the_group_that_trains():
     assert (trains(model), model.base_model.training_group) == (set(), None)
     model.set_requires_grad(["a"])
     assert (trains(model), model.active_adapters) == ({"a"}, ["a", "b"])
-    assert model.base_model.trace.rsr_start == 0.25
+    assert model.base_model.trace.context.rsr_start == 0.25
 
 
 def test_deleting_the_training_group_leaves_the_others(batch):

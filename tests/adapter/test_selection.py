@@ -81,13 +81,13 @@ def inputs(batch):
 
 def test_selection_for_gives_the_columns_of_the_groups():
     trace = RoutingTrace()
-    assert trace.selection_for(["a"]) is None
+    assert trace.context.selection_for(["a"]) is None
     weights = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    trace.selection = (GROUPS, weights)
-    assert trace.selection_for(GROUPS) is weights
-    assert trace.selection_for(["c", "a"]).tolist() == [[3, 1], [6, 4]]
+    trace.context.selection = (GROUPS, weights)
+    assert trace.context.selection_for(GROUPS) is weights
+    assert trace.context.selection_for(["c", "a"]).tolist() == [[3, 1], [6, 4]]
     with pytest.raises(ValueError):
-        trace.selection_for(["nobody"])
+        trace.context.selection_for(["nobody"])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -99,7 +99,7 @@ def test_a_selector_is_asked_in_training_only_if_it_holds_then(batch, training, 
     model(**batch)
     asked = not training or selector.while_training
     assert len(selector.asked) == int(asked)
-    assert (model.base_model.trace.selection is not None) == asked
+    assert (model.base_model.trace.context.selection is not None) == asked
 
 
 def test_the_prompt_holds_no_padding_and_no_answer(batch):
@@ -107,8 +107,8 @@ def test_the_prompt_holds_no_padding_and_no_answer(batch):
     selector = model.base_model.selector
     trace = model.base_model.trace
     model(**batch)  # the loss computed by the model
-    trace.labels = batch["labels"]
-    model(**inputs(batch))  # the loss computed by the trainer
+    with trace.context.labelled(batch["labels"]):
+        model(**inputs(batch))  # the loss computed by the trainer
     model.eval()(**inputs(batch))  # generation
     attended = batch["attention_mask"].bool()
     question = attended & (batch["labels"] == -100)
@@ -171,7 +171,7 @@ def test_weights_differ_by_sample(batch):
 def test_a_layer_is_the_weighted_sum_of_its_groups(compute):
     model = grown(compute=compute, num_experts=2, expert_pattern={"k_proj": 3}).eval()
     weights = torch.rand(3, 3)
-    model.base_model.trace.selection = (GROUPS, weights)
+    model.base_model.trace.context.selection = (GROUPS, weights)
     for layer in model.base_model.layers()[:4]:
         x = torch.randn(3, 5, layer.in_features)
         expected = layer.base_layer(x)
@@ -185,7 +185,7 @@ def test_a_layer_is_the_weighted_sum_of_its_groups(compute):
 
 def test_a_selection_for_another_batch_is_refused():
     model = grown().eval()
-    model.base_model.trace.selection = (GROUPS, torch.ones(2, 3))
+    model.base_model.trace.context.selection = (GROUPS, torch.ones(2, 3))
     with pytest.raises(ValueError, match="a selection for 2 samples does not fit"):
         model.base_model.layers()[0](torch.randn(3, 5, 32))
 
@@ -218,18 +218,18 @@ def test_the_cache_is_known_whatever_its_argument_is_called_and_a_missing_one_is
     model = grown().eval()
     model(**inputs(batch))
     decoder, selector, trace = model.base_model.model.model, model.base_model.selector, model.base_model.trace
-    select, one, cache = Select(selector, trace), batch["input_ids"][:, :1], DynamicCache()
+    select, one, cache = Select(selector, trace.context), batch["input_ids"][:, :1], DynamicCache()
     cache.update(torch.zeros(3, 1, 9, 4), torch.zeros(3, 1, 9, 4), 0)
-    decided, asked = trace.selection, len(selector.asked)
-    trace.begin({"attention_mask": torch.ones(3, 10, dtype=torch.long)})
+    decided, asked = trace.context.selection, len(selector.asked)
+    trace.begin(model, {"attention_mask": torch.ones(3, 10, dtype=torch.long)})
     for name in ("past_key_values", "cache", "memory"):
         assert select(decoder, (), {"input_ids": one, name: cache}) is None
     assert select(decoder, (one, cache), {}) is None
-    assert trace.selection is decided
+    assert trace.context.selection is decided
     assert len(selector.asked) == asked
     with pytest.raises(DymoeError, match=r"LlamaModel of transformers \d.* gets no key/value cache"):
         select(decoder, (), {"input_ids": one, "cache": object()})
-    trace.begin({})  # without padding there may be no mask
+    trace.begin(model, {})  # without padding there may be no mask
     with pytest.raises(DymoeError, match="no key/value cache"):
         select(decoder, (), {"input_ids": one, "position_ids": torch.full((1, 1), 9)})
 
@@ -374,8 +374,8 @@ class Closure:
     def __call__(self, module, args, kwargs):
         embeddings = module.embed_tokens(kwargs["input_ids"])
         groups = tuple(self.selector.active_adapters)
-        prompt = Prompt(module, embeddings, self.trace.token_mask, self.trace.prompt_mask, kwargs)
-        self.trace.selection = (groups, self.selector.select(prompt, groups))
+        prompt = Prompt(module, embeddings, self.trace.context.token_mask, self.trace.context.prompt_mask, kwargs)
+        self.trace.context.selection = (groups, self.selector.select(prompt, groups))
 
 
 def micro_batches(batch, parts):
@@ -489,12 +489,12 @@ def test_nothing_is_tied_where_nobody_learns(batch):
     model = grown(selector="keys").train()
     trace = model.base_model.trace
     model(**batch)
-    assert trace.selection_gradient is not None
-    assert not trace.selection[1].requires_grad
+    assert trace.context.selection_gradient is not None
+    assert not trace.context.selection[1].requires_grad
     with torch.no_grad():
         model(**batch)
-    assert trace.selection_gradient is None
+    assert trace.context.selection_gradient is None
     model.base_model.set_training_group(None)
     model(**batch)
-    assert trace.selection is not None
-    assert trace.selection_gradient is None
+    assert trace.context.selection is not None
+    assert trace.context.selection_gradient is None

@@ -226,11 +226,11 @@ def test_each_sample_gets_the_router_it_is_located_at(two):
     selector, trace = two.base_model.selector, two.base_model.trace
     with torch.no_grad():
         logits = two(**batch).logits
-    groups, weights = trace.selection
+    groups, weights = trace.context.selection
     assert groups == ("a", "b")
     assert torch.equal(weights, torch.eye(2)[selector.locate(prompt_features(two, [batch]), groups)])
     assert weights.argmax(1).tolist() == [0] * 4 + [1] * 4  # the two vocabularies are told apart
-    trace.selection = None
+    trace.context.selection = None
     for number, active in enumerate((["a"], ["a", "b"])):
         two.base_model.set_adapter(active)
         two.base_model.selector.set_adapter([active[0]])  # a single group: nothing to choose
@@ -246,7 +246,7 @@ def test_the_choice_of_the_prompt_holds_while_decoding(two):
     batch = without_answer(prompts(71, 21, 40))
     with torch.inference_mode():
         two.generate(**batch, max_new_tokens=4, do_sample=False)
-    assert two.base_model.trace.selection[1].argmax(1).tolist() == [1] * 4
+    assert two.base_model.trace.context.selection[1].argmax(1).tolist() == [1] * 4
 
 
 def test_nothing_is_selected_while_a_group_trains_and_its_vae_is_no_parameter_to_train():
@@ -258,7 +258,7 @@ def test_nothing_is_selected_while_a_group_trains_and_its_vae_is_no_parameter_to
     for mode in (True, False):
         model.train(mode)
         model(**prompts(1, 1, 20))
-        assert model.base_model.trace.selection is None
+        assert model.base_model.trace.context.selection is None
     model.base_model.set_training_group(None)
     with pytest.raises(ValueError, match="group 'b': its task locator was not fitted"):
         model.eval()(**prompts(1, 1, 20))

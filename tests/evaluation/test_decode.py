@@ -48,10 +48,10 @@ def test_the_loop_is_that_of_transformers(model, prompts):
         expected = generate(model, prompts, list(stops))[:, 9:]
         sizes = []
         trace.observers.append(lambda routing, sizes=sizes: sizes.append(len(routing.weights)))
-        found = generate(model, prompts, list(stops), custom_generate=Greedy(trace))
+        found = generate(model, prompts, list(stops), custom_generate=Greedy(trace.context))
         trace.observers.clear()
         assert torch.equal(found, expected)
-        assert trace.finished is None
+        assert trace.context.finished is None
         shrunk += sizes[-1] < sizes[0] == 7
     assert shrunk
 
@@ -77,16 +77,16 @@ def test_an_error_leaves_no_finished_rows_behind(model, prompts, monkeypatch):
     prepare = model.base_model.model.prepare_inputs_for_generation
 
     def broken(*args, **kwargs):
-        told.append(trace.finished)
-        if trace.finished is not None:
+        told.append(trace.context.finished)
+        if trace.context.finished is not None:
             raise RuntimeError("out of memory")
         return prepare(*args, **kwargs)
 
     monkeypatch.setattr(model.base_model.model, "prepare_inputs_for_generation", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
-        generate(model, prompts, [59], custom_generate=Greedy(trace))
+        generate(model, prompts, [59], custom_generate=Greedy(trace.context))
     assert told[-1] is not None
-    assert trace.finished is None
+    assert trace.context.finished is None
 
 
 def test_a_lost_cache_is_an_error(model, prompts, monkeypatch):

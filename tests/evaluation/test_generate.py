@@ -79,7 +79,7 @@ def test_answers_are_those_of_transformers_with_pictures_read_each_time(tiny, st
         expected.append(words.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     fresh = Collator(lvlm, ImageFeatures(lvlm))
     trace = model.base_model.trace
-    assert generate(lvlm, fresh, mixed(stream, 6), 8, 7, "float32", trace=trace) == expected
+    assert generate(lvlm, fresh, mixed(stream, 6), 8, 7, "float32", context=trace.context) == expected
 
 
 def test_batches_are_of_like_length_and_the_same_for_any_number_of_processes():
@@ -155,7 +155,7 @@ def test_routing_does_not_depend_on_the_batch(tiny, stream, monkeypatch):
         result = evaluate(lvlm, collator, task, peft_model=model, limit=6, batch_size=batch_size, dtype="float32")
         weights.append(torch.tensor(result.weight))
     assert torch.allclose(*weights, atol=1e-5)
-    assert model.base_model.trace.finished is None
+    assert model.base_model.trace.context.finished is None
 
 
 def test_an_empty_split_and_a_bad_reference_are_named(tiny):

@@ -166,7 +166,7 @@ def test_a_layer_that_is_not_expanded_gets_a_router_over_the_old_experts_alone(t
         assert ("b" in layer.dymoe_A) == (new > 0)
         expected += 2 * new * (layer.in_features + layer.out_features) + (3 + new) * layer.in_features
     assert trainable_parameters(model) == expected
-    assert model.base_model.trace.num_layers == 4
+    assert model.base_model.trace.context.num_layers == 4
     growth = method._growth(model, stage(tmp_path))
     assert growth["parameters"] == expected
     assert growth["parameters_everywhere"] == sum(
@@ -193,7 +193,7 @@ def test_an_empty_layer_in_the_first_group_is_filled_by_the_next(tmp_path):
     model.base_model.selector.select = lambda prompt, groups: torch.tensor([[1.0, 0], [0, 1.0], [0, 1.0]])
     with torch.no_grad():
         mixed = model.eval()(**BATCH).logits
-        assert trace.selection[0] == ("a", "b")
+        assert trace.context.selection[0] == ("a", "b")
         model.base_model.selector.select = lambda prompt, groups: None
         last = model(**BATCH).logits
         model.base_model.set_adapter(["a"])
@@ -327,4 +327,4 @@ def test_a_probe_before_the_first_group_leaves_the_base_model_as_it_was(tmp_path
         freeze_all(model)
         models.append(model)
     assert_same(picture(models[0]), picture(models[1]))
-    assert models[0].base_model.trace.selection is not None  # the selector speaks to the new trace
+    assert models[0].base_model.trace.context.selection is not None  # the selector speaks to the new trace

@@ -86,7 +86,7 @@ def test_attention_is_its_formula(batch, groups, training, dtype):
     model = grown().train(training).to(dtype)
     model.base_model.set_adapter(list(groups))
     model(**batch)
-    names, weights = model.base_model.trace.selection
+    names, weights = model.base_model.trace.context.selection
     assert names == tuple(groups)
     assert weights.dtype == dtype
     embeddings = model.base_model.model.model.embed_tokens(batch["input_ids"])
@@ -99,47 +99,47 @@ def test_attention_is_its_formula(batch, groups, training, dtype):
 def test_answers_and_padding_are_not_seen(batch, change):
     model = grown().train()
     model(**batch)
-    before = model.base_model.trace.selection[1]
+    before = model.base_model.trace.context.selection[1]
     unseen = ~question(batch) & (batch["attention_mask"].bool() if change == "answer" else batch["attention_mask"] == 0)
     model(**{**batch, "input_ids": batch["input_ids"].masked_fill(unseen, 7)})
-    assert torch.equal(model.base_model.trace.selection[1], before)
+    assert torch.equal(model.base_model.trace.context.selection[1], before)
     model(**{**batch, "input_ids": batch["input_ids"].masked_fill(question(batch), 7)})
-    assert not torch.equal(model.base_model.trace.selection[1], before)
+    assert not torch.equal(model.base_model.trace.context.selection[1], before)
 
 
 def test_a_hooks_loss_hides_the_answers_too(batch):
     model = grown().eval()
     data = Data([], None, None, Training(steps_per_task=1, dtype="float32"), torch.device("cpu"), 1)
     loss = data.loss(model, batch)
-    hidden = model.base_model.trace.selection[1]
+    hidden = model.base_model.trace.context.selection[1]
     expected = model(**batch)
-    assert torch.equal(hidden, model.base_model.trace.selection[1])
+    assert torch.equal(hidden, model.base_model.trace.context.selection[1])
     torch.testing.assert_close(loss, expected.loss)
     model(**{key: value for key, value in batch.items() if key != "labels"})
-    assert not torch.equal(hidden, model.base_model.trace.selection[1])
+    assert not torch.equal(hidden, model.base_model.trace.context.selection[1])
 
 
 def test_a_sample_does_not_depend_on_its_neighbours(batch):
     model = grown().eval()
     model(**batch)
-    together = model.base_model.trace.selection[1]
+    together = model.base_model.trace.context.selection[1]
     for i in range(3):
         model(**{k: v[i : i + 1] for k, v in batch.items()})
-        torch.testing.assert_close(model.base_model.trace.selection[1][0], together[i])
+        torch.testing.assert_close(model.base_model.trace.context.selection[1][0], together[i])
 
 
 def test_autocast_and_a_half_precision_base_leave_the_attention_in_float32(batch):
     model = grown().eval()
     model(**batch)
-    expected = model.base_model.trace.selection[1]
+    expected = model.base_model.trace.context.selection[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(**batch)
-    assert torch.equal(model.base_model.trace.selection[1], expected)
+    assert torch.equal(model.base_model.trace.context.selection[1], expected)
     half = grown(base=tiny_llama().to(torch.bfloat16)).eval()
     assert {p.dtype for p in half.base_model.selector.parameters()} == {torch.float32}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half(**batch)
-    rounded = half.base_model.trace.selection[1]
+    rounded = half.base_model.trace.context.selection[1]
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, expected, atol=0.05, rtol=0.1)
 
@@ -148,7 +148,7 @@ def test_a_prompt_without_tokens_gives_numbers(batch):
     model = grown().train()
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     model(**{**batch, "labels": labels}).loss.backward()
-    assert torch.isfinite(model.base_model.trace.selection[1]).all()
+    assert torch.isfinite(model.base_model.trace.context.selection[1]).all()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
@@ -159,7 +159,7 @@ def test_all_layers_use_the_attention(batch):
     model.base_model.trace.observers.append(seen.append)
     with torch.no_grad():
         model(**batch)
-    weights = model.base_model.trace.selection[1]
+    weights = model.base_model.trace.context.selection[1]
     assert len(seen) == 14
     for routing in seen:
         assert routing.groups == ("a", "b", "c")

@@ -170,7 +170,7 @@ def test_every_sample_is_answered_by_its_tasks_group(tmp_path, reach):
             mask = prompts(found)["attention_mask"].bool()
             logits = model(**prompts(found)).logits
             torch.testing.assert_close(logits[mask], alone(**prompts(found)).logits[mask], atol=1e-5, rtol=1e-4)
-    groups, chosen = model.base_model.trace.selection
+    groups, chosen = model.base_model.trace.context.selection
     assert (groups, chosen.tolist()) == (("a", "b", "c"), [[float(reach == "earlier")] * 2 + [1.0]] * 6)
 
 
@@ -179,7 +179,7 @@ def test_training_sees_all_groups(tmp_path):
     model.base_model.set_training_group("c")
     model.train()
     model(**collate(TASKS[0].train))
-    assert model.base_model.trace.selection is None
+    assert model.base_model.trace.context.selection is None
 
 
 def test_the_report_counts_right_choices(tmp_path):
@@ -231,7 +231,7 @@ def test_a_shared_group_keeps_several_prototypes_and_is_always_selected(tmp_path
     assert selector.classes(["shared"]) == [("shared", "a"), ("shared", "b"), ("shared", "c")]
     assert report(tmp_path, 2)["accuracy"] == 100.0
     model(**prompts(TASKS[0]))
-    assert model.base_model.trace.selection is None
+    assert model.base_model.trace.context.selection is None
     save_group(model, "shared", tmp_path / "saved")
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved", adapter_name="shared")
     assert again.base_model.selector.dymoe_means["shared"].shape == (3, 32)

@@ -265,7 +265,7 @@ def test_the_reference_script_answers_as_the_run(learned, tiny_folder, tmp_path,
         inputs = {"input_ids": INPUTS["input_ids"].clone(), "pixel_values": PICTURE * (1 - shift / 3)}
         inputs["input_ids"][:, 4:] += 7 * shift
         expected = logits(model, inputs)
-        _, weights = model.base_model.trace.selection
+        _, weights = model.base_model.trace.context.selection
         assert groups.weights(inputs) == pytest.approx(weights[0].tolist(), abs=1e-5)
         groups.activate(groups.weights(inputs))
         chosen.add(tuple(weights[0].tolist()))

@@ -37,8 +37,9 @@ class DyMoEConfig(Routing, PeftConfig):
             the factor 2 of CoIN's LoRA recipe (alpha 256, rank 128).
         lora_dropout: dropout on the input of the training experts. Not stated in the paper; LLaVA-1.5 uses 0.05.
         gate: "cosine" (cosine scores, softmax over the top k), "uniform" (every expert has weight 1, no router: plain
-            LoRA is one such expert) or "linear" (a linear router, softmax over the top k; the router of a group scores
-            the experts of all groups up to its own).
+            LoRA is one such expert), "linear" (a linear router, softmax over the top k; the router of a group scores
+            the experts of all groups up to its own), "pooled" (cosine, one decision for a sample from the mean of its
+            prompt's tokens) or a gate from outside (`adapter.gates.Gate`).
         gate_pattern: gates in layers whose name is, ends with or as a regular expression fits a key, in place of
             `gate`; for example uniform in early layers and cosine in later ones.
         compute: "stacked" (dense products for the bank) or "reference" (a loop over experts).
@@ -59,7 +60,7 @@ class DyMoEConfig(Routing, PeftConfig):
     r: int = field(default=4, metadata={"help": "rank of each expert"})
     lora_alpha: float = field(default=128.0, metadata={"help": "scale: lora_alpha / (num_experts * r)"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the training experts' input"})
-    gate: str = field(default="cosine", metadata={"help": "cosine | uniform | linear"})
+    gate: str = field(default="cosine", metadata={"help": "cosine | uniform | linear | pooled"})
     gate_pattern: dict[str, str] = field(default_factory=dict, metadata={"help": "gates by layer"})
     compute: str = field(default="stacked", metadata={"help": "stacked | reference"})
     expert_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "experts by layer"})

@@ -30,6 +30,9 @@ class Setting(NamedTuple):
         mask: (tokens,), true for tokens that count in the losses, or None for all.
         scale: factor on the regularization, 0-d, or None while it is off.
         report: somebody reads the losses and statistics of this pass.
+        prompt: (tokens,), true for tokens of a prompt (neither padding nor answer), or None for all.
+        prompts: what `pooled` keeps of the prompts while answers are decoded, by layer; None without a key/value cache.
+        layer: the layer's name.
     """
 
     sizes: tuple[int, ...]
@@ -41,6 +44,9 @@ class Setting(NamedTuple):
     mask: Tensor | None = None
     scale: Tensor | None = None
     report: bool = False
+    prompt: Tensor | None = None
+    prompts: dict[str, Tensor] | None = None
+    layer: str = ""
 
     @property
     def num_old(self) -> int:
@@ -61,6 +67,29 @@ class Setting(NamedTuple):
             )
         spread = selection.view(tokens[0], *[1] * (len(tokens) - 1), -1)
         return spread.expand(*tokens, -1).flatten(0, -2)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Mean of the tokens of each sample's prompt, (samples, features), float32 or wider; 0 where there is none.
+
+        While an answer is decoded with a cache, that of its prompt.
+
+        Args:
+            x: the layer's input, (tokens, features).
+
+        Raises:
+            ValueError: the layer's input does not start with the dimension of samples.
+        """
+        if self.prompts is not None and self.layer in self.prompts:
+            return self.prompts[self.layer]
+        if len(self.tokens) < 2:
+            raise ValueError(f"a mean over a sample's tokens needs samples before tokens, got {tuple(self.tokens)}")
+        by_sample = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (self.tokens[0], -1))
+        counts = torch.ones_like(by_sample[..., :1]) if self.prompt is None else self.prompt.view_as(by_sample[..., 0])
+        counts = counts.reshape(*by_sample.shape[:2], 1).to(by_sample.dtype)
+        mean = (by_sample * counts).sum(1) / counts.sum(1).clamp(min=1)
+        if self.prompts is not None:
+            self.prompts[self.layer] = mean
+        return mean
 
     def by_expert(self) -> Tensor:
         """`by_group` repeated for the experts of each group, (tokens, experts)."""
@@ -166,6 +195,18 @@ class Cosine(Gate):
         by_new = nothing if new is None else routing.cosine_scores(tokens, new)
         visible = None if setting.selection is None else setting.by_expert() != 0
         return setting.route(by_old, by_new, True, visible)
+
+
+class Pooled(Cosine):
+    """One cosine decision for each sample, from the mean of its prompt's tokens; all its tokens follow it."""
+
+    name = "pooled"
+
+    def decide(self, x: Tensor, old: Tensor | None, new: Tensor | None, setting: Setting) -> Decision:
+        """The decision for each sample, repeated for its tokens; the losses are means over samples."""
+        means, samples = setting.pooled(x), setting.tokens[0]
+        decision = super().decide(means, old, new, setting._replace(tokens=(samples, 1), mask=None))
+        return decision.repeated(len(x) // samples)
 
 
 class Linear(Gate):

@@ -254,7 +254,7 @@ class DyMoELayer(GroupHolder):
             output = bank(result.reshape(-1, result.shape[-1]), flat.to(dtype), decision, blocks, new)
             output = output.view(result.shape)
         if decision.terms is not None and decision.total is not None:
-            total = decision.total / trace.num_layers
+            total = decision.total / trace.context.num_layers
             trace.leave_terms(self.name, total, decision.terms, decision.statistics)
             if total.requires_grad or not torch.is_grad_enabled():
                 output = trace.inject(output, total)
@@ -264,19 +264,23 @@ class DyMoELayer(GroupHolder):
 
     def _setting(self, x: Tensor, layout: Layout, config: DyMoEConfig) -> Setting:
         """What the gate is told of the bank and of this forward pass."""
-        trace, tokens = self.trace, x.shape[:-1]
+        context, tokens = self.trace.context, x.shape[:-1]
         learns = self.training and layout.num_new > 0
-        mask = trace.mask_for(tokens) if learns else None
+        mask = context.mask_for(tokens) if learns else None
+        prompt = context.mask_for(tokens, context.prompt_mask)
         return Setting(
             sizes=layout.sizes,
             num_new=layout.num_new,
             routing=config,
             tokens=tuple(tokens),
-            selection=trace.selection_for(layout.groups, x),
+            selection=context.selection_for(layout.groups, x),
             learns=learns,
             mask=None if mask is None else mask.reshape(-1).to(x.device),
-            scale=trace.scale.to(x.device) if trace.rsr_active else None,
-            report=trace.collect,
+            scale=context.scale.to(x.device) if context.rsr_active else None,
+            report=context.collect,
+            prompt=None if prompt is None else prompt.reshape(-1).to(x.device),
+            prompts=context.prompts,
+            layer=self.name,
         )
 
     def _new_block(self, layout: Layout, config: DyMoEConfig, dtype: torch.dtype) -> Block | None:
@@ -294,7 +298,7 @@ class DyMoELayer(GroupHolder):
             return joined.expand(math.prod(tokens), -1).reshape(*tokens, -1)
 
         scores = None if decision.scores is None else shaped(decision.scores)
-        weights, mask = shaped([decision.columns(0), decision.columns(1)]), self.trace.mask_for(tokens)
+        weights, mask = shaped([decision.columns(0), decision.columns(1)]), self.trace.context.mask_for(tokens)
         self.trace.leave_routing(LayerRouting(self.name, layout.groups, layout.sizes, scores, weights, mask))
 
     def __repr__(self) -> str:

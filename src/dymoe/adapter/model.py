@@ -170,7 +170,9 @@ class DyMoEModel(BaseTuner):
             embedding = decoder.get_input_embeddings().weight
             new_selector = SELECTORS[config.selector](embedding.shape[1]).to(embedding.device)
             self.model.dymoe_selector = new_selector
-            self._hooks.append(decoder.register_forward_pre_hook(Select(new_selector, self.trace), with_kwargs=True))
+            self._hooks.append(
+                decoder.register_forward_pre_hook(Select(new_selector, self.trace.context), with_kwargs=True)
+            )
         selector = self.selector
         assert selector is not None
         selector.add_group(adapter_name, config.selector_options)
@@ -307,8 +309,8 @@ class DyMoEModel(BaseTuner):
             register_callback()
             config = self.peft_config[group]
             assert isinstance(config, DyMoEConfig)
-            self.trace.rsr_start = config.rsr_start
-            self.trace.progress = None
+            self.trace.context.rsr_start = config.rsr_start
+            self.trace.context.progress = None
         self._count_layers()
 
     def train(self, mode: bool = True) -> DyMoEModel:
@@ -330,7 +332,7 @@ class DyMoEModel(BaseTuner):
     def _count_layers(self) -> None:
         training = [(layer, layer.group_order()[1]) for layer in self.layers()]
         carrying = sum(group is not None and layer.experts_of(group) > 0 for layer, group in training)
-        self.trace.num_layers = max(carrying, 1)
+        self.trace.context.num_layers = max(carrying, 1)
 
 
 class _Begin:
@@ -341,7 +343,7 @@ class _Begin:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         by_position = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
-        self.trace.begin({**by_position, **kwargs})
+        self.trace.begin(module, {**by_position, **kwargs})
 
 
 class _AttachLoss:

@@ -46,9 +46,9 @@ def observe(
     try:
         with evaluating(model):
             for batch in batches:
-                trace.labels = batch.get("labels")
                 inputs = {key: value for key, value in batch.items() if key != "labels"}
-                with torch.no_grad(), autocast(), suppress(*until):
+                labelled = trace.context.labelled(batch.get("labels"))
+                with labelled, torch.no_grad(), autocast(), suppress(*until):
                     model(**inputs, logits_to_keep=1, use_cache=False)
     finally:
         for observer in observers:

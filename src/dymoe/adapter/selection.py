@@ -1,9 +1,9 @@
 """Selectors: weights over the expert groups that hold for a whole sample, decided once per prompt.
 
 A selector sits beside the language model's first layer. Before that layer runs it sees the prompt's embeddings (text
-and image alike) and leaves a selection (samples, groups) in the trace; the gates of all layers obey it. Its parameters
-belong to the groups: they are saved, frozen, hashed and deleted with them. A selector that holds while training may
-learn: its gradient comes back through the decoder's input (see `adapter.trace.SelectionGradient`).
+and image alike) and leaves a selection (samples, groups) in the forward context; the gates of all layers obey it. Its
+parameters belong to the groups: they are saved, frozen, hashed and deleted with them. A selector that holds while
+training may learn: its gradient comes back through the decoder's input (see `adapter.context.SelectionGradient`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dymoe.adapter.context import ForwardContext, SelectionGradient
 from dymoe.adapter.decoder import key_value_cache
 from dymoe.adapter.holder import GroupHolder
-from dymoe.adapter.trace import RoutingTrace, SelectionGradient
 
 
 class Selector(GroupHolder):
@@ -134,9 +134,9 @@ class Select:
     ends with the tokens answered so far.
     """
 
-    def __init__(self, selector: Selector, trace: RoutingTrace) -> None:
+    def __init__(self, selector: Selector, context: ForwardContext) -> None:
         self.selector = selector
-        self.trace = trace
+        self.context = context
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -146,15 +146,15 @@ class Select:
         Returns:
             The decoder's new arguments where the selector learns: its input then carries the selection's gradient.
         """
-        trace, groups = self.trace, tuple(self.selector.active_adapters)
+        context, groups = self.context, tuple(self.selector.active_adapters)
         entering = kwargs.get("inputs_embeds")
         if entering is None:
             entering = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-        follows = _follows(entering.shape[1], trace.token_mask, kwargs.get("position_ids"))
+        follows = _follows(entering.shape[1], context.token_mask, kwargs.get("position_ids"))
         past = key_value_cache(module, (*args, *kwargs.values()), needed=follows)
         if past is not None and past.get_seq_length() > 0:
             return None  # decoding goes on with what the prompt decided
-        trace.selection = trace.selection_gradient = None
+        context.selection = context.selection_gradient = None
         idle = self.selector._disable_adapters or not groups
         if idle or (module.training and not self.selector.while_training):
             return None
@@ -162,16 +162,16 @@ class Select:
         if not entering.is_floating_point():
             embeddings = module.get_input_embeddings()(entering)  # type: ignore[operator]
         mask = kwargs.get("attention_mask")
-        mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else trace.token_mask
-        prompt = Prompt(module, embeddings, mask, trace.prompt_mask, kwargs)
+        mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else context.token_mask
+        prompt = Prompt(module, embeddings, mask, context.prompt_mask, kwargs)
         chosen = self.selector.decide(prompt, groups)
         if chosen is None:
             return None
-        trace.selection = (groups, chosen.detach())
+        context.selection = (groups, chosen.detach())
         if not (torch.is_grad_enabled() and chosen.requires_grad):
             return None
-        trace.selection_gradient = SelectionGradient()
-        tied = trace.selection_gradient.tie(embeddings, chosen)
+        context.selection_gradient = SelectionGradient()
+        tied = context.selection_gradient.tie(embeddings, chosen)
         kwargs = {**kwargs, "inputs_embeds": tied}
         if args:
             return (None, *args[1:]), kwargs  # the decoder's first argument is input_ids

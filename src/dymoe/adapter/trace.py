@@ -1,10 +1,10 @@
-"""The routing trace: what a forward pass tells its wrapped layers, and what each layer leaves behind.
+"""The routing trace: what each wrapped layer leaves behind in a forward pass.
 
-One trace per model. At the start of a forward pass the model says which tokens count; every wrapped layer then leaves
-its loss terms and, if somebody observes, its routing. The loss terms act on the layer's parameters although they never
-travel through the model's outputs: each layer passes its output through `inject`, which hands the terms their gradient
-when the backward pass arrives, scaled by whatever the loss itself was scaled with (`attach`). This keeps the terms
-right under both kinds of gradient checkpointing, gradient accumulation and loss scaling, with any trainer.
+One trace per model, with the context that says what a pass is told. Every wrapped layer leaves its loss terms and, if
+somebody observes, its routing. The loss terms act on the layer's parameters although they never travel through the
+model's outputs: each layer passes its output through `inject`, which hands the terms their gradient when the backward
+pass arrives, scaled by whatever the loss itself was scaled with (`attach`). This keeps the terms right under both kinds
+of gradient checkpointing, gradient accumulation and loss scaling, with any trainer.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dymoe.routing import rsr_scale
+from dymoe.adapter.context import ForwardContext
 
 TERMS = ("load_balance", "exclusivity", "specialization")
 UNKNOWN_WEIGHT = (
@@ -62,41 +62,21 @@ def place_of(layer: str) -> tuple[int, str]:
 
 
 class RoutingTrace:
-    """State of the current forward pass, shared by all wrapped layers of a model.
+    """What the wrapped layers of a model leave in a forward pass: routing for observers, terms for the loss.
 
     Attributes:
-        rsr_start: share of a task's steps before the regularization rises (from the training group's config).
-        scale: the regularization's scale now, a 0-d float32 tensor (changed in place, so that compiled layers need no
-            new compilation); `rsr_active` says whether it is above 0.
-        collect: whether layers leave token statistics while training (cheap, but not free).
-        num_layers: wrapped layers that carry the training group; terms are means over them.
-        token_mask: (batch, tokens), true for tokens that are not padding; None for all.
-        prompt_mask: the same without the answers' tokens, where labels are known; else equal to `token_mask`.
-        finished: (batch,), true for rows of a batch in generation that have ended; their tokens do not count. Set by
-            whoever generates, None when nobody does.
-        selection: what a selector decided for the samples, (groups, (samples, groups) without gradient), or None.
-        selection_gradient: collects the layers' gradients of the selection while a selector learns, else None.
+        context: what the pass is told.
+        observers: each gets every wrapped layer's `LayerRouting`.
+        upstream: the gradient that the loss received, scalar; layers give it to their terms.
     """
 
     def __init__(self) -> None:
-        self.rsr_start = 0.5
-        self.scale = torch.ones(())
-        self.rsr_active = True
-        self.collect = True
-        self.num_layers = 1
-        self._progress: float | None = None
+        self.context = ForwardContext()
         self._forget()
 
     def _forget(self) -> None:
-        """Leave everything that belongs to one forward pass, or to whoever watches it."""
-        self.token_mask: Tensor | None = None
-        self.prompt_mask: Tensor | None = None
-        self.labels: Tensor | None = None
-        self.finished: Tensor | None = None
-        self.selection: tuple[tuple[str, ...], Tensor] | None = None
-        self.selection_gradient: SelectionGradient | None = None
-        self.upstream: Tensor = torch.ones(())
         self.observers: list[Callable[[LayerRouting], None]] = []
+        self.upstream: Tensor = torch.ones(())
         self._share: Tensor | float = 1.0
         self._items: Tensor | int | None = None
         self._attached: list[bool] = []
@@ -107,43 +87,21 @@ class RoutingTrace:
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles of a model take over: nothing of the pass that the original is in."""
         copy = RoutingTrace.__new__(RoutingTrace)
-        vars(copy).update(vars(self))
+        copy.context = self.context
         copy._forget()
         # A tensor made here would be gone before another process has opened its memory.
         return {**vars(copy), "upstream": self.upstream}
 
-    @property
-    def progress(self) -> float | None:
-        """Share of the task's optimizer steps done, in [0, 1], set by whoever trains.
-
-        None when nobody does; then the regularization runs at full scale.
-        """
-        return self._progress
-
-    @progress.setter
-    def progress(self, value: float | None) -> None:
-        self._progress = value
-        scale = 1.0 if value is None else rsr_scale(value, 1.0, self.rsr_start)
-        self.scale.fill_(scale)
-        self.rsr_active = scale > 0
-
-    def begin(self, kwargs: dict[str, Any]) -> None:
-        """Start a forward pass: read the token mask and the micro-batch's share of the loss from its arguments.
+    def begin(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Start a forward pass: read its arguments, and the micro-batch's share of the loss from them.
 
         Args:
-            kwargs: the model's keyword arguments; `attention_mask` (batch, tokens), `labels` (batch, tokens) and
-                `num_items_in_batch` are read where present.
+            module: the model.
+            kwargs: its keyword arguments; `labels` (batch, tokens) and `num_items_in_batch` are read where present, and
+                what `ForwardContext.begin` reads.
         """
-        mask = kwargs.get("attention_mask")
-        self.token_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        if self.token_mask is not None and self.finished is not None:
-            self.token_mask = self.token_mask & ~self.finished.unsqueeze(-1)
+        self.context.begin(module, kwargs)
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-        known = labels if labels is not None else self.labels
-        self.labels = None
-        self.prompt_mask = self.token_mask
-        if known is not None and (self.token_mask is None or self.token_mask.shape == known.shape):
-            self.prompt_mask = known == -100 if self.token_mask is None else self.token_mask & (known == -100)
         # With gradient accumulation the loss of a micro-batch is its sum over all items of the batch; a mean over the
         # micro-batch's tokens then counts by the micro-batch's share of the items.
         self._share = (labels[..., 1:] != -100).sum() / items if labels is not None and items is not None else 1.0
@@ -152,52 +110,16 @@ class RoutingTrace:
         self._items, self._attached = items, []
         self._totals, self._terms, self._statistics = {}, {}, {}
 
-    def selection_for(self, groups: Sequence[str], x: Tensor | None = None) -> Tensor | None:
-        """Return the selection's columns for these groups, (samples, groups), or None when nothing was selected.
-
-        Args:
-            groups: active groups of a layer.
-            x: the layer's input; the columns come on its device and, while a selector learns, their gradient is
-                collected in the backward pass of the graph that `x` belongs to.
-        """
-        if self.selection is None:
-            return None
-        names, weights = self.selection
-        if x is not None:
-            weights = weights.to(x.device)
-            if self.selection_gradient is not None and torch.is_grad_enabled():
-                weights = _Take.apply(x, weights, self.selection_gradient)
-        return weights if names == tuple(groups) else weights[:, [names.index(group) for group in groups]]
-
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Keep this pass's state while the block runs the model for another purpose (a teacher, a probe)."""
-        snapshot = dict(vars(self))
+        snapshots = [(part, dict(vars(part))) for part in (self, self.context)]
         self.observers = []
         try:
             yield
         finally:
-            vars(self).update(snapshot)
-
-    def keep_samples(self, index: Tensor) -> None:
-        """Go on with these samples of a batch in generation alone; `index` holds their places, (samples,)."""
-        if self.selection is not None:
-            names, weights = self.selection
-            self.selection = (names, weights[index.to(weights.device)])
-
-    def mask_for(self, tokens: torch.Size) -> Tensor | None:
-        """Return the mask of the tokens that count for a layer input of shape (*tokens, features), or None for all.
-
-        While decoding with a cache the attention mask is longer than the input: its last columns are meant.
-        """
-        mask = self.token_mask
-        if mask is None or len(tokens) == 0:
-            return None
-        if len(tokens) == 2 and tokens[0] == mask.shape[0] and tokens[1] <= mask.shape[1]:
-            return mask[:, mask.shape[1] - tokens[1] :]
-        if len(tokens) == 1 and tokens[0] == mask.numel():
-            return mask.reshape(-1)
-        return None
+            for part, snapshot in snapshots:
+                vars(part).update(snapshot)
 
     def leave_terms(self, layer: str, total: Tensor, terms: Tensor, statistics: Tensor | None) -> None:
         """Record a layer's weighted loss (scalar), its unweighted terms (3,) and its token statistics (5,) or None."""
@@ -343,59 +265,6 @@ class GroupWeights:
         """Return the mean weight per group over tokens and wrapped layers, in the order of `groups`."""
         rows = list(self.by_name().values())
         return torch.tensor(rows, dtype=torch.float64).mean(0).tolist() if rows else []
-
-
-class SelectionGradient:
-    """Gradient of a pass's selection on its way from the layers to the selector.
-
-    The layers see the selection detached: were it a part of their graph, reentrant checkpointing would walk through
-    the selector once per layer and fail at the second. Each layer takes it through `_Take`, whose backward adds to the
-    sum here; `tie` puts a last node between the decoder's layers and their input, which runs after all of them and
-    sends the sum into the selector's graph. So everything happens inside the one backward pass, in the order of the
-    graph, under both kinds of checkpointing.
-
-    A partial `torch.autograd.grad` that does not reach the selector leaves its sum behind; do not go through the same
-    retained graph again after one.
-    """
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-
-    def add(self, gradient: Tensor) -> None:
-        """Add one layer's gradient, (samples, groups)."""
-        self.total = gradient if self.total is None else self.total + gradient.to(self.total)
-
-    def tie(self, embeddings: Tensor, selection: Tensor) -> Tensor:
-        """Return `embeddings` unchanged, with a backward that also hands the collected sum to `selection`."""
-        return _Tie.apply(embeddings, selection, self)
-
-
-class _Take(torch.autograd.Function):
-    """A selection without gradient, made a part of the layer's graph by the layer's input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, selection: Tensor, gradient: SelectionGradient) -> Tensor:
-        ctx.gradient = gradient
-        return selection.view_as(selection)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        ctx.gradient.add(gradients[0])
-        return None, None, None
-
-
-class _Tie(torch.autograd.Function):
-    """Identity on the embeddings whose backward hands the collected gradient to the selection."""
-
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, selection: Tensor, gradient: SelectionGradient) -> Tensor:
-        ctx.gradient, ctx.like = gradient, (selection.device, selection.dtype)
-        return embeddings.view_as(embeddings)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        total, ctx.gradient.total = ctx.gradient.total, None
-        return gradients[0] if ctx.needs_input_grad[0] else None, None if total is None else total.to(*ctx.like), None
 
 
 class _Inject(torch.autograd.Function):

@@ -11,7 +11,7 @@ from dymoe.libraries import require_names, untested
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
-    from dymoe.adapter.trace import RoutingTrace
+    from dymoe.adapter.context import ForwardContext
 
 
 class Greedy:
@@ -21,15 +21,15 @@ class Greedy:
     copied at most as often as the batch can be halved). The tokens are those of transformers' own loop.
 
     Args:
-        trace: of the experts; it is told which rows have ended, so that their tokens do not count.
+        context: of the experts; it is told which rows have ended, so that their tokens do not count.
         streamer: gets the answer's tokens of a single sample as they come.
     """
 
-    def __init__(self, trace: "RoutingTrace | None" = None, streamer: "BaseStreamer | None" = None) -> None:
+    def __init__(self, context: "ForwardContext | None" = None, streamer: "BaseStreamer | None" = None) -> None:
         from transformers import GenerationMixin
 
         require_names(GenerationMixin, "_prefill", "_update_model_kwargs_for_generation")
-        self._trace = trace
+        self._context = context
         self._streamer = streamer
 
     def __call__(
@@ -81,12 +81,12 @@ class Greedy:
                     rows = running.nonzero().squeeze(1)
                     carried = self._shrink(cache, carried, rows, input_ids.shape)
                     input_ids, batch_rows, running = input_ids[rows], batch_rows[rows], running[rows]
-                if self._trace is not None:
-                    self._trace.finished = ~running
+                if self._context is not None:
+                    self._context.finished = ~running
                 outputs = model(**_next(model, input_ids, carried, cached=cache is not None), return_dict=True)
         finally:
-            if self._trace is not None:
-                self._trace.finished = None
+            if self._context is not None:
+                self._context.finished = None
         if not finite:  # only now: to look at each step would be one more wait for a GPU
             raise DymoeError(
                 "the model's scores for the next token are not finite; its groups or its weights are broken"
@@ -94,10 +94,10 @@ class Greedy:
         return written[:, : step + 1]
 
     def _shrink(self, cache: Any, carried: dict[str, Any], rows: torch.Tensor, shape: torch.Size) -> dict[str, Any]:
-        """Go on with these rows of the batch alone: in the cache, in the trace and in what is carried on."""
+        """Go on with these rows of the batch alone: in the cache, in the context and in what is carried on."""
         cache.batch_select_indices(rows)
-        if self._trace is not None:
-            self._trace.keep_samples(rows)
+        if self._context is not None:
+            self._context.keep_samples(rows)
         return {name: _rows(value, rows, shape) for name, value in carried.items()}
 
 

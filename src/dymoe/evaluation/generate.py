@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers.generation.streamers import BaseStreamer
 
-    from dymoe.adapter.trace import RoutingTrace
+    from dymoe.adapter.context import ForwardContext
     from dymoe.models import Collator, Lvlm
     from dymoe.tasks import Sample, Task
 
@@ -81,7 +81,7 @@ def generate(
     progress: Callable[[int], None] | None = None,
     part: tuple[int, int] = (0, 1),
     gather: Gather = lambda value: [value],
-    trace: "RoutingTrace | None" = None,
+    context: "ForwardContext | None" = None,
     streamer: "BaseStreamer | None" = None,
 ) -> list[str]:
     """Greedy answers, in the order of `samples`; a row ends at the end token.
@@ -96,7 +96,7 @@ def generate(
         progress: called with the number of answers done after each batch.
         part: which of how many processes this is; each answers its own batches (see `batches`).
         gather: gives every process's value, in order, to each of them.
-        trace: of the experts; it is told which rows have ended, so that their tokens do not count.
+        context: of the experts; it is told which rows have ended, so that their tokens do not count.
         streamer: gets the tokens of a single sample as they come (see `dymoe.evaluation.stream`).
     """
     model: Any = lvlm.model
@@ -112,7 +112,7 @@ def generate(
         with torch.inference_mode(), autocast(model.device.type, dtype):
             tokens = model.generate(
                 **batch,
-                custom_generate=Greedy(trace, streamer),
+                custom_generate=Greedy(context, streamer),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -177,11 +177,11 @@ def evaluate(
     """
     samples = evaluated(task, split, limit)
     trace = None if peft_model is None else cast(Any, peft_model.base_model).trace
-    measuring = nullcontext() if trace is None else trace.measuring()
+    measuring, context = (nullcontext(), None) if trace is None else (trace.measuring(), trace.context)
     with measuring as weights:
         try:
             answers = generate(
-                lvlm, collator, samples, task.max_new_tokens, batch_size, dtype, progress, part, gather, trace
+                lvlm, collator, samples, task.max_new_tokens, batch_size, dtype, progress, part, gather, context
             )
         except DymoeError as error:
             raise DymoeError(f"task {task.name!r}: {error}") from error

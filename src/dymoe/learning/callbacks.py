@@ -60,7 +60,7 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the share of the task's steps that is done."""
-        self.trace.progress = state.global_step / max(1, state.max_steps)
+        self.trace.context.progress = state.global_step / max(1, state.max_steps)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

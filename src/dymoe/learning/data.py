@@ -1,6 +1,7 @@
 """The data of one stage as a method's hooks may use it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +54,7 @@ class Data:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         labels = batch["labels"]
         trace = getattr(getattr(model, "base_model", None), "trace", None)
-        if trace is not None:
-            trace.labels = labels  # so that a selector does not see the answers
-        with self.autocast():
+        with nullcontext() if trace is None else trace.context.labelled(labels), self.autocast():
             outputs = model(**inputs, logits_to_keep=answer_logits(labels), use_cache=False)
         return next_token_loss(outputs.logits, labels)
 

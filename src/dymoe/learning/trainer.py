@@ -168,8 +168,7 @@ class StageTrainer(ShardedTrainer):
         """
         labels = inputs["labels"]
         batch = {key: value for key, value in inputs.items() if key != "labels"}
-        self.trace.labels = labels
-        with self.autocast():
+        with self.trace.context.labelled(labels), self.autocast():
             outputs = model(**batch, logits_to_keep=answer_logits(labels), use_cache=False)
         items = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum()
         # Gradients are averaged over processes while `items` counts those of all processes.

@@ -158,7 +158,7 @@ class _Watch:
 
     def see_input(self, layer: DyMoELayer, arguments: tuple[Any, ...]) -> None:
         x: Tensor = arguments[0].detach()
-        mask = self.trace.mask_for(x.shape[:-1])
+        mask = self.trace.context.mask_for(x.shape[:-1])
         flat = (x.flatten(0, -2) if mask is None else x[mask]).float()
         self.lengths = flat.square().sum(-1)
         self.counts[layer.name] = self.counts.get(layer.name, 0) + flat.shape[0]

@@ -114,7 +114,7 @@ class _Sums:
     def add(self, layer: str, values: Tensor) -> None:
         """Add values (..., experts) of the tokens that belong to a prompt."""
         tokens = values.shape[:-1]
-        mask = self.trace.prompt_mask
+        mask = self.trace.context.prompt_mask
         if mask is not None and mask.numel() == tokens.numel():
             values = values[mask.reshape(tokens)]
         rows = values.reshape(-1, values.shape[-1]).double().cpu()
